@@ -1,0 +1,36 @@
+"""clipad: CLIP-AD (arXiv 2311.00453) reproduced step by step.
+
+The public names below are imported on first use, so that ``import clipad`` and ``clipad --help`` stay fast
+although the modules behind them need torch and open_clip.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "prompts": ["Prompts", "load_prompts"],
+    "published": ["published_results", "protocol"],
+    "datasets": ["Dataset", "Sample", "load_dataset", "check_dataset", "read_image", "read_mask"],
+    "metrics": ["image_metrics", "pixel_metrics"],
+    "backbone": ["Backbone", "load_backbone"],
+    "dual_path": ["StagedFeatures", "staged_features"],
+    "text": ["representative_vector", "representative_vectors"],
+    "surgery": ["feature_surgery", "similarity_map"],
+    "detectors": ["Direct", "Prediction", "SDP"],
+    "evaluation": ["Result", "evaluate"],
+    "experiment": ["Experiment", "experiment"],
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE_OF)
+__version__ = "0.1.0"
+
+
+def __getattr__(name):
+    if name in _MODULE_OF:
+        return getattr(import_module(f"clipad.{_MODULE_OF[name]}"), name)
+    if name in _HOME or name in {"plots", "phenomena", "fine_tuning", "widgets"}:
+        return import_module(f"clipad.{name}")
+    raise AttributeError(f"module 'clipad' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
