@@ -8,14 +8,14 @@ from importlib import import_module
 
 _HOME = {
     "prompts": ["Prompts", "load_prompts"],
-    "published": ["published_results", "protocol"],
+    "published": ["data_dir", "published_results", "protocol"],
     "datasets": ["Dataset", "Sample", "load_dataset", "check_dataset", "read_image", "read_mask"],
     "metrics": ["image_metrics", "pixel_metrics"],
     "backbone": ["Backbone", "load_backbone"],
     "dual_path": ["StagedFeatures", "staged_features"],
     "text": ["representative_vector", "representative_vectors"],
     "surgery": ["feature_surgery", "similarity_map"],
-    "detectors": ["Direct", "Prediction", "SDP"],
+    "detectors": ["ClipSurgery", "Direct", "Features", "Prediction", "SDP"],
     "evaluation": ["Result", "evaluate"],
     "experiment": ["Experiment", "experiment"],
 }

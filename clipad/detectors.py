@@ -1,0 +1,238 @@
+"""Zero-shot detectors behind one protocol: ``predict(images, category) -> Prediction``.
+
+Each is split in two, so that notebooks and the explorer can keep what is expensive: ``features(images)`` runs the
+backbone and does not depend on the text, ``score(features, category)`` is cheap and does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from clipad.backbone import Backbone
+from clipad.dual_path import default_stages, staged_features
+from clipad.prompts import CLIP_AD, Prompts
+from clipad.surgery import cosine, feature_surgery, similarity_map
+from clipad.text import check_method, representative_vectors
+
+CLIP_TEMPERATURE = 100.0
+"""The factor before the softmax over states (METHOD.md section 3); CLIP's own logit scale ends there."""
+
+
+@dataclass
+class Prediction:
+    """What a detector says of B images: ``maps`` B x S x S (higher = more anomalous) and ``probabilities`` B.
+
+    A probability is the class probability of METHOD.md section 3: softmax over the two states of 100 * cosine.
+    Both are float32 on the CPU.
+    """
+
+    maps: torch.Tensor
+    probabilities: torch.Tensor
+
+
+@dataclass
+class Features:
+    """What ``score`` needs: the image embedding B x C and, per stage, tokens B x (N+1) x C; not normalised."""
+
+    image_embedding: torch.Tensor
+    tokens: list[torch.Tensor]
+    ordinary: list[torch.Tensor] | None = None
+    """per stage B x (N+1) x D, for SDP+ only"""
+
+    def __getitem__(self, index) -> Features:
+        """The features of some of the images (a slice, a mask or a list of indices)."""
+        pick = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            pick[entry.name] = (
+                [v[index] for v in value]
+                if isinstance(value, list)
+                else value
+                if value is None
+                else value[index]
+            )
+        return Features(**pick)
+
+    @staticmethod
+    def cat(parts: list[Features]) -> Features:
+        """Features of batches put together, in their order."""
+        joined = {}
+        for entry in fields(Features):
+            values = [getattr(part, entry.name) for part in parts]
+            if isinstance(values[0], list):
+                joined[entry.name] = [torch.cat(stage) for stage in zip(*values, strict=True)]
+            else:
+                joined[entry.name] = None if values[0] is None else torch.cat(values)
+        return Features(**joined)
+
+
+class Detector:
+    """Common to all: prompts, representative vectors per category, smoothing.
+
+    ``smoothing``: sigma of the Gaussian in pixels; None is 8/240 of the image side, 0 is none.
+    ``rvs_options``: None for the published ones of the method.
+    """
+
+    name = "Detector"
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompts: Prompts | None = None,
+        rvs: str = "dbscan",
+        rvs_options: dict[str, Any] | None = None,
+        smoothing: float | None = None,
+    ):
+        check_method(rvs, rvs_options or {})
+        if smoothing is not None and smoothing < 0:
+            raise ValueError(f"smoothing is a sigma in pixels, 0 or more; found {smoothing}")
+        self.backbone = backbone
+        self.prompts = prompts or CLIP_AD
+        self.rvs, self.rvs_options = rvs, dict(rvs_options or {})
+        self.smoothing = 8 / 240 * backbone.image_size if smoothing is None else float(smoothing)
+        self._text: dict[str, torch.Tensor] = {}
+
+    def text_vectors(self, category: str) -> torch.Tensor:
+        """C x 2 unit columns (normal, anomalous) on the CPU, computed once per category."""
+        if category not in self._text:
+            self._text[category] = representative_vectors(
+                self.backbone, category, self.prompts, self.rvs, **self.rvs_options
+            )
+        return self._text[category]
+
+    def predict(self, images: torch.Tensor, category: str) -> Prediction:
+        """Maps and class probabilities of pre-processed images B x 3 x S x S; batch size and order do not matter."""
+        return self.score(self.features(images), category)
+
+    def features(self, images: torch.Tensor) -> Features:
+        """Everything that does not depend on the text, float32 on the backbone's device."""
+        with torch.no_grad(), self.backbone.autocast():
+            found = self._features(images.to(self.backbone.device, non_blocking=True))
+        return Features(
+            found.image_embedding.float(),
+            [t.float() for t in found.tokens],
+            None if found.ordinary is None else [t.float() for t in found.ordinary],
+        )
+
+    def score(self, features: Features, category: str) -> Prediction:
+        """Maps and class probabilities from features."""
+        return self.score_with(features, self.text_vectors(category))
+
+    def score_with(self, features: Features, text: torch.Tensor) -> Prediction:
+        """The same with given text vectors, C x 2 unit columns."""
+        text = text.to(features.image_embedding)
+        with torch.no_grad():
+            maps = self._maps(features, text)
+            probabilities = class_probability(features.image_embedding, text)
+        return Prediction(maps.cpu(), probabilities.cpu())
+
+    def _features(self, images: torch.Tensor) -> Features:
+        raise NotImplementedError
+
+    def _maps(self, features: Features, text: torch.Tensor) -> torch.Tensor:
+        values = self.patch_values(features, text)
+        return similarity_map(values, self.backbone.image_size, self.smoothing)
+
+    def patch_values(self, features: Features, text: torch.Tensor) -> torch.Tensor:
+        """B x N: the anomalous column before up-sampling."""
+        raise NotImplementedError
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the numbers, JSON-able: results carry it, and a stopped run continues only if it is equal."""
+        return {
+            "detector": self.name,
+            "model": self.backbone.name,
+            "weights": self.backbone.weights_hash,
+            "image_size": self.backbone.image_size,
+            "device": self.backbone.device.type,
+            "prompts": [
+                self.prompts.normal,
+                self.prompts.anomalous,
+                self.prompts.templates,
+                self.prompts.object_names,
+            ],
+            "rvs": self.rvs,
+            "rvs_options": self.rvs_options,
+            "smoothing": self.smoothing,
+        }
+
+    def __repr__(self):
+        return f"{self.name}({self.backbone.name}, rvs={self.rvs}, smoothing={self.smoothing:g} px)"
+
+
+class Direct(Detector):
+    """The map computed directly ("Comp. Directly"): cosine of the last block's patch tokens with the text."""
+
+    name = "Direct"
+
+    def _features(self, images):
+        out = self.backbone.visual.forward_intermediates(
+            images, indices=1, normalize_intermediates=True, output_fmt="NLC", output_extra_tokens=True
+        )
+        # forward_intermediates has applied ln_post; only the projection is missing.
+        tokens = torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1)
+        return Features(out["image_features"], [tokens @ self.backbone.visual.proj])
+
+    def patch_values(self, features, text):
+        return (CLIP_TEMPERATURE * cosine(features.tokens[0][:, 1:], text)).softmax(dim=-1)[..., 1]
+
+
+class SDP(Detector):
+    """Staged dual path: feature surgery on the surgery path's features, summed over stages (paper section 3.2).
+
+    ``stages``: 1-based blocks, None for the four quarters. ``as_released``: see :func:`clipad.staged_features`.
+    """
+
+    name = "SDP"
+
+    def __init__(
+        self,
+        backbone,
+        prompts=None,
+        rvs="dbscan",
+        rvs_options=None,
+        stages=None,
+        smoothing=None,
+        as_released=True,
+    ):
+        super().__init__(backbone, prompts, rvs, rvs_options, smoothing)
+        self.stages = tuple(stages) if stages else default_stages(len(backbone.visual.transformer.resblocks))
+        self.as_released = as_released
+
+    def _features(self, images):
+        found = staged_features(self.backbone.visual, images, self.stages, self.as_released)
+        return Features(found.image_embedding, found.surgery)
+
+    def patch_values(self, features, text):
+        return feature_surgery(features.tokens, text)[:, 1:, 1]
+
+    @property
+    def settings(self):
+        return super().settings | {"stages": list(self.stages), "as_released": self.as_released}
+
+
+class ClipSurgery(Detector):
+    """CLIP Surgery (arXiv 2304.05653) as a baseline: v-v attention in the last half of the blocks on one path that
+    never restarts, the last block's feature only, then the two-state feature surgery (METHOD.md section 8)."""
+
+    name = "CLIP Surgery"
+
+    def _features(self, images):
+        layers = len(self.backbone.visual.transformer.resblocks)
+        found = staged_features(
+            self.backbone.visual, images, [layers], as_released=False, first_block=layers // 2, restart=False
+        )
+        return Features(found.image_embedding, found.surgery)
+
+    patch_values = SDP.patch_values
+
+
+def class_probability(image_embedding: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """B: softmax over the two states of 100 * cos(image embedding, text), anomalous column (METHOD.md section 3)."""
+    logits = CLIP_TEMPERATURE * F.normalize(image_embedding, dim=-1) @ text
+    return logits.softmax(dim=-1)[:, 1]

@@ -1,0 +1,141 @@
+"""The staged dual path (paper section 3.2, METHOD.md section 4) over open_clip's own blocks.
+
+Every block runs two paths from the same weights. The *ordinary* path is plain CLIP. The *surgery* path adds up
+v-v attention, has no feed-forward part, and restarts at every quarter of the network. Nothing of open_clip is
+copied or patched: the loop below uses the parts of its blocks.
+
+Shapes: B images, T = 1 + N tokens (class token first), D vision width, C joint width, L blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass
+class StagedFeatures:
+    """What the dual path hands on; nothing is normalised."""
+
+    stages: tuple[int, ...]
+    """1-based blocks after which the features were read"""
+    ordinary: list[torch.Tensor]
+    """per stage, B x (N+1) x D: tokens of the ordinary path, not projected (input of SDP+)"""
+    surgery: list[torch.Tensor]
+    """per stage, B x (N+1) x C: surgery path with the ordinary class token, after ``ln_post`` and projection"""
+    image_embedding: torch.Tensor
+    """B x C: the ordinary CLIP image embedding"""
+
+
+def default_stages(layers: int) -> tuple[int, ...]:
+    """Ends of the four quarters of the network: (3, 6, 9, 12) for the twelve blocks of the paper.
+
+    >>> default_stages(24)
+    (6, 12, 18, 24)
+    """
+    if layers % 4:
+        raise ValueError(f"four stages need a number of blocks divisible by 4, this model has {layers}")
+    return tuple(layers * quarter // 4 for quarter in (1, 2, 3, 4))
+
+
+@torch.no_grad()
+def staged_features(
+    visual,
+    images: torch.Tensor,
+    stages: Sequence[int] | None = None,
+    as_released: bool = True,
+    first_block: int = 0,
+    restart: bool = True,
+) -> StagedFeatures:
+    """Run both paths of ``visual`` (open_clip's VisionTransformer) on images, B x 3 x S x S.
+
+    ``stages``: 1-based blocks to read, None for the four quarters. ``as_released``: reproduce the released program,
+    whose stored tokens are changed in place by the next block (METHOD.md section 4); False computes what the paper
+    writes. ``first_block`` (0-based) is where the surgery path starts and ``restart`` whether it starts anew at each
+    quarter: CLIP Surgery is ``first_block=L // 2, restart=False`` read after block L.
+
+    Raises ValueError for stages outside 1..L or in the wrong order, for images of another size, and for a network
+    whose depth has no quarters where these are needed.
+    """
+    blocks = visual.transformer.resblocks
+    layers = len(blocks)
+    quarter = layers // 4 if restart and default_stages(layers) else layers
+    stages = default_stages(layers) if stages is None else tuple(stages)
+    if (
+        not stages
+        or list(stages) != sorted(set(stages))
+        or not first_block < stages[0] <= stages[-1] <= layers
+    ):
+        raise ValueError(f"stages have to rise within {first_block + 1}..{layers}, found {stages}")
+
+    x = visual.ln_pre(embed_patches(visual, images))
+    path = None
+    ordinary, surgery = [], []
+    for i, block in enumerate(blocks):
+        starts = i == first_block or (restart and i % quarter == 0)
+        if i < first_block:
+            x = block(x)
+        else:
+            a, s = _dual_attention(block, x)
+            path = s if starts else path + s
+            x = x + a
+            if as_released and i in stages:
+                # The released program keeps references, and `+=` in this block changes what the last one stored.
+                ordinary[-1] = x
+                surgery[-1] = surgery[-1] if starts else path
+            x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        if i + 1 in stages:
+            ordinary.append(x)
+            surgery.append(path)
+
+    surgery = [
+        project(visual, torch.cat([tokens[:, :1], path[:, 1:]], dim=1))
+        for tokens, path in zip(ordinary, surgery, strict=True)
+    ]
+    image_embedding = surgery[-1][:, 0] if stages[-1] == layers else project(visual, x[:, 0])
+    return StagedFeatures(stages, ordinary, surgery, image_embedding)
+
+
+def _dual_attention(block, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """q-k attention (ordinary) and v-v attention (surgery) of one block, B x T x D each.
+
+    a = out_proj(softmax(q k^T / sqrt(d)) v),  s = out_proj(softmax(v v^T / sqrt(d)) v)
+    """
+    attention = block.attn
+    batch, tokens, width = x.shape
+    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = qkv.view(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    heads = torch.stack([F.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(v, v, v)])
+    a, s = block.ls_1(attention.out_proj(heads.transpose(2, 3).reshape(2, batch, tokens, width)))
+    return a, s
+
+
+def attention_weights(block, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The q-k and v-v attention of one block as weights, mean over heads: two tensors B x T x T, rows sum to 1.
+
+    For pictures only; the dual path itself never builds them.
+    """
+    attention = block.attn
+    batch, tokens, _ = x.shape
+    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = qkv.view(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    scale = q.shape[-1] ** -0.5
+    return tuple(((left @ right.mT) * scale).softmax(dim=-1).mean(dim=1) for left, right in ((q, k), (v, v)))
+
+
+def embed_patches(visual, images: torch.Tensor) -> torch.Tensor:
+    """Images B x 3 x S x S -> tokens B x (N+1) x D after the position embedding, before ``ln_pre``."""
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, *visual.image_size):
+        size = visual.image_size
+        raise ValueError(f"images have to be B x 3 x {size[0]} x {size[1]}, found {tuple(images.shape)}")
+    patches = visual.conv1(images).flatten(2).transpose(1, 2)
+    class_token = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
+    return torch.cat([class_token, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
+
+
+def project(visual, tokens: torch.Tensor) -> torch.Tensor:
+    """``ln_post`` and the projection into the joint space: ... x D -> ... x C."""
+    return visual.ln_post(tokens) @ visual.proj

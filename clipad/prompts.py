@@ -1,0 +1,160 @@
+"""The prompt ensemble (paper section 3.1): states x templates for one object.
+
+Prompts are data: the ones of CLIP-AD and of WinCLIP stand below, and a user's own come from a YAML file
+(:func:`load_prompts`). ``{}`` stands for the state in a template and for the object in a state.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """States and templates, and how a category is called in them.
+
+    Sentences are ordered by state, then by template, as the released program orders them.
+
+    >>> normal, anomalous = CLIP_AD.sentences("bottle")
+    >>> len(normal), len(anomalous), normal[0]
+    (198, 220, 'a cropped photo of the flawless bottle.')
+    """
+
+    normal: tuple[str, ...]
+    anomalous: tuple[str, ...]
+    templates: tuple[str, ...]
+    object_names: dict[str, str] = field(default_factory=dict)
+    """category -> words that stand for it in a sentence; a category without an entry stands for itself"""
+
+    def sentences(self, category: str) -> tuple[list[str], list[str]]:
+        """The normal and the anomalous sentences of a category, state by state.
+
+        Raises ValueError if the name of the object is empty.
+        """
+        name = self.object_names.get(category, category)
+        if not name.strip():
+            raise ValueError("the object has no name: a prompt needs one, such as 'metal nut'")
+        return tuple(
+            [template.format(state.format(name)) for state in states for template in self.templates]
+            for states in (self.normal, self.anomalous)
+        )
+
+
+def _articles(template: str, order: str = "the a") -> list[str]:
+    return [template.replace("ART", article) for article in order.split()]
+
+
+# In the order of the released program: it decides which sentence is which row of the embeddings.
+_TEMPLATES = (
+    *_articles("a cropped photo of ART {}."),
+    *_articles("a close-up photo of ART {}.", "a the"),
+    *_articles("a bright photo of ART {}.", "a the"),
+    *_articles("a dark photo of ART {}."),
+    *_articles("a jpeg corrupted photo of ART {}.", "a the"),
+    *_articles("a blurry photo of ART {}."),
+    *_articles("a photo of ART {}."),
+    "a photo of a large {}.",
+    "a photo of the small {}.",
+    "a photo of the large {}.",
+    "a photo of a small {}.",
+    *_articles("a photo of ART {} for visual inspection."),
+    *_articles("a photo of ART {} for anomaly detection."),
+)
+
+CLIP_AD = Prompts(
+    normal=(
+        "flawless {}",
+        "perfect {}",
+        "unblemished {}",
+        "{} without flaw",
+        "{} without defect",
+        "{} without damage",
+        "{} without scratch",
+        "{} without crack",
+        "{} without contamination",
+    ),
+    anomalous=(
+        "damaged {}",
+        "imperfect {}",
+        "blemished {}",
+        "broken {}",
+        "{} with flaw",
+        "{} with defect",
+        "{} with damage",
+        "{} with scratch",
+        "{} with crack",
+        "{} with contamination",
+    ),
+    templates=_TEMPLATES,
+)
+
+# METHOD.md section 8; anomalib lists "a jpeg corrupted photo of the {}." twice, so it counts twice here.
+WINCLIP = Prompts(
+    normal=(
+        "{}",
+        "flawless {}",
+        "perfect {}",
+        "unblemished {}",
+        "{} without flaw",
+        "{} without defect",
+        "{} without damage",
+    ),
+    anomalous=("damaged {}", "{} with flaw", "{} with defect", "{} with damage"),
+    templates=tuple(
+        "a jpeg corrupted photo of the {}." if t == "a jpeg corrupted photo of a {}." else t
+        for t in _TEMPLATES
+        if t != "a cropped photo of a {}."
+    ),
+)
+
+
+def load_prompts(path: str | Path | None = None) -> Prompts:
+    """Prompts from a YAML file; without a path, those of the paper.
+
+    The file has the lists ``normal``, ``anomalous`` and ``templates``, and may have a mapping ``object_names``
+    from category to words::
+
+        normal: ["healthy {}", "{} without lesion"]
+        anomalous: ["{} with lesion"]
+        templates: ["a photo of a {}."]
+        object_names: {brain_mri: "brain scan"}
+
+    A list that is left out is the paper's. Raises ValueError (naming the file, the line and what was expected)
+    if an entry has not exactly one ``{}``, stands twice, or if a key is unknown.
+    """
+    if path is None:
+        return CLIP_AD
+    path = Path(path)
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not a YAML file ({str(error).splitlines()[0]})") from None
+    keys = {"normal", "anomalous", "templates", "object_names"}
+    if not isinstance(found, dict) or not set(found) <= keys or not found:
+        what = sorted(found) if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{path}: expected a mapping with the keys {sorted(keys)}, found {what}")
+    lists = {}
+    for key in ("normal", "anomalous", "templates"):
+        entries = found.get(key, getattr(CLIP_AD, key))
+        if isinstance(entries, str) or not entries or not all(isinstance(entry, str) for entry in entries):
+            raise ValueError(f"{path}: '{key}' has to be a list of at least one text, found {entries!r}")
+        for entry in entries:
+            if entry.count("{}") != 1 or entry.count("{") != 1 or entry.count("}") != 1:
+                raise ValueError(f"{path}: '{key}' needs exactly one {{}} in each entry, found {entry!r}")
+        twice = [entry for entry, count in Counter(entries).items() if count > 1]
+        if twice:
+            raise ValueError(f"{path}: '{key}' lists {twice[0]!r} more than once")
+        lists[key] = tuple(entries)
+    both = set(lists["normal"]) & set(lists["anomalous"])
+    if both:
+        raise ValueError(f"{path}: {min(both)!r} is listed as normal and as anomalous")
+    names = found.get("object_names") or {}
+    if not isinstance(names, dict) or not all(
+        isinstance(x, str) and x.strip() for kv in names.items() for x in kv
+    ):
+        raise ValueError(f"{path}: 'object_names' has to map categories to words, found {names!r}")
+    return Prompts(**lists, object_names=names)

@@ -1,0 +1,69 @@
+"""Feature surgery and the way from similarities to a map (paper section 3.2, METHOD.md section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter1d
+
+
+def feature_surgery(stage_features: Sequence[torch.Tensor], text: torch.Tensor) -> torch.Tensor:
+    """Remove what both states have in common from the token-text similarities, summed over stages.
+
+    ``stage_features``: per stage B x (N+1) x C (normalised inside), class token first; ``text``: unit columns
+    (normal, anomalous), C x 2 or B x C x 2. Returns B x (N+1) x 2.
+
+    Per stage z = F T; p = softmax(z of the class token); w = p / mean(p) = 2 p; z <- z w; z <- z - mean over the two
+    states. With two states this is (z_1 w_1 - z_0 w_0) / 2 for the anomalous column and its negative for the normal
+    one, so nothing of size B x N x 2 x C is ever built.
+    """
+    if text.shape[-1] != 2:
+        raise ValueError(f"text has to hold two states in its last dimension, found {tuple(text.shape)}")
+    anomalous = 0
+    for tokens in stage_features:
+        z = cosine(tokens, text)
+        w = 2 * z[:, :1].softmax(dim=-1)
+        z = z * w
+        anomalous = anomalous + (z[..., 1] - z[..., 0]) / 2
+    return torch.stack([-anomalous, anomalous], dim=-1)
+
+
+def cosine(tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Cosine of tokens B x T x C (normalised inside, without a normalised copy) with unit text columns: B x T x 2."""
+    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_min(1e-12)
+    return (tokens @ text.to(tokens)) / length
+
+
+def similarity_map(values: torch.Tensor, image_size: int, sigma: float) -> torch.Tensor:
+    """Patch values B x N -> maps B x S x S: G x G, bilinear (corners not aligned), Gaussian of ``sigma`` pixels.
+
+    Both steps are linear and separable, so they are one S x G matrix M: out = M map M^T. ``sigma=0``: no smoothing.
+    The Gaussian is SciPy's (reflect, truncate 4).
+    """
+    grid = round(values.shape[1] ** 0.5)
+    if grid * grid != values.shape[1]:
+        raise ValueError(f"{values.shape[1]} patch values are not a square grid")
+    m = _matrix(grid, image_size, float(sigma)).to(values.device)
+    return m @ values.float().unflatten(1, (grid, grid)) @ m.T
+
+
+def smooth(maps: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian filter of maps B x S x S with ``sigma`` pixels, as SciPy's ``gaussian_filter``."""
+    m = _matrix(maps.shape[-1], maps.shape[-1], float(sigma)).to(maps.device)
+    return m @ maps.float() @ m.T
+
+
+@lru_cache(maxsize=32)
+def _matrix(grid: int, image_size: int, sigma: float) -> torch.Tensor:
+    """S x G: bilinear interpolation of a row of G values to S pixels, followed by the Gaussian."""
+    matrix = torch.eye(grid, dtype=torch.float64)
+    if grid != image_size:
+        matrix = F.interpolate(matrix[None], size=image_size, mode="linear", align_corners=False)[0]
+    matrix = matrix.T.numpy()
+    if sigma > 0:
+        matrix = gaussian_filter1d(matrix, sigma, axis=0)
+    return torch.from_numpy(np.ascontiguousarray(matrix)).float()

@@ -1,0 +1,113 @@
+"""From sentences to one vector per state: Representative Vector Selection (paper section 3.1, METHOD.md section 2).
+
+The sentence embeddings e_i of a state are unit vectors, a cloud on the sphere. WinCLIP and most others take their
+mean; the paper reads the cloud as a distribution and picks a vector by PCA, KDE, DBSCAN or mean shift.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import DBSCAN, MeanShift
+from sklearn.neighbors import KernelDensity
+
+from clipad.prompts import CLIP_AD, Prompts
+
+
+def _mean(e):
+    return e.mean(dim=0)
+
+
+def _pca(e):
+    """Leading eigenvector u of the M x M scatter matrix of the e_i, each centred by its own scalar mean."""
+    centred = e - e.mean(dim=1, keepdim=True)
+    u = torch.linalg.eigh(centred @ centred.T).eigenvectors[:, -1]
+    vector = u @ centred
+    return vector if vector @ e.mean(dim=0) >= 0 else -vector  # the sign of an eigenvector is arbitrary
+
+
+def _kde(e, bandwidth: float = 0.3):
+    density = KernelDensity(bandwidth=bandwidth, kernel="gaussian").fit(e.numpy()).score_samples(e.numpy())
+    # Only ratios of the weights count; subtracting the maximum keeps exp() from overflowing.
+    weights = torch.from_numpy(density - density.max()).exp()
+    return weights @ e / weights.sum()
+
+
+def _largest_cluster(e, labels):
+    labels = torch.as_tensor(labels)
+    found = labels[labels >= 0]
+    if not len(found):
+        return None
+    return e[labels == found.bincount().argmax()].mean(dim=0)
+
+
+def _dbscan(e, eps: float = 0.5, min_samples: int = 15):
+    return _largest_cluster(e, DBSCAN(eps=eps, min_samples=min_samples).fit_predict(e.numpy()))
+
+
+def _mean_shift(e, bandwidth: float = 2.0):
+    return _largest_cluster(e, MeanShift(bandwidth=bandwidth, bin_seeding=False).fit_predict(e.numpy()))
+
+
+METHODS = {"mean": _mean, "pca": _pca, "kde": _kde, "dbscan": _dbscan, "mean_shift": _mean_shift}
+
+
+def check_method(method: str, options: dict) -> None:
+    """ValueError for an unknown method, or for an option that it does not have."""
+    if method not in METHODS:
+        raise ValueError(f"unknown representative vector {method!r}: one of {', '.join(METHODS)}")
+    known = list(inspect.signature(METHODS[method]).parameters)[1:]
+    if set(options) - set(known):
+        wrong = ", ".join(sorted(set(options) - set(known)))
+        raise ValueError(f"{method} has no option {wrong}; it has {', '.join(known) or 'none'}")
+    for name, value in options.items():
+        if not value > 0:
+            raise ValueError(f"{method}: {name} has to be positive, found {value}")
+
+
+def representative_vector(
+    embeddings: torch.Tensor, method: str = "dbscan", *, what: str = "the state", **options
+) -> torch.Tensor:
+    """One unit vector (C) for a state's M x C sentence embeddings (normalised inside).
+
+    ``method`` and its ``options`` (defaults are the published ones): ``mean``; ``pca``; ``kde`` (bandwidth 0.3);
+    ``dbscan`` (eps 0.5, min_samples 15); ``mean_shift`` (bandwidth 2). Where DBSCAN calls every sentence noise the
+    mean is taken, with a warning that names ``what`` (the released program stops with an exception).
+
+    Raises ValueError for an unknown method or option, or embeddings that are empty, not finite or not M x C.
+
+    >>> e = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    >>> representative_vector(e, "mean")
+    tensor([0.7071, 0.7071])
+    """
+    check_method(method, options)
+    if embeddings.ndim != 2 or not len(embeddings):
+        raise ValueError(f"embeddings have to be M x C with M >= 1, found {tuple(embeddings.shape)}")
+    if not torch.isfinite(embeddings).all():
+        raise ValueError(f"the embeddings of {what} are not finite")
+    e = F.normalize(embeddings.detach().cpu().double(), dim=-1)
+    vector = METHODS[method](e, **options)
+    if vector is None:
+        warnings.warn(
+            f"{method}({', '.join(f'{k}={v}' for k, v in options.items())}) calls every sentence of {what} noise: "
+            "their mean is used instead",
+            stacklevel=2,
+        )
+        vector = _mean(e)
+    return F.normalize(vector, dim=0).to(embeddings.dtype)
+
+
+def representative_vectors(
+    backbone, category: str, prompts: Prompts = CLIP_AD, method: str = "dbscan", **options
+) -> torch.Tensor:
+    """The text side of every detector: C x 2 unit columns, normal and anomalous, for one category."""
+    columns = [
+        representative_vector(
+            backbone.encode_text(sentences), method, what=f"{category!r} ({state})", **options
+        )
+        for state, sentences in zip(("normal", "anomalous"), prompts.sentences(category), strict=True)
+    ]
+    return torch.stack(columns, dim=1)
