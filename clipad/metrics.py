@@ -5,17 +5,17 @@
 (For plots, take the ROC and precision-recall curves from scikit-learn; ``pro_curve`` is here.)
 
 PRO (per-region overlap; Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021): at each
-threshold, the share that is detected of each 8-connected region of the masks, averaged over the regions of all
-images. It is plotted against the false positive rate over all normal pixels; PRO is the area up to a rate of 0.3,
-divided by 0.3.
+threshold, the share that is detected of each 8-connected region of the masks, averaged over the regions of
+all images. It is plotted against the false positive rate over all normal pixels; PRO is the area up to a rate
+of 0.3, divided by 0.3.
 
 Where a metric is undefined it is NaN, without a warning: all of them when nothing is anomalous or nothing is
 normal. (With nothing normal AP and F1-max would be 1 whatever the scores are; they are NaN, too.)
 
 What makes it fast: false positives matter only at the scores of anomalous pixels, and those are few (2-3 % in
-the industrial data sets). So only the normal scores are sorted, in their own precision and in the one copy that
-is made, and each distinct anomalous score is looked up among them. Memory besides the caller's arrays: about
-5 bytes for each pixel of float32 scores, and 75 for each anomalous pixel.
+the industrial data sets). So only the normal scores are sorted, in their own precision and in the one copy
+that is made, and each distinct anomalous score is looked up among them. Memory besides the caller's arrays:
+about 5 bytes for each pixel of float32 scores, and 75 for each anomalous pixel.
 
 Intervals come from SciPy. For the AUROC over images, resample images together with their labels:
 
@@ -108,10 +108,10 @@ def pro_200_thresholds(scores: ArrayLike, masks: ArrayLike) -> float:
     """The approximation of PRO that many repositories share, for comparison with their tables only.
 
     It looks at 200 thresholds, evenly spaced between the smallest and the largest *score*, drops every point
-    whose false positive rate is 0.3 or more, and stretches the remaining rates to [0, 1]. So it depends on how
-    the scores are distributed, not only on their order, and it is close to PRO only where the thresholds happen
-    to cover the rates below 0.3 densely. NaN where all remaining points have one rate, as for a perfect binary
-    map, and where ``pixel_metrics`` gives NaN.
+    whose false positive rate is 0.3 or more, and stretches the remaining rates to [0, 1]. So it depends on
+    how the scores are distributed, not only on their order, and it is close to PRO only where the thresholds
+    happen to cover the rates below 0.3 densely. NaN where all remaining points have one rate, as for a
+    perfect binary map, and where ``pixel_metrics`` gives NaN.
 
     Arguments and errors as in ``pixel_metrics``.
     """
@@ -123,11 +123,9 @@ def pro_200_thresholds(scores: ArrayLike, masks: ArrayLike) -> float:
     weights = _region_weights(masks)
     normal, anomalous = np.sort(scores[~masks]), scores[masks]
     order = np.argsort(anomalous)
-    found_from = np.append(
-        np.cumsum(weights[order][::-1])[::-1], 0
-    )  # overlap when detection starts at rank i
     # Detected means strictly above the threshold here.
-    overlap = found_from[np.searchsorted(anomalous[order], thresholds, side="right")]
+    missed = np.append(0, np.cumsum(weights[order]))
+    overlap = 1 - missed[np.searchsorted(anomalous[order], thresholds, side="right")]
     rate = (normal.size - np.searchsorted(normal, thresholds, side="right")) / normal.size
     overlap, rate = overlap[rate < PRO_LIMIT], rate[rate < PRO_LIMIT]
     if rate.size == 0 or rate.max() == rate.min():
@@ -194,7 +192,7 @@ def _area(rate: np.ndarray, overlap: np.ndarray) -> float:
 
 
 def _region_weights(masks: np.ndarray) -> np.ndarray:
-    """1 / (number of regions x size of its own region) for each anomalous pixel, in the order of masks[masks]."""
+    """1 / (number of regions x size of its own region) for each anomalous pixel, ordered as masks[masks]."""
     weights, n_regions = [], 0
     for mask in masks:
         if mask.any():

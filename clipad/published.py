@@ -1,7 +1,103 @@
 """Published numbers and published hyper-parameters, each with its source."""
 
+import difflib
 import os
+from dataclasses import dataclass
 from pathlib import Path
+
+import pandas as pd
+
+DBSCAN_MVTEC = {"eps": 0.5, "min_samples": 15}
+DBSCAN_VISA = {"eps": 1.5, "min_samples": 25}  # nearly always the mean: unit vectors are at most 2 apart
+
+# On whose test split the layers of SDP+ were trained (METHOD.md section 6). The demo's two collections follow the
+# same idea; for a folder of the user's own we take what MVTec takes.
+TRAINED_ON = {
+    "mvtec": "visa",
+    "visa": "mvtec",
+    "headct": "visa",
+    "brainmri": "visa",
+    "isic": "mvtec",
+    "clinicdb": "mvtec",
+    "demo": "demo_aux",
+    "demo_aux": "demo",
+    "folder": "visa",
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The hyper-parameters with which results on one data set were published (METHOD.md sections 1, 2, 5, 6)."""
+
+    dataset: str
+    model: str  # open_clip's name, or "demo"
+    pretrained: str | None  # open_clip's tag; None for the demo, which brings its weights
+    image_size: int  # side in pixels
+    stages: tuple[int, ...]  # 1-based blocks after which a stage is read
+    rvs: str
+    rvs_options: dict
+    smoothing_240: float  # sigma of the Gaussian in pixels of a 240-pixel side; scale it with the side
+    smoothing_240_sdp_plus: float
+    trained_on: str  # the data set whose test split trained the layers of SDP+
+    training_rvs_options: dict  # in training, the training set's own
+    learning_rate: float = 1e-4
+    batch_size: int = 8
+    epochs: int = 5
+
+
+def protocol(dataset: str) -> Protocol:
+    """The published hyper-parameters for a data set; for ``demo``, ``demo_aux`` and ``folder`` what comes closest.
+
+    Raises:
+        ValueError: no data set has this name.
+
+    >>> protocol("visa").rvs_options, protocol("visa").trained_on
+    ({'eps': 1.5, 'min_samples': 25}, 'mvtec')
+    """
+    _check_dataset_name(dataset)
+    demo = dataset in ("demo", "demo_aux")
+    trained_on = TRAINED_ON[dataset]
+    return Protocol(
+        dataset=dataset,
+        model="demo" if demo else "ViT-B-16-plus-240",
+        pretrained=None if demo else "laion400m_e31",
+        image_size=96 if demo else 240,
+        stages=(3, 6, 9, 12),
+        rvs="dbscan",
+        rvs_options=dict(_dbscan_options(dataset)),
+        smoothing_240=8.0,
+        smoothing_240_sdp_plus=2.0 if dataset == "visa" else 8.0,
+        trained_on=trained_on,
+        training_rvs_options=dict(_dbscan_options(trained_on)),
+    )
+
+
+def published_results(method: str | None = None, dataset: str | None = None) -> pd.DataFrame:
+    """The published numbers that could be found, from ``data/published_results.csv``; one row for each number.
+
+    Args:
+        method: only this method, spelled as in the column ``method`` ("WinCLIP", "SDP", "SDP+", ...).
+        dataset: only this data set ("mvtec", "visa", ...).
+
+    Returns:
+        Columns method, dataset, category (or "mean"), level ("image", "pixel"), metric ("auroc", "f1_max", "ap",
+        "pro"), value (a fraction), kind ("published" by the authors, "derived" from what they state, "run by
+        others") and source. No rows where nothing is known: the full tables of the paper could not be obtained.
+
+    Raises:
+        ValueError: no data set has this name.
+        FileNotFoundError: see ``data_dir``.
+    """
+    if dataset is not None:
+        _check_dataset_name(dataset)
+    table = pd.read_csv(data_dir() / "published_results.csv")
+    table["percent"] = (table["percent"] / 100).round(6)  # rounded: 0.918, not 0.9179999999999999
+    table = table.rename(columns={"percent": "value"})
+    if method is not None:
+        table = table[table["method"] == method]
+    if dataset is not None:
+        table = table[table["dataset"] == dataset]
+    return table.reset_index(drop=True)
 
 
 def data_dir() -> Path:
@@ -28,3 +124,14 @@ def data_dir() -> Path:
             "or set the environment variable CLIPAD_DATA to the folder `data` of a checkout."
         )
     return folder
+
+
+def _dbscan_options(dataset: str) -> dict:
+    return DBSCAN_VISA if dataset == "visa" else DBSCAN_MVTEC
+
+
+def _check_dataset_name(name: str) -> None:
+    if name not in TRAINED_ON:
+        nearest = difflib.get_close_matches(str(name).lower(), TRAINED_ON, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+        raise ValueError(f"Unknown data set {name!r}{hint} Known: {', '.join(TRAINED_ON)}.")
