@@ -6,6 +6,7 @@ Only test images are listed: the method is zero-shot. The rules that the layouts
 * Listings are sorted by name; hidden files, ``__MACOSX`` and files without an image suffix are ignored.
 * A file is decoded by its content, whatever its suffix says. Of several frames the first counts.
 * Pixels are taken as stored: EXIF orientation is ignored, for image and mask alike, as in the released program.
+  (A TIFF's own orientation field says how its rows are stored; the decoder applies it.)
 * Every file must lie inside the root once links are followed. The root itself may be a link.
 * Byte-identical images are kept; `check_dataset` reports them.
 """
@@ -18,7 +19,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,15 @@ from clipad.published import data_dir
 
 ORIENTATION = 0x0112  # EXIF tag
 PIXEL_LIMIT = 64_000_000  # pixels of one image; the largest of the six data sets have about 12 million
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+SUFFIXES_OF = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "MPO": (".jpg", ".jpeg"),  # Pillow's name of a JPEG with further frames, as phones write them
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes)
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # all others (EPS runs a program) stay closed
 NORMAL_NAMES = ("good", "normal", "no", "ok")  # sub-folders of dataset "folder" that hold normal images
 
@@ -183,12 +192,12 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.size and (values.min() < 0 or values.max() > 65535):
-            raise ValueError("its pixels are 32-bit integers; save it with 8 or 16 bits")
+            raise ValueError("the pixels are 32-bit integers; save it with 8 or 16 bits")
         grey = np.round(values / 257).astype(np.uint8)  # 65535 / 257 = 255
         return Image.fromarray(grey).convert("RGB")
     if image.mode == "F":
         raise ValueError(
-            "its pixels are floating-point numbers without a defined range; save it with 8 or 16 bits"
+            "the pixels are floating-point numbers without a defined range; save it with 8 or 16 bits"
         )
     if "transparency" in image.info:  # Pillow wants palettes with transparency to pass through RGBA
         image = image.convert("RGBA")
@@ -672,20 +681,20 @@ def _by_stem(folder: Path, suffix: str, problem: Problem) -> dict[str, Path]:
 
 def _inside(sample: Sample, root: Path, problem: Problem) -> Sample | None:
     """The sample without those of its files that are missing or, once links are followed, outside the root."""
-    for field in ("image_path", "mask_path", "object_mask_path"):
-        path = getattr(sample, field)
+    for part in ("image_path", "mask_path", "object_mask_path"):
+        path = getattr(sample, part)
         if path is None:
             continue
         try:
             if Path(os.path.realpath(path, strict=True)).is_relative_to(os.path.realpath(root)):
                 continue
             problem(OutsideRootError(_outside(path, root)))
-        except OSError as error:  # OutsideRootError is none
+        except OSError as error:
             kind = "a broken link" if path.is_symlink() else "missing"
             problem(FileNotFoundError(f"{path} is {kind} ({error.strerror})"))
-        if field == "image_path":
+        if part == "image_path":
             return None
-        sample = replace(sample, **{field: None})
+        sample = replace(sample, **{part: None})
     return sample
 
 
@@ -728,10 +737,12 @@ class DatasetReport:
         return not self.problems
 
     def __str__(self) -> str:
-        shown = self.table.loc[:, [not column.isna().all() for _, column in self.table.items()]]
+        total = self.table.drop(columns="category").sum(min_count=1)
+        shown = pd.concat([self.table, pd.DataFrame([{"category": "total", **total}])])
+        said = [c for c in shown if c in ("category", "normal", "anomalous") or shown[c].fillna(0).any()]
         parts = [
             f"data set {self.name!r} at {self.root}",
-            shown.to_string(index=False, na_rep="-", float_format="{:.0f}".format),
+            shown[said].to_string(index=False, na_rep="-", float_format="{:.0f}".format),
             *(f"PROBLEM: {text}" for text in self.problems[:50]),
         ]
         if len(self.problems) > 50:
@@ -741,14 +752,34 @@ class DatasetReport:
         return "\n".join(parts)
 
 
+COUNTS = ("normal", "anomalous", "unlabelled", "unreadable", "missing_masks", "wrong_size_masks")
+COUNTS += ("empty_masks", "vanished_masks", "converted", "duplicates")
+
+
+@dataclass
+class Findings:
+    """What reading the files of one sample showed; `mode` and `digest` stay empty for an unreadable image."""
+
+    mode: str = ""
+    digest: str = ""
+    misnamed: bool = False
+    rotated: bool = False
+    counts: Counter = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, column: str, problem: object) -> None:
+        self.counts[column] += 1
+        self.problems.append(str(problem))
+
+
 def check_dataset(name: str, root: str | Path | None = None, image_size: int = 240) -> DatasetReport:
     """Read every test image and mask of a data set and report what is wrong with them.
 
-    The table's columns per category: `category`, `normal`, `anomalous`, `unlabelled`; `expected_normal`,
-    `expected_anomalous` (PERFORMANCE.md; NaN where nothing is expected); `unreadable` (images and masks),
-    `missing_masks`, `wrong_size_masks`, `empty_masks` (an anomalous image's mask without a pixel), `converted` (images
-    that are neither L nor RGB), `duplicates` (images that are byte-identical to an earlier one of the data set),
-    `vanished_masks` (masks whose pixels all disappear at `image_size`: thin defects).
+    The table's columns per category: `category`, `normal`, `anomalous`, `unlabelled`, `unreadable` (images and masks),
+    `missing_masks` (0 where the data set has none at all), `wrong_size_masks`, `empty_masks` (no pixel > 0),
+    `vanished_masks` (all pixels disappear at `image_size`: thin defects), `converted` (images that are neither L nor
+    RGB), `duplicates` (images byte-identical to an earlier one), `expected_normal` and `expected_anomalous` (NaN where
+    nothing is expected).
 
     Raises what `load_dataset` raises when there is nothing to check (root missing, another layout).
     """
@@ -764,125 +795,97 @@ def check_dataset(name: str, root: str | Path | None = None, image_size: int = 2
             )
         )
 
+    masked = any(s.mask_path for s in dataset.samples)
     counts: dict[str, Counter] = defaultdict(Counter)
-    modes, misnamed, rotated, lossy = Counter(), [], [], []
     first_with: dict[str, Path] = {}
     copies = []
-    for sample, facts in zip(dataset.samples, inspected, strict=True):
+    for sample, found in zip(dataset, inspected, strict=True):
         row = counts[sample.category]
+        row.update(found.counts)
         row[{0: "normal", 1: "anomalous", -1: "unlabelled"}[sample.label]] += 1
-        row.update(facts["counts"])
-        problems += facts["problems"]
-        if facts["mode"] is None:
-            continue
-        modes[facts["mode"]] += 1
-        misnamed += [sample.image_path] * facts["misnamed"]
-        rotated += [sample.image_path] * facts["rotated"]
-        lossy += [sample.mask_path] * facts["lossy"]
-        original = first_with.setdefault(facts["digest"], sample.image_path)
-        if original != sample.image_path:
-            row["duplicates"] += 1
-            copies.append(f"{_short(sample.image_path, dataset)} = {_short(original, dataset)}")
+        row["missing_masks"] += masked and sample.label == 1 and sample.mask_path is None
+        problems += found.problems
+        if found.digest:
+            original = first_with.setdefault(found.digest, sample.image_path)
+            if original != sample.image_path:
+                row["duplicates"] += 1
+                copies.append(sample.image_path)
 
     expected = EXPECTED.get(name, {})
-    masked = any(s.mask_path for s in dataset.samples)
     rows = []
     for category in dict.fromkeys([*expected, *dataset.categories]):
         row = counts[category]
-        if masked:
-            row["missing_masks"] = sum(
-                s.label == 1 and s.mask_path is None for s in dataset.samples if s.category == category
-            )
         normal, anomalous = expected.get(category, (np.nan, np.nan))
-        rows.append({"category": category, "expected_normal": normal, "expected_anomalous": anomalous, **row})
+        rows.append(
+            {"category": category, **{c: row[c] for c in COUNTS}}
+            | {"expected_normal": normal, "expected_anomalous": anomalous}
+        )
         if category in expected and (row["normal"], row["anomalous"]) != expected[category]:
             problems.append(
                 f"{category}: found {row['normal']} normal + {row['anomalous']} anomalous images, "
                 f"expected {normal} + {anomalous}"
             )
-    columns = [
-        "category",
-        "normal",
-        "anomalous",
-        "unlabelled",
-        "expected_normal",
-        "expected_anomalous",
-        "unreadable",
-    ]
-    columns += [
-        "missing_masks",
-        "wrong_size_masks",
-        "empty_masks",
-        "vanished_masks",
-        "converted",
-        "duplicates",
-    ]
-    table = pd.DataFrame(rows).reindex(columns=columns)
 
-    notes = []
-    if modes:
-        notes.append("image modes: " + ", ".join(f"{mode} {n}" for mode, n in modes.most_common()))
-    for text, names in [
-        ("byte-identical copies, kept", copies),
-        ("content is of another type than the suffix says, read by content", misnamed),
-        ("EXIF orientation is set and ignored: pixels are taken as stored", rotated),
+    modes = Counter(found.mode for found in inspected if found.mode)
+    notes = ["image modes: " + ", ".join(f"{mode} {n}" for mode, n in modes.most_common())] if modes else []
+    pairs = list(zip(dataset, inspected, strict=True))
+    lossy = [
+        s.mask_path for s in dataset if s.mask_path and s.mask_path.suffix.lower() in SUFFIXES_OF["JPEG"]
+    ]
+    for text, paths in [
+        ("byte-identical to an earlier image, kept", copies),
+        (
+            "content of another type than the suffix says, read by content",
+            [s.image_path for s, f in pairs if f.misnamed],
+        ),
+        (
+            "EXIF orientation set, ignored: pixels are taken as stored",
+            [s.image_path for s, f in pairs if f.rotated],
+        ),
         ("JPEG masks: compression noise above 0 counts as anomalous", lossy),
+        ("image files that belong to no sample", _left_over(dataset) if name == "folder" else []),
     ]:
-        if names:
-            shown = ", ".join(n if isinstance(n, str) else _short(n, dataset) for n in names[:5])
-            notes.append(f"{text}: {len(names)} ({shown}{', ...' if len(names) > 5 else ''})")
-    return DatasetReport(name, dataset.root, image_size, table, problems, notes)
+        if paths:
+            shown = ", ".join(str(path.relative_to(dataset.root)) for path in paths[:5])
+            notes.append(f"{text}: {len(paths)} ({shown}{', ...' if len(paths) > 5 else ''})")
+    return DatasetReport(name, dataset.root, image_size, pd.DataFrame(rows), problems, notes)
 
 
-SUFFIXES_OF = {
-    "PNG": (".png",),
-    "JPEG": (".jpg", ".jpeg"),
-    "MPO": (".jpg", ".jpeg"),  # a JPEG with further frames, as phones write them
-    "BMP": (".bmp",),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-}
-
-
-def _inspect(sample: Sample, image_size: int) -> dict:
-    """Read one sample's files; `mode` None says that the image could not be read."""
-    facts = {"mode": None, "counts": Counter(), "problems": []}
-    counts, problems = facts["counts"], facts["problems"]
+def _inspect(sample: Sample, image_size: int) -> Findings:
+    found = Findings()
     size = None
     try:
         image = _decode(sample.image_path)
         _eight_bit(image)
-        size = image.size
-        facts["mode"] = image.mode
-        facts["digest"] = hashlib.sha256(sample.image_path.read_bytes()).hexdigest()
-        facts["misnamed"] = sample.image_path.suffix.lower() not in SUFFIXES_OF[image.format]
-        facts["rotated"] = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1
-        facts["lossy"] = False
-        counts["converted"] += image.mode not in ("L", "RGB")
+        size, found.mode = image.size, image.mode
+        found.digest = hashlib.sha256(sample.image_path.read_bytes()).hexdigest()
+        found.misnamed = sample.image_path.suffix.lower() not in SUFFIXES_OF[image.format]
+        found.rotated = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1
+        found.counts["converted"] += image.mode not in ("L", "RGB")
     except (OSError, ValueError) as error:
-        counts["unreadable"] += 1
-        problems.append(f"{sample.image_path}: {error}")
-    for path, is_object in ((sample.mask_path, False), (sample.object_mask_path, True)):
-        if path is None:
-            continue
+        found.add("unreadable", error if isinstance(error, OSError) else f"{sample.image_path}: {error}")
+    for path in filter(None, (sample.mask_path, sample.object_mask_path)):
         try:
             mask = _native_mask(path, size)
         except MaskSizeError as error:
-            counts["wrong_size_masks"] += 1
-            problems.append(str(error))
+            found.add("wrong_size_masks", error)
         except OSError as error:
-            counts["unreadable"] += 1
-            problems.append(str(error))
+            found.add("unreadable", error)
         else:
             if not mask.any():
-                counts["empty_masks"] += 1
-                problems.append(f"mask {path} has no pixel > 0")
-            elif not is_object:
-                counts["vanished_masks"] += not resize_mask(mask, image_size).any()
-    if sample.mask_path is not None and sample.mask_path.suffix.lower() in SUFFIXES_OF["JPEG"]:
-        facts["lossy"] = True
-    return facts
+                found.add("empty_masks", f"mask {path} has no pixel > 0")
+            elif path == sample.mask_path and not resize_mask(mask, image_size).any():
+                found.counts["vanished_masks"] += 1
+    return found
 
 
-def _short(path: Path, dataset: Dataset) -> str:
-    return str(path.relative_to(dataset.root))
+def _left_over(dataset: Dataset) -> list[Path]:
+    """Image files under the root that no sample uses: deeper folders, train, masks without an image."""
+    used = {p for s in dataset.samples for p in (s.image_path, s.mask_path, s.object_mask_path)}
+    found = (path for path in dataset.root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(
+        path
+        for path in found
+        if path not in used
+        and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(dataset.root).parts)
+    )
