@@ -129,9 +129,15 @@ def read_mask(path: str | Path, image_size: int, expected_size: tuple[int, int] 
     A pixel is anomalous where any colour channel is > 0 (alpha is ignored), decided at native size; then bilinear
     resize to S x S and threshold at 0.5. On the 8-bit result 127 is out and 128 is in, so no value ties.
 
-    `expected_size` is the image's (width, height); another size raises `MaskSizeError`. Other errors as `read_image`.
+    `expected_size` is the image's (width, height), see `native_size`; another size raises `MaskSizeError`.
+    Other errors as `read_image`.
     """
     return resize_mask(_native_mask(path, expected_size), image_size)
+
+
+def native_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of an image as `read_image` would return it, from its header. Errors as `read_image`."""
+    return _decode(path, header_only=True).size
 
 
 def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
@@ -165,7 +171,7 @@ def image_tensor(image: Image.Image, image_size: int, mean: Iterable[float], std
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def _decode(path: str | Path) -> Image.Image:
+def _decode(path: str | Path, header_only: bool = False) -> Image.Image:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > PIXEL_LIMIT:  # known from the header, before any pixel is decoded
@@ -173,7 +179,8 @@ def _decode(path: str | Path) -> Image.Image:
                     f"{path} has {image.width} x {image.height} pixels; the limit is {PIXEL_LIMIT:,} "
                     "(clipad.datasets.PIXEL_LIMIT). Scale the image down, or raise the limit if you trust the file"
                 )
-            image.load()
+            if not header_only:
+                image.load()
             return image
     except (FileNotFoundError, PermissionError, IsADirectoryError, ImageTooLargeError):
         raise
@@ -317,14 +324,14 @@ def load_dataset(
     missing), `LayoutError`, `OutsideRootError`.
     """
 
-    def stop(error: Exception) -> None:
-        raise error
+    def stop(kind: type[Exception], message: str) -> None:
+        raise kind(message)
 
     dataset = _list_dataset(name, root, stop)
     return dataset.select(categories) if categories else dataset
 
 
-Problem = Callable[[Exception], None]  # raises (load_dataset) or collects (check_dataset)
+Problem = Callable[[type[Exception], str], None]  # raises (load_dataset) or collects (check_dataset)
 
 
 def _list_dataset(name: str, root: str | Path | None, problem: Problem) -> Dataset:
@@ -343,9 +350,8 @@ def _list_dataset(name: str, root: str | Path | None, problem: Problem) -> Datas
     samples = [kept for sample in listed if (kept := _inside(sample, root, problem)) is not None]
     if not samples:
         problem(
-            LayoutError(
-                f"{root} holds no test images of data set {name!r}. {_expected_and_found(name, root)}"
-            )
+            LayoutError,
+            f"{root} holds no test images of data set {name!r}. {_expected_and_found(name, root)}",
         )
     categories = tuple(dict.fromkeys(s.category for s in samples))
     return Dataset(name, root, categories, tuple(samples))
@@ -376,10 +382,9 @@ def _mvtec(root: Path, problem: Problem) -> list[Sample]:
         category = _nfc(folder.name)
         if category not in EXPECTED["mvtec"]:
             problem(
-                LayoutError(
-                    f"{folder} is no category of MVTec AD{_nearest(category, EXPECTED['mvtec'])}. "
-                    "Use dataset='folder' for other data in this layout"
-                )
+                LayoutError,
+                f"{folder} is no category of MVTec AD{_nearest(category, EXPECTED['mvtec'])}. "
+                "Use dataset='folder' for other data in this layout",
             )
         samples += _labelled(folder / "test", folder, category, ("good",), True, problem)
     return samples
@@ -399,20 +404,11 @@ def _labelled(
             mask = masks.get(_nfc(image.stem))
             if label and mask is None and masks_needed:
                 problem(
-                    FileNotFoundError(
-                        f"no mask for {image}: expected {folder / 'ground_truth' / defect / image.stem}_mask.png"
-                    )
+                    FileNotFoundError,
+                    f"no mask for {image}: expected {folder / 'ground_truth' / defect / image.stem}_mask.png",
                 )
-            samples.append(
-                Sample(
-                    image,
-                    mask,
-                    category,
-                    label,
-                    defect if label else "good",
-                    objects.get(_nfc(image.stem)),
-                )
-            )
+            kind = defect if label else "good"
+            samples.append(Sample(image, mask, category, label, kind, objects.get(_nfc(image.stem))))
     return samples
 
 
@@ -439,11 +435,11 @@ def _visa(root: Path, problem: Problem) -> list[Sample]:
         if row["split"] != "test" or not (root / row["object"]).is_dir():
             continue
         if row["label"] not in ("normal", "anomaly"):
-            problem(ValueError(f"{path}, line {line}: label {row['label']!r}, expected normal or anomaly"))
+            problem(ValueError, f"{path}, line {line}: label {row['label']!r}, expected normal or anomaly")
             continue
         label = int(row["label"] == "anomaly")
         if label and not row["mask"]:
-            problem(FileNotFoundError(f"no mask for {root / row['image']}: {path}, line {line} names none"))
+            problem(FileNotFoundError, f"no mask for {root / row['image']}: {path}, line {line} names none")
         mask = root / row["mask"] if label and row["mask"] else None
         category = _nfc(row["object"])
         samples.append(Sample(root / row["image"], mask, category, label, "anomaly" if label else "good"))
@@ -477,7 +473,7 @@ def _all_anomalous(
     for image in _images(images):
         mask = pairs.get(_nfc(image.stem))
         if mask is None:
-            problem(FileNotFoundError(f"no mask for {image}: expected {masks / (image.stem + suffix)}.*"))
+            problem(FileNotFoundError, f"no mask for {image}: expected {masks / (image.stem + suffix)}.*")
         samples.append(Sample(image, mask, category, 1, defect))
     return samples
 
@@ -494,18 +490,18 @@ def _headct(root: Path, problem: Problem) -> list[Sample]:
     for line, row in _rows(root / "labels.csv", ("id", "hemorrhage"), root):
         where = f"{root / 'labels.csv'}, line {line}"
         if row["hemorrhage"] not in ("0", "1"):
-            problem(ValueError(f"{where}: hemorrhage is {row['hemorrhage']!r}, expected 0 or 1"))
+            problem(ValueError, f"{where}: hemorrhage is {row['hemorrhage']!r}, expected 0 or 1")
             continue
         image = images.pop(row["id"].zfill(3), None)
         if image is None:
             problem(
-                FileNotFoundError(f"{where}: no image {folder / row['id'].zfill(3)}.png, or listed twice")
+                FileNotFoundError, f"{where}: no image {folder / row['id'].zfill(3)}.png, or listed twice"
             )
             continue
         label = int(row["hemorrhage"])
         samples.append(Sample(image, None, "head ct", label, "hemorrhage" if label else "good"))
     for image in images.values():
-        problem(ValueError(f"{image} has no row in {root / 'labels.csv'}"))
+        problem(ValueError, f"{image} has no row in {root / 'labels.csv'}")
     return sorted(samples, key=lambda s: s.image_path.name)
 
 
@@ -546,10 +542,9 @@ def _folder_category(folder: Path, problem: Problem) -> list[Sample] | None:
     labelled = parent != folder or any(f.name.lower() in NORMAL_NAMES and _images(f) for f in subfolders)
     if flat and any(_images(f) for f in subfolders):
         problem(
-            LayoutError(
-                f"{parent} holds images ({flat[0].name}, ...) beside sub-folders of images "
-                f"({', '.join(f.name for f in subfolders)}): move them into a sub-folder, so that they have a label"
-            )
+            LayoutError,
+            f"{parent} holds images ({flat[0].name}, ...) beside sub-folders of images "
+            f"({', '.join(f.name for f in subfolders)}): move them into a sub-folder, so that they have a label",
         )
     if flat:
         return [Sample(image, None, category, -1, "unknown") for image in flat]
@@ -627,7 +622,7 @@ def _expected_and_found(name: str, root: Path) -> str:
         shown = ", ".join(folder.name for folder in folders[:8]) + (", ..." if len(folders) > 8 else "")
         found = f"{len(folders)} sub-folders{f' ({shown})' if folders else ''} and {len(images)} images"
     fitting = [other for other in EXPECTED if other != name and LAYOUTS[other].fits(root)]
-    if not fitting and name != "folder" and any(_folder(root, lambda error: None)):
+    if not fitting and name != "folder" and any(_folder(root, lambda *problem: None)):
         fitting = ["folder"]
     hint = f" This is a layout for dataset={fitting[0]!r}." if fitting else ""
     return f"Expected {LAYOUTS[name].text}; found {found}.{hint}"
@@ -674,7 +669,7 @@ def _by_stem(folder: Path, suffix: str, problem: Problem) -> dict[str, Path]:
     for path in _images(folder):
         stem = _nfc(path.stem).removesuffix(suffix)
         if stem in pairs:
-            problem(ValueError(f"two masks for one image: {pairs[stem]} and {path}. Remove one"))
+            problem(ValueError, f"two masks for one image: {pairs[stem]} and {path}. Remove one")
         pairs[stem] = path
     return pairs
 
@@ -688,10 +683,10 @@ def _inside(sample: Sample, root: Path, problem: Problem) -> Sample | None:
         try:
             if Path(os.path.realpath(path, strict=True)).is_relative_to(os.path.realpath(root)):
                 continue
-            problem(OutsideRootError(_outside(path, root)))
+            problem(OutsideRootError, _outside(path, root))
         except OSError as error:
             kind = "a broken link" if path.is_symlink() else "missing"
-            problem(FileNotFoundError(f"{path} is {kind} ({error.strerror})"))
+            problem(FileNotFoundError, f"{path} is {kind} ({error.strerror})")
         if part == "image_path":
             return None
         sample = replace(sample, **{part: None})
@@ -737,8 +732,10 @@ class DatasetReport:
         return not self.problems
 
     def __str__(self) -> str:
-        total = self.table.drop(columns="category").sum(min_count=1)
-        shown = pd.concat([self.table, pd.DataFrame([{"category": "total", **total}])])
+        shown = self.table
+        if len(shown) > 1:
+            total = shown.drop(columns="category").sum(min_count=1)
+            shown = pd.concat([shown, pd.DataFrame([{"category": "total", **total}])])
         said = [c for c in shown if c in ("category", "normal", "anomalous") or shown[c].fillna(0).any()]
         parts = [
             f"data set {self.name!r} at {self.root}",
@@ -784,7 +781,7 @@ def check_dataset(name: str, root: str | Path | None = None, image_size: int = 2
     Raises what `load_dataset` raises when there is nothing to check (root missing, another layout).
     """
     problems: list[str] = []
-    dataset = _list_dataset(name, root, lambda error: problems.append(str(error)))
+    dataset = _list_dataset(name, root, lambda kind, message: problems.append(message))
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
         inspected = list(
             tqdm(
@@ -812,14 +809,12 @@ def check_dataset(name: str, root: str | Path | None = None, image_size: int = 2
                 copies.append(sample.image_path)
 
     expected = EXPECTED.get(name, {})
+    columns = ["category", *COUNTS, "expected_normal", "expected_anomalous"]
     rows = []
     for category in dict.fromkeys([*expected, *dataset.categories]):
         row = counts[category]
         normal, anomalous = expected.get(category, (np.nan, np.nan))
-        rows.append(
-            {"category": category, **{c: row[c] for c in COUNTS}}
-            | {"expected_normal": normal, "expected_anomalous": anomalous}
-        )
+        rows.append([category, *(row[column] for column in COUNTS), normal, anomalous])
         if category in expected and (row["normal"], row["anomalous"]) != expected[category]:
             problems.append(
                 f"{category}: found {row['normal']} normal + {row['anomalous']} anomalous images, "
@@ -848,7 +843,7 @@ def check_dataset(name: str, root: str | Path | None = None, image_size: int = 2
         if paths:
             shown = ", ".join(str(path.relative_to(dataset.root)) for path in paths[:5])
             notes.append(f"{text}: {len(paths)} ({shown}{', ...' if len(paths) > 5 else ''})")
-    return DatasetReport(name, dataset.root, image_size, pd.DataFrame(rows), problems, notes)
+    return DatasetReport(name, dataset.root, image_size, pd.DataFrame(rows, columns=columns), problems, notes)
 
 
 def _inspect(sample: Sample, image_size: int) -> Findings:
