@@ -14,12 +14,12 @@ from clipad.prompts import CLIP_AD
 
 
 def words(sentence: str) -> list[str]:
-    """The words of a sentence as `seen_words` counts them: runs of letters, lower case.
+    """The words of a sentence as `seen_words` counts them: lower case, without punctuation.
 
     >>> words("A close-up photo of the metal_nut.")
-    ['a', 'close', 'up', 'photo', 'of', 'the', 'metal', 'nut']
+    ['a', 'close-up', 'photo', 'of', 'the', 'metal', 'nut']
     """
-    return re.findall(r"[a-z]+", sentence.lower())
+    return re.findall(r"[a-z]+(?:-[a-z]+)*", sentence.lower())
 
 
 NORMAL_STATES = CLIP_AD.normal  # said of every picture without a defect, and only of those
