@@ -10,7 +10,7 @@ _HOME = {
     "prompts": ["Prompts", "load_prompts"],
     "published": ["data_dir", "published_results", "protocol"],
     "datasets": ["Dataset", "Sample", "load_dataset", "check_dataset", "read_image", "read_mask"],
-    "metrics": ["image_metrics", "pixel_metrics"],
+    "metrics": ["image_metrics", "pixel_metrics", "pro_200_thresholds", "pro_curve"],
     "backbone": ["Backbone", "load_backbone"],
     "dual_path": ["StagedFeatures", "staged_features"],
     "text": ["representative_vector", "representative_vectors"],

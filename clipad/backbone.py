@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from clipad.datasets import image_tensor
+from clipad.demo import seen_words
 from clipad.published import data_dir
 
 
@@ -58,11 +59,11 @@ class Backbone:
         digest = hashlib.sha256()
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """PIL image of any size -> 3 x S x S float32: squashed bicubically, scaled, normalised (METHOD.md section 1)."""
+        """PIL image of any size -> 3 x S x S float32: squashed bicubically, scaled, normalised (METHOD.md 1)."""
         return image_tensor(image, self.image_size, self.mean, self.std)
 
     def autocast(self):
@@ -159,7 +160,8 @@ def load_backbone(
     path = Path(pretrained) if pretrained else None
     if path is not None and not path.is_file() and str(pretrained) not in tags:
         raise ValueError(
-            f"pretrained={str(pretrained)!r} is neither a file nor a tag of {name}; its tags are {', '.join(tags) or 'none'}"
+            f"pretrained={str(pretrained)!r} is neither a file nor a tag of {name}; "
+            f"its tags are {', '.join(tags) or 'none'}"
         )
     with torch.random.fork_rng(devices=[]), _quiet_open_clip():
         torch.manual_seed(seed)
@@ -190,8 +192,6 @@ def load_backbone(
 
 
 def _load_demo(pretrained, device, image_size) -> Backbone:
-    from clipad.demo import seen_words
-
     folder = data_dir() / "demo" / "model"
     config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
     model_cfg = config["model_cfg"]

@@ -1,0 +1,311 @@
+"""A detector on a data set -> a tidy table (METHOD.md section 7), resumable.
+
+With an ``output_dir`` every 64 images leave a part on disk and every category its results; a run that was stopped
+anywhere continues there and ends with the same bytes. Memory holds the maps of one category at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from clipad.datasets import Dataset, Sample, read_image, read_mask
+from clipad.files import write_atomically
+from clipad.metrics import image_metrics, pixel_metrics
+
+COLUMNS = [
+    *(f"image_{m}" for m in ("auroc", "f1_max", "ap")),
+    *(f"class_{m}" for m in ("auroc", "f1_max", "ap")),
+    *(f"pixel_{m}" for m in ("auroc", "f1_max", "ap", "pro")),
+]
+PART = 64
+"""images in one part on disk: what a killed run loses at most"""
+_AHEAD = 2
+"""batches that are read from disk while the device computes"""
+
+
+@dataclass
+class Result:
+    """What an evaluation found.
+
+    ``table``: a row per category and a last row ``mean`` (unweighted), fractions; ``image_*`` uses the published
+    combination of class probability and map, ``class_*`` the class probability alone, ``pixel_*`` the maps; NaN
+    where a data set has no such labels. ``images``: a row per image.
+    """
+
+    table: pd.DataFrame
+    images: pd.DataFrame
+    settings: dict
+
+
+def published_image_score(probabilities, map_maxima) -> np.ndarray:
+    """Min-max of the class probability plus min-max of the maximum of the smoothed map, over one category's test set.
+
+    So an image's score depends on the other images (METHOD.md section 5). Where all values are equal (one image, a
+    constant map) that part is 0: the released program divides 0 by 0 there.
+    """
+    return _min_max(probabilities) + _min_max(map_maxima)
+
+
+def _min_max(values) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    span = values.max() - values.min()
+    return (values - values.min()) / span if span > 0 else np.zeros_like(values)
+
+
+def evaluate(
+    detector,
+    dataset: Dataset,
+    output_dir: str | Path | None = None,
+    batch_size: int = 16,
+    workers: int = 4,
+    progress: bool = True,
+) -> Result:
+    """Run a detector over a data set.
+
+    ``output_dir``: where parts and results are kept, None for memory only; ``batch_size``: halved by itself where a
+    GPU runs out of memory; ``workers``: threads that read images ahead.
+
+    Raises ValueError for an empty data set, for maps that are not finite, and for an ``output_dir`` that holds the
+    results of other settings; OSError if it cannot be written (noticed before the work starts); what
+    :func:`clipad.read_image` raises for a broken image, with everything finished so far kept.
+    """
+    if not len(dataset):
+        raise ValueError(f"the data set {dataset.name} has no images")
+    if batch_size < 1 or workers < 1:
+        raise ValueError(f"batch_size and workers have to be 1 or more, found {batch_size} and {workers}")
+    settings = detector.settings | {"dataset": dataset.name, "samples": fingerprint(dataset)}
+    folder = _claim(Path(output_dir), settings) if output_dir is not None else None
+
+    rows, frames = {}, []
+    with tqdm(
+        total=len(dataset), desc=f"{detector.name} on {dataset.name}", unit="image", disable=not progress
+    ) as bar:
+        for category in dataset.categories:
+            samples = [sample for sample in dataset if sample.category == category]
+            found = _load_category(folder, category)
+            if found is None:
+                found = _run_category(detector, category, samples, dataset, folder, batch_size, workers, bar)
+            else:
+                bar.update(len(samples))
+            frames.append(found[0])
+            rows[category] = found[1]
+
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS)
+    table.loc["mean"] = table.mean()
+    table.index.name = "category"
+    result = Result(table, pd.concat(frames, ignore_index=True), settings)
+    if folder is not None:
+        write_atomically(folder / "table.csv", result.table.to_csv())
+        write_atomically(folder / "images.csv", result.images.to_csv(index=False))
+    return result
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """16 hex digits over the samples (relative paths, labels, file sizes): the same data gives the same results."""
+    digest = hashlib.sha256()
+    for s in dataset:
+        size = s.image_path.stat().st_size
+        digest.update(
+            f"{_relative(s.image_path, dataset)}|{s.category}|{s.label}|{s.mask_path is not None}|{size}\n".encode()
+        )
+    return digest.hexdigest()[:16]
+
+
+def load_images(
+    samples: list[Sample], preprocess, batch_size: int, workers: int = 4, pin: bool = False
+) -> Iterator:
+    """Batches of pre-processed images, B x 3 x S x S, decoded by threads while the caller computes."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque = deque()
+        try:
+            for start in range(0, len(samples), batch_size):
+                group = samples[start : start + batch_size]
+                waiting.append(
+                    [pool.submit(lambda s: preprocess(read_image(s.image_path)), s) for s in group]
+                )
+                if len(waiting) > _AHEAD:
+                    yield _stack(waiting.popleft(), pin)
+            while waiting:
+                yield _stack(waiting.popleft(), pin)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _stack(futures, pin: bool) -> torch.Tensor:
+    images = torch.stack([future.result() for future in futures])
+    return images.pin_memory() if pin else images
+
+
+def predict_halving(detector, images: torch.Tensor, category: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps and probabilities; a batch that does not fit into GPU memory is halved until it does."""
+    try:
+        prediction = detector.predict(images, category)
+        return prediction.maps, prediction.probabilities
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+        torch.cuda.empty_cache()
+    halves = [predict_halving(detector, half, category) for half in images.chunk(2)]
+    return tuple(torch.cat(values) for values in zip(*halves, strict=True))
+
+
+def _run_category(detector, category, samples, dataset, folder, batch_size, workers, bar):
+    has_masks = any(s.mask_path is not None for s in samples) and all(s.label >= 0 for s in samples)
+    parts = []
+    for number, start in enumerate(range(0, len(samples), PART)):
+        group = samples[start : start + PART]
+        path = folder / "parts" / f"{_slug(category)}-{number:04d}.npz" if folder else None
+        part = _read_part(path, len(group))
+        if part is None:
+            part = _run_part(detector, category, group, has_masks, batch_size, workers, bar)
+            if path is not None:
+                write_atomically(path, _npz_bytes(part))
+        else:
+            bar.update(len(group))
+        # With a folder the maps wait on disk until the whole category is there.
+        parts.append(
+            part if path is None else {k: v for k, v in part.items() if k != "maps"} | {"path": path}
+        )
+
+    probabilities = np.concatenate([part["probabilities"] for part in parts])
+    map_maxima = np.concatenate([part["map_maxima"] for part in parts])
+    score = published_image_score(probabilities, map_maxima)
+    frame = pd.DataFrame(
+        {
+            "category": category,
+            "path": [_relative(s.image_path, dataset) for s in samples],
+            "defect": [s.defect for s in samples],
+            "label": [s.label for s in samples],
+            "probability": probabilities.astype(np.float64),
+            "map_max": map_maxima.astype(np.float64),
+            "image_score": score,
+        }
+    )
+    metrics = dict.fromkeys(COLUMNS, np.nan)
+    labels = frame["label"].to_numpy()
+    if (labels >= 0).all():
+        metrics |= {f"image_{k}": v for k, v in image_metrics(score, labels).items()}
+        metrics |= {f"class_{k}": v for k, v in image_metrics(probabilities, labels).items()}
+    if has_masks:
+        maps = np.empty((len(samples), *_map_shape(parts)), dtype=np.float32)
+        for number, part in enumerate(parts):
+            maps[number * PART : (number + 1) * PART] = (
+                part["maps"] if "maps" in part else np.load(part["path"])["maps"]
+            )
+        parts.clear()
+        masks = read_masks(samples, maps.shape[-1], workers)
+        metrics |= {f"pixel_{k}": v for k, v in pixel_metrics(maps, masks).items()}
+
+    if folder is not None:
+        write_atomically(folder / f"{_slug(category)}.csv", frame.to_csv(index=False))
+        write_atomically(folder / f"{_slug(category)}.json", _json(metrics))
+        for path in (folder / "parts").glob(f"{_slug(category)}-*.npz"):
+            path.unlink()
+        # A reader that resumes sees the numbers as CSV gives them; a run that was never stopped shall see the same.
+        return _load_category(folder, category)
+    return frame, metrics
+
+
+def _run_part(detector, category, samples, keep_maps, batch_size, workers, bar):
+    pin = detector.backbone.device.type == "cuda"
+    maps, probabilities, maxima = [], [], []
+    for images in load_images(samples, detector.backbone.preprocess, batch_size, workers, pin):
+        batch_maps, batch_probabilities = predict_halving(detector, images, category)
+        if not (torch.isfinite(batch_maps).all() and torch.isfinite(batch_probabilities).all()):
+            raise ValueError(
+                f"{detector.name} gave maps or probabilities that are not finite for {category!r}"
+            )
+        probabilities.append(batch_probabilities.numpy())
+        maxima.append(batch_maps.flatten(1).max(dim=1).values.numpy())
+        if keep_maps:
+            maps.append(batch_maps.numpy())
+        bar.update(len(images))
+    part = {"probabilities": np.concatenate(probabilities), "map_maxima": np.concatenate(maxima)}
+    return part | {"maps": np.concatenate(maps)} if keep_maps else part
+
+
+def read_masks(samples: list[Sample], image_size: int, workers: int = 4) -> np.ndarray:
+    """Ground truth of samples as bool, N x S x S; a sample without a mask (a normal image) is all False."""
+    masks = np.zeros((len(samples), image_size, image_size), dtype=bool)
+    with_mask = [i for i, s in enumerate(samples) if s.mask_path is not None]
+    with ThreadPoolExecutor(workers) as pool:
+        read = pool.map(lambda i: read_mask(samples[i].mask_path, image_size), with_mask)
+        for i, mask in zip(with_mask, read, strict=True):
+            masks[i] = mask
+    return masks
+
+
+def _claim(folder: Path, settings: dict) -> Path:
+    """Make the folder, or see that it belongs to these settings."""
+    text = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    path = folder / "settings.json"
+    if path.is_file():
+        found, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+        different = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+        if different:
+            raise ValueError(
+                f"{folder} holds results of other settings (different: {', '.join(different)}): "
+                "choose another output_dir or remove this one"
+            )
+    else:
+        write_atomically(path, text)
+    return folder
+
+
+def _load_category(folder: Path | None, category: str):
+    if folder is None or not (folder / f"{_slug(category)}.json").is_file():
+        return None
+    stored = json.loads((folder / f"{_slug(category)}.json").read_text(encoding="utf-8"))
+    metrics = {name: np.nan if value is None else value for name, value in stored.items()}
+    frame = pd.read_csv(
+        folder / f"{_slug(category)}.csv", keep_default_na=False, float_precision="round_trip"
+    )
+    return frame, metrics
+
+
+def _json(metrics: dict) -> str:
+    """Undefined metrics are null: NaN is not JSON."""
+    return json.dumps({k: None if np.isnan(v) else float(v) for k, v in metrics.items()}, indent=1) + "\n"
+
+
+def _read_part(path: Path | None, length: int) -> dict | None:
+    """A finished part, or None where it is missing or damaged."""
+    try:
+        with np.load(path) as found:
+            part = dict(found)
+        return part if len(part["probabilities"]) == length else None
+    except Exception:  # whatever is wrong with the file, its images are simply computed again
+        return None
+
+
+def _npz_bytes(arrays: dict) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def _map_shape(parts) -> tuple[int, int]:
+    first = parts[0]["maps"] if "maps" in parts[0] else np.load(parts[0]["path"])["maps"]
+    return first.shape[1:]
+
+
+def _relative(path: Path, dataset: Dataset) -> str:
+    return path.relative_to(dataset.root).as_posix()
+
+
+def _slug(category: str) -> str:
+    """The category as a file name, one to one."""
+    return quote(category, safe=" ")
