@@ -6,7 +6,7 @@ backbone and does not depend on the text, ``score(features, category)`` is cheap
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -143,19 +143,14 @@ class Detector:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides the numbers, JSON-able: results carry it, and a stopped run continues only if it is equal."""
+        """All that decides the numbers, JSON-able: a stopped run continues only if it is equal."""
         return {
             "detector": self.name,
             "model": self.backbone.name,
             "weights": self.backbone.weights_hash,
             "image_size": self.backbone.image_size,
             "device": self.backbone.device.type,
-            "prompts": [
-                self.prompts.normal,
-                self.prompts.anomalous,
-                self.prompts.templates,
-                self.prompts.object_names,
-            ],
+            "prompts": asdict(self.prompts),
             "rvs": self.rvs,
             "rvs_options": self.rvs_options,
             "smoothing": self.smoothing,
