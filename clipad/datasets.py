@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from clipad.published import data_dir
 
 ORIENTATION = 0x0112  # EXIF tag
-PIXEL_LIMIT = 64_000_000  # pixels of one image; the largest of the six data sets have about 12 million
+PIXEL_LIMIT = 64_000_000  # of one image: 8000 x 8000
 SUFFIXES_OF = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg"),

@@ -494,15 +494,21 @@ def test_truncated_files_are_named(tmp_path, suffix):
         read_image(path)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n", b"GIF89a"]
-)
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0"])
 def test_non_images_are_named(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(UnreadableImageError, match=r"x\.png"):
         read_image(tmp_path / "x.png")
     with pytest.raises(UnreadableImageError, match=r"x\.png"):
         read_mask(tmp_path / "x.png", 4)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "EPS", "PPM"])
+def test_other_formats_stay_closed(tmp_path, kind):
+    """Pillow would hand an EPS file to a PostScript interpreter, whatever its suffix."""
+    Image.new("RGB", (5, 5)).save(tmp_path / "x.png", format=kind)
+    with pytest.raises(UnreadableImageError, match=r"x\.png.*Expected a complete PNG, JPEG, BMP, TIFF, WEBP"):
+        read_image(tmp_path / "x.png")
 
 
 def test_missing_file_stays_a_file_not_found_error(tmp_path):
