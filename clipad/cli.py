@@ -71,7 +71,14 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
 
     Exit code: 0 all cells ran and the output is sound (or the notebook says why it skips), 1 it failed, 2 wrong usage.
     """
-    from clipad.runner import find_notebook, inspect_parameters, notebook_paths, plan_all, run_notebook
+    from clipad.runner import (
+        check_parameters,
+        find_notebook,
+        inspect_parameters,
+        notebook_paths,
+        plan_all,
+        run_notebook,
+    )
 
     runs = []
     with one_line_errors():
@@ -84,7 +91,8 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
         values |= {"preset": preset} if preset is not None else {}
         if output_dir and any("output_dir" in inspect_parameters(path) for path in paths):
             values["output_dir"] = str(Path(output_dir).expanduser().resolve())
-        for path, own in plan_all(paths, values):
+        plan = plan_all(paths, values) if every else [(paths[0], check_parameters(paths[0], values))]
+        for path, own in plan:
             if every:
                 click.echo(path.stem, err=True)
             runs.append(run_notebook(path, own, output_dir, timeout))

@@ -8,8 +8,8 @@ What the cell tagged ``parameters`` may say, one parameter a line, ``name: type 
 * type: ``str int float bool list dict``, also ``list[str]``, ``dict[str, float]`` and the like;
 * the end of the help may limit the values: ``[mean|pca|kde]`` (choices), ``[1..16]``, ``[0..]``, ``[..1]`` (ranges,
   ends included). No ``=`` in the help: papermill does not see such a line;
-* a ``str`` parameter whose help has the word "path" is a path: a relative value means relative to where the command
-  was typed. "... or path" (a published tag or path): only when such a file exists, else the text is passed on;
+* a ``str`` parameter whose help starts with "path" is a path: a relative value counts from where the command was
+  typed. With "path" later in the help ("tag, or path of a file") it is one only if such a file exists;
 * empty values (``""``, ``0``, ``[]``, ``{}``) mean "what the preset says" and are never out of range.
 """
 
@@ -82,13 +82,10 @@ class Parameter:
     low: float = -math.inf
     high: float = math.inf
 
-    @property
-    def is_path(self) -> bool:
-        return self.type == "str" and bool(re.search(r"\bpath\b", self.help, re.IGNORECASE))
-
-    @property
-    def is_path_or_name(self) -> bool:
-        return self.is_path and bool(re.search(r"\bor (an? |the )?(\w+ )?path\b", self.help, re.IGNORECASE))
+    def is_path(self, value: str) -> bool:
+        """Whether the value names a file or folder; see the docstring of the module."""
+        found = re.search(r"\bpath\b", self.help) if self.type == "str" else None
+        return found is not None and (found.start() == 0 or Path(value).expanduser().exists())
 
 
 def inspect_parameters(path) -> dict[str, Parameter]:
@@ -104,19 +101,15 @@ def inspect_parameters(path) -> dict[str, Parameter]:
     cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
         raise ValueError(f"{path.name}: expected one cell tagged `parameters`, found {len(cells)}")
-    seen = {
-        name: _parameter(found, path)
-        for name, found in inspect_notebook(
-            notebook
-        ).items()  # the node: papermill would format braces in a path
-    }
+    found = inspect_notebook(notebook)  # the node: papermill would format braces in a path
+    seen = {name: _parameter(line, path) for name, line in found.items()}
     for statement in ast.parse(cells[0].source).body:
         targets = getattr(statement, "targets", [getattr(statement, "target", None)])
         for target in targets:
             if isinstance(target, ast.Name) and target.id not in seen:
                 raise ValueError(
                     f"{path.name}: papermill does not see the parameter {target.id!r} in line {statement.lineno} of "
-                    "the parameters cell; write `name: type = default  # help` with one `=` and a plain type"
+                    "the parameters cell; write `name: type = default  # help`, a plain type, one `=` (ranges: [0..])"
                 )
     return seen
 
@@ -183,10 +176,8 @@ def _checked(parameter: Parameter, value):
         if isinstance(item, int | float) and not parameter.low <= item <= parameter.high:
             low, high = (f"{end:g}" if math.isfinite(end) else "" for end in (parameter.low, parameter.high))
             raise ValueError(f"{name} must lie in {low}..{high}, found {item}")
-    if parameter.is_path and value:
-        place = Path(value).expanduser()
-        if place.exists() or not parameter.is_path_or_name:
-            value = str(place.resolve())
+    if value and parameter.is_path(value):
+        value = str(Path(value).expanduser().resolve())
     return value
 
 

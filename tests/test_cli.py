@@ -1,0 +1,184 @@
+"""The command line: exit codes, one-line errors, help that comes at once."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+from click.testing import CliRunner
+from nbformat.v4 import new_code_cell, new_notebook
+
+from clipad import doctor, runner
+from clipad.cli import app, guess_type, read_parameters
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    """A project of two notebooks; the second one fails when told to."""
+    monkeypatch.setattr(runner, "REPOSITORY", tmp_path)
+    kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+    for name, lines, code in (
+        ("00_first", "n: int = 1  # a number [1..9]", "print(n)"),
+        ("01_second", "n: int = 1  # a number\nfail: bool = False  # or not", "assert not fail"),
+    ):
+        cells = [new_code_cell(lines, metadata={"tags": ["parameters"]}), new_code_cell(code)]
+        metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+        (tmp_path / "notebooks").mkdir(exist_ok=True)
+        runner.write_notebook(
+            new_notebook(cells=cells, metadata=metadata), tmp_path / "notebooks" / f"{name}.ipynb"
+        )
+    return tmp_path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_help_needs_no_heavy_import():
+    code = (
+        "import sys, clipad.cli\n"
+        "try: clipad.cli.app(['--help'])\n"
+        "finally: print(sorted({'torch', 'papermill', 'pandas', 'nbformat'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "clipad run --all" in done.stdout
+    assert done.stdout.endswith("[]\n")
+
+
+def test_version():
+    assert invoke("--version").output == f"clipad {version('clipad')}\n"
+
+
+@pytest.mark.parametrize(
+    "command", [["run"], ["params"], ["doctor"], ["data", "check"], ["notebooks", "store"]]
+)
+def test_every_command_has_help(command):
+    done = invoke(*command, "--help")
+    assert done.exit_code == 0
+    assert len(done.output) > 150
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "name one notebook"),
+        (["run", "00", "--all"], "name one notebook"),
+        (["run", "07"], "no notebook starts with '07'"),
+        (["run", "00", "-p", "m", "1"], "no parameter 'm'"),
+        (["run", "00", "-p", "n", "12"], "n must lie in 1..9, found 12"),
+        (["run", "00", "-p", "n", "-1"], "n must lie in 1..9, found -1"),
+        (["run", "00", "-p", "n", "x"], "n expects int, found str 'x'"),
+        (["run", "00", "--preset", "paper"], "no parameter 'preset'"),
+        (["run", "00", "-y", "n: [1"], "is no YAML"),
+        (["run", "00", "-y", "n"], "holds str, expected `name: value`"),
+        (["run", "--all", "-p", "m", "1"], "no notebook has a parameter 'm'"),
+        (["params", "07"], "no notebook starts with '07'"),
+    ],
+)
+def test_wrong_usage_is_told_in_one_line(notebooks, arguments, message):
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (notebooks / "outputs").exists()
+
+
+def test_missing_parameter_file_is_told(notebooks):
+    done = invoke("run", "00", "-f", "nowhere.yaml")
+    assert done.exit_code == 1
+    assert "nowhere.yaml" in done.stderr
+
+
+def test_run(notebooks):
+    done = invoke("run", "00", "-p", "n", 5)
+    assert done.exit_code == 0
+    assert "00_first: ok" in done.stdout
+    assert "5" in (notebooks / "outputs" / "demo-demo" / "00_first.ipynb").read_text()
+
+
+def test_run_all_goes_on_after_a_failure(notebooks):
+    notebooks.joinpath("notebooks", "01_second.ipynb").rename(notebooks / "notebooks" / "000_x.ipynb")
+    notebooks.joinpath("notebooks", "000_x.ipynb").rename(
+        notebooks / "notebooks" / "00_a.ipynb"
+    )  # now the first
+    done = invoke("run", "--all", "-p", "fail", "True", "--output-dir", notebooks / "there")
+    assert done.exit_code == 1
+    assert "AssertionError" in done.stderr
+    summary = done.stdout.split("minutes")[1].splitlines()
+    assert [line.split()[:2] for line in summary[1:]] == [["00_a", "failed"], ["00_first", "ok"]]
+    record = json.loads((notebooks / "there" / "runs.json").read_text())
+    assert {name: run["status"] for name, run in record.items()} == {"00_a": "failed", "00_first": "ok"}
+
+
+def test_store(notebooks):
+    assert invoke("notebooks", "store", "00").exit_code == 0
+    assert runner.stored_in_step(notebooks / "notebooks" / "00_first.ipynb")
+    assert not runner.stored_in_step(notebooks / "notebooks" / "01_second.ipynb")
+
+
+def test_params(notebooks):
+    lines = invoke("params", "01").output.splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [["n", "int", "1"], ["fail", "bool", "false"]]
+
+
+def test_later_kinds_of_parameters_win(tmp_path):
+    (tmp_path / "a.yaml").write_text("a: 1\nb: 1\nc: 1\nday: 2024-01-01")
+    found = read_parameters([("c", "3")], ["{b: 2, c: 2}"], [tmp_path / "a.yaml"])
+    assert found == {"a": 1, "b": 2, "c": 3, "day": "2024-01-01"}
+
+
+@pytest.mark.parametrize(
+    "text", ["True", "None", "1", "-1", "1e3", "nan", "1_0", "[1,2]", "screw", "", " 3 "]
+)
+def test_values_are_guessed_as_by_papermill(text):
+    from papermill.cli import _resolve_type
+
+    assert repr(guess_type(text)) == repr(_resolve_type(text))
+
+
+def test_data_check(tmp_path):
+    assert invoke("data", "check", "mvtec", "--root", tmp_path / "nowhere").exit_code == 1
+    done = invoke("data", "check", "mvtek", "--root", tmp_path)
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert "mvtec" in done.stderr
+
+
+def test_doctor_as_json():
+    done = invoke("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert {"torch", "device", "demo model", "demo images", "kernel python3"} <= set(checks)
+    broken = any(check["status"] == "broken" for check in checks.values())
+    assert done.exit_code == int(broken)
+    assert all(check["fix"] for check in checks.values() if check["status"] == "broken")
+
+
+def test_doctor_names_the_fix(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "importlib.metadata.requires", lambda name: ["torch>=99", "no-such-package>=1; python_version>'3'"]
+    )
+    checks = {check.name: check for check in doctor._packages()}
+    assert "expected >=99" in checks["torch"].found
+    assert checks["torch"].fix.endswith("install 'torch>=99'")
+    assert checks["no-such-package"].found.startswith("not installed")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    assert doctor._matplotlib_backend().fix == "unset MPLBACKEND"
+    monkeypatch.setenv("CLIPAD_DATA", str(tmp_path))
+    assert doctor._demo_images().status == "broken"
+    assert doctor._demo_model().status == "broken"
+
+
+def test_another_python_behind_the_kernel_is_noticed(monkeypatch, tmp_path):
+    folder = tmp_path / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    kernel = {
+        "argv": ["/elsewhere/python", "-m", "ipykernel_launcher"],
+        "display_name": "x",
+        "language": "python",
+    }
+    (folder / "kernel.json").write_text(json.dumps(kernel))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"runs /elsewhere/python, not .*fix: .*-m ipykernel install --sys-prefix"
+    ):
+        runner.require_own_kernel()

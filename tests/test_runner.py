@@ -1,0 +1,389 @@
+"""The runner on small notebooks: what papermill lets through is refused or noticed."""
+
+import json
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from clipad import runner
+
+PARAMETERS = """preset: str = "demo"  # model, data and protocol [demo|paper]
+count: int = 0  # how many [1..16]
+share: float = 0.5  # which part [0..1]
+flag: bool = False  # a switch
+categories: list[str] = []  # which ones
+options: dict = {}  # of the method
+data_root: str = ""  # path of the data
+pretrained: str = ""  # published tag, or path of a checkpoint"""
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+def notebook(*cells, parameters=PARAMETERS):
+    """A notebook of code cells, after a parameters cell."""
+    code = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(new_code_cell, cells)]
+    kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    return new_notebook(cells=[new_markdown_cell("# Title"), *code], metadata=metadata)
+
+
+def executed(*outputs, tags=()):
+    """The same as if executed, with these outputs in its last cell."""
+    node = notebook("work()")
+    node.cells[1].execution_count, node.cells[2].execution_count = 1, 2
+    node.cells[2].metadata.tags = list(tags)
+    node.cells[2].outputs = list(outputs)
+    return node
+
+
+@pytest.fixture
+def make(tmp_path):
+    def write(name, *cells, **options):
+        path = tmp_path / "note books {x}" / f"{name}.ipynb"  # papermill formats braces in paths
+        path.parent.mkdir(exist_ok=True)
+        runner.write_notebook(notebook(*cells, **options), path)
+        return path
+
+    return write
+
+
+def run(path, parameters=None, **options):
+    return runner.run_notebook(path, parameters, path.parent / "out", progress_bar=False, **options)
+
+
+# --- names and parameters ---
+
+
+def test_find_notebook(make):
+    path = make("03_dual_path_surgery")
+    make("04_a")
+    make("05_b")
+    make("05_c")
+    assert runner.find_notebook("03", path.parent) == path
+    assert runner.find_notebook("03_dual_path_surgery.ipynb", path.parent) == path
+    assert runner.find_notebook(str(path)) == path
+    with pytest.raises(ValueError, match="did you mean '03_dual_path_surgery'"):
+        runner.find_notebook("dual_path_surgery", path.parent)
+    with pytest.raises(ValueError, match="several notebooks: 05_b, 05_c"):
+        runner.find_notebook("05", path.parent)
+    with pytest.raises(ValueError, match="no notebook starts with ''"):
+        runner.find_notebook("", path.parent)
+
+
+def test_inspect_parameters(make):
+    found = runner.inspect_parameters(make("00_a"))
+    assert list(found)[:3] == ["preset", "count", "share"]
+    assert found["preset"].choices == ("demo", "paper")
+    assert (found["count"].type, found["count"].low, found["count"].high) == ("int", 1, 16)
+    assert (found["categories"].type, found["categories"].default) == ("list[str]", [])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("x: str | None = None  # help", "does not see the parameter 'x' in line 1"),
+        ("x: int = 1  # at most n=3", "does not see the parameter 'x'"),
+        ("x: int = 2 * 3", "no plain value"),
+        ("x: int = 1.5", "the default of 'x' is 1.5, its type is int"),
+        ("x: Path = 'a'", "has the type Path; expected one of str, int"),
+    ],
+)
+def test_parameters_that_papermill_would_miss(make, line, message):
+    with pytest.raises(ValueError, match=message):
+        runner.inspect_parameters(make("00_a", parameters=line))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"preset_": "demo"}, "no parameter 'preset_'; did you mean 'preset'"),
+        ({"preset": "papr"}, "preset cannot be 'papr'; did you mean 'paper'"),
+        ({"preset": 3}, "preset expects str, found int 3; .*-y 'preset: \"3\"'"),
+        ({"count": "many"}, "count expects int, found str 'many'"),
+        ({"count": 1.5}, "count expects int, found float"),
+        ({"count": True}, "count expects int, found bool"),
+        ({"count": 17}, r"count must lie in 1\.\.16, found 17"),
+        ({"share": float("nan")}, "share expects a finite number"),
+        ({"share": None}, "share expects float, found NoneType"),
+        ({"flag": 1}, "flag expects bool, found int"),
+        ({"flag": ""}, "flag expects bool, found str"),
+        ({"categories": "[screw,nut]"}, r"use YAML: -y 'categories: \[a, b\]'"),
+        ({"categories": ["screw", 1]}, r"categories expects list\[str\]"),
+        ({"options": "{eps: 1}"}, "use YAML: -y 'options: {key: value}'"),
+    ],
+)
+def test_refused_before_a_kernel_starts(make, values, message):
+    path = make("00_a")
+    with pytest.raises(ValueError, match=message):
+        run(path, values)
+    assert not (path.parent / "out").exists()
+
+
+def test_accepted_values(make):
+    path = make("00_a")
+    given = {"share": 1, "flag": True, "categories": ["screw"], "options": {"eps": 1.5}, "count": 16}
+    assert runner.check_parameters(path, given) == given
+    empty = {"preset": 0, "count": "", "share": "", "categories": "", "options": 0, "data_root": ""}
+    assert runner.check_parameters(path, empty) == {
+        "preset": "",
+        "count": 0,
+        "share": 0.0,
+        "categories": [],
+        "options": {},
+        "data_root": "",
+    }
+
+
+def test_paths_count_from_where_the_command_is_typed(make, tmp_path, monkeypatch):
+    path = make("00_a")
+    monkeypatch.chdir(tmp_path)
+    check = lambda **values: runner.check_parameters(path, values)  # noqa: E731
+    assert check(data_root="data/x") == {"data_root": str(tmp_path / "data" / "x")}
+    assert check(pretrained="laion400m_e31") == {"pretrained": "laion400m_e31"}
+    Path("weights.pt").touch()
+    assert check(pretrained="weights.pt") == {"pretrained": str(tmp_path / "weights.pt")}
+
+
+def test_plan_all(make):
+    first, second = make("00_a", parameters="a: int = 1"), make("01_b", parameters="a: int = 1\nb: int = 2")
+    assert runner.plan_all([first, second], {"a": 3, "b": 4}) == [
+        (first, {"a": 3}),
+        (second, {"a": 3, "b": 4}),
+    ]
+    with pytest.raises(ValueError, match="no notebook has a parameter 'c'; known: a, b"):
+        runner.plan_all([first, second], {"c": 1})
+    with pytest.raises(ValueError, match="b expects int"):
+        runner.plan_all([first, second], {"b": "x"})
+
+
+def test_output_folder(make, tmp_path):
+    path = make("00_a", parameters='preset: str = "demo"\ndataset: str = ""')
+    name = lambda **values: runner.output_folder(path, values).name  # noqa: E731
+    assert name() == "demo-demo"
+    assert name(preset="paper") == "paper-mvtec"
+    assert name(dataset="headct") == "demo-headct"
+    assert runner.output_folder(path, {"output_dir": str(tmp_path)}) == tmp_path
+
+
+def test_presets_agree_with_the_experiment():
+    from clipad.experiment import PRESETS
+
+    assert {name: preset["dataset"] for name, preset in PRESETS.items()} == runner.PRESET_DATASETS
+
+
+# --- running ---
+
+
+def test_a_good_run(make, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    path = make(
+        "00_good",
+        "import os, sys\nprint(sys.executable == EXECUTABLE, os.path.basename(os.getcwd()))".replace(
+            "EXECUTABLE", repr(sys.executable)
+        ),
+        "print(count, data_root, os.environ.get('MPLBACKEND'))",
+    )
+    before = path.read_bytes()
+    done = run(path, {"count": 3, "data_root": str(path.parent)})
+    assert (done.status, done.reason) == ("ok", "")
+    assert path.read_bytes() == before
+    cells = nbformat.read(done.output_path, as_version=4).cells
+    assert cells[3].outputs[0].text == "True note books {x}\n"
+    # the user's own path may be printed; the backend that hides figures is gone
+    assert cells[4].outputs[0].text.startswith(f"3 {path.parent} ")
+    assert "agg" not in cells[4].outputs[0].text
+    record = json.loads((done.output_path.parent / "runs.json").read_text())["00_good"]
+    assert record["status"] == "ok"
+    assert record["parameters"] == {"count": 3, "data_root": str(path.parent)}
+
+
+def test_an_exception_fails_and_the_copy_shows_it(make):
+    done = run(make("00_bad", "print('before')", "# first\n1 / 0", "print('after')"))
+    assert (done.status, done.reason) == (
+        "failed",
+        "the cell `1 / 0` raised ZeroDivisionError: division by zero",
+    )
+    assert "before" in done.output_path.read_text()
+    assert json.loads((done.output_path.parent / "runs.json").read_text())["00_bad"]["status"] == "failed"
+
+
+def test_a_killed_kernel_fails_and_names_the_cell(make):
+    done = run(make("00_killed", "import os", "os.kill(os.getpid(), 9)", "print('after')"))
+    assert done.status == "failed"
+    assert "the kernel was killed" in done.reason
+    assert "`os.kill(os.getpid(), 9)`" in done.reason
+    assert any("DeadKernelError" in p for p in runner.gate(runner.read_notebook(done.output_path)))
+
+
+def test_a_timeout_fails_and_names_the_cell(make):
+    done = run(make("00_slow", "import time", "time.sleep(60)"), timeout=2)
+    assert done.status == "failed"
+    assert "the time limit of 2 s in the cell `time.sleep(60)`" in done.reason
+    assert done.seconds < 20
+
+
+def test_system_exit_skips_with_its_reason(make):
+    done = run(make("00_skip", "print('this data has no masks')\nraise SystemExit(0)", "1 / 0"))
+    assert (done.status, done.reason) == ("skipped", "this data has no masks")
+
+
+def test_system_exit_with_a_text_is_a_failure(make):
+    assert run(make("00_exit", "raise SystemExit('no')")).status == "failed"
+
+
+def test_an_exception_inside_a_widget_fails(make):
+    lines = "import ipywidgets\ndef f(x): raise ValueError('hidden')\nprint('twin')\nipywidgets.interact(f, x=(0, 3));"
+    done = run(make("00_widget", lines))
+    assert (done.status, done.reason) == ("failed", "in a widget: ValueError: hidden")
+
+
+# --- the gate ---
+
+
+def figure(alt=None):
+    metadata = {"image/png": {"alt": alt}} if alt is not None else {}
+    return new_output("display_data", data={"image/png": PNG, "text/plain": "<Figure>"}, metadata=metadata)
+
+
+def text(content, name="stdout"):
+    return new_output("stream", name=name, text=content)
+
+
+def html(content):
+    return new_output("display_data", data={"text/html": content, "text/plain": ""})
+
+
+CLEAN = [
+    figure("Bar chart of three scores"),
+    text("see https://example.org/home/page and a ratio 1/2, /3"),
+    text(" 50%|#####     | 1/2 [00:01<00:01,  1.00s/it]", "stderr"),
+    html('<table></table><img src="data:image/png;base64,/tmp/x" alt="A map">'),
+]
+UNCLEAN = [
+    (figure(), "without alt text"),
+    (figure(" "), "without alt text"),
+    (figure("<Figure size 640x480 with 1 Axes>"), "without alt text"),
+    (html('<img src="a.png">'), "without alt text"),
+    (html('<img src="a.png" alt="">'), "without alt text"),
+    (text("reading /home/somebody/data.csv"), "absolute path of this machine: /home/somebody/data.csv"),
+    (text(f"reading {Path.cwd() / 'x.csv'}"), "absolute path"),
+    (text("in lib/python3.11/site-packages/torch"), "absolute path"),
+    (figure(f"From {runner.REPOSITORY}/data"), "absolute path"),
+    (text("x.py:1: FutureWarning: soon\n", "stderr"), "a warning: x.py:1: FutureWarning: soon"),
+    (new_output("error", ename="ValueError", evalue="bad", traceback=[]), "ValueError: bad"),
+]
+
+
+@pytest.mark.parametrize("output", CLEAN)
+def test_gate_accepts(output):
+    assert runner.gate(executed(output)) == []
+
+
+@pytest.mark.parametrize(("output", "problem"), UNCLEAN)
+def test_gate_refuses(output, problem):
+    problems = runner.gate(executed(output))
+    assert len(problems) == 1
+    assert problem in problems[0]
+    # the same inside an Output widget, where papermill does not look
+    node = executed(text("static"))
+    state = {"outputs": [output]}
+    node.metadata.widgets = {runner.WIDGET_STATE: {"state": {"0" * 32: {"state": state}}}}
+    problems = runner.gate(nbformat.from_dict(node))
+    assert len(problems) == 1
+    assert problem in problems[0]
+
+
+def test_gate_allows_the_warnings_that_a_cell_is_about():
+    assert runner.gate(executed(text("UserWarning: constant scores", "stderr"), tags=["warns"])) == []
+
+
+def test_gate_wants_each_cell_executed_and_a_python_kernel():
+    node = executed()
+    node.cells[2].execution_count = None
+    node.metadata.kernelspec.name = "conda-env-x"
+    problems = runner.gate(node)
+    assert problems == ["code cell 2 was not executed", "the kernel is 'conda-env-x', expected 'python3'"]
+
+
+def test_gate_wants_something_static_beside_controls():
+    view = {runner.WIDGET_VIEW: {"model_id": "0" * 32}, "text/plain": "IntSlider(value=0)"}
+    controls = new_output("display_data", data=view)
+    assert "controls without" in runner.gate(executed(controls))[0]
+    assert runner.gate(executed(figure("A map"), controls)) == []
+
+
+def test_gate_limits_the_size():
+    assert "the limit is 1.5 MB" in runner.gate(executed(text("x" * 1_500_000)))[0]
+
+
+def test_style():
+    assert runner.style(notebook("a = 1")) == []
+    long = notebook(*["\n".join(["a = 1"] * 21)] * 8)
+    assert len(runner.style(long)) == 9
+    long.cells[1].metadata.tags = []
+    long.cells[0].source = "word " * 2501
+    problems = runner.style(long)
+    assert problems[0] == "0 cells are tagged `parameters`, expected 1"
+    assert problems[-1] == "2501 words, the limit is 2,500"
+
+
+# --- stored outputs ---
+
+
+def test_stored_outputs_follow_the_sources(make):
+    path = make("00_a", "print('hello')\n3", "import sys; print(' 50%|##  | 1/2', file=sys.stderr)")
+    done = run(path)
+    assert not runner.stored_in_step(path)
+    runner.update_stored(path, done.output_path)
+    assert runner.stored_in_step(path)
+    once = path.read_bytes()
+    assert once.endswith(b"}\n")
+    node = runner.read_notebook(path)
+    assert [cell.execution_count for cell in node.cells if cell.cell_type == "code"] == [1, 2, 3]
+    assert node.cells[2].outputs[0].text == "hello\n"
+    assert node.cells[3].outputs == []  # a progress bar differs between any two runs
+    assert "papermill" not in once.decode()
+    assert runner.gate(node) == []
+
+    again = run(path)  # another kernel, other times
+    runner.update_stored(path, again.output_path)
+    assert path.read_bytes() == once
+
+    node.cells[2].source += "\n# changed"
+    runner.write_notebook(node, path)
+    assert not runner.stored_in_step(path)
+    with pytest.raises(ValueError, match="changed since"):
+        runner.update_stored(path, again.output_path)
+
+
+def test_only_default_parameters_are_stored(make):
+    path = make("00_a", "print(count)")
+    done = run(path, {"count": 3})
+    with pytest.raises(ValueError, match="default parameters"):
+        runner.update_stored(path, done.output_path)
+    assert runner.source_hash(runner.read_notebook(done.output_path)) == runner.source_hash(
+        runner.read_notebook(path)
+    )
+
+
+def test_stored_widgets_are_the_same_in_every_run(make):
+    path = make(
+        "00_w", "import ipywidgets as w\nprint('twin')\nw.VBox([w.IntSlider(), w.Button(), w.Output()])"
+    )
+    stored = []
+    for _ in range(2):
+        runner.update_stored(path, run(path).output_path)
+        stored.append(path.read_bytes())
+    assert stored[0] == stored[1]
+    node = runner.read_notebook(path)
+    views = [output.data[runner.WIDGET_VIEW].model_id for output in node.cells[2].outputs if "data" in output]
+    assert set(views) < set(node.metadata.widgets[runner.WIDGET_STATE].state)
+
+
+def test_a_file_that_is_no_notebook(tmp_path):
+    path = tmp_path / "00_a.ipynb"
+    path.write_text("not JSON")
+    with pytest.raises(ValueError, match="is no Jupyter notebook"):
+        runner.inspect_parameters(path)
