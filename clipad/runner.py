@@ -37,6 +37,7 @@ PRESET_DATASETS = {
 TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+WARNING_PLACE = re.compile(r"^.*/(?=[^/\n]+:\d+: \w*Warning:)", re.MULTILINE)  # folder of the file that warns
 
 
 # --- notebooks and their parameters ---------------------------------------------------------------------------------
@@ -425,7 +426,7 @@ def _output_problems(output, notebook, tags) -> list[str]:
             return []  # IPython's advice after every SystemExit
         if output["name"] == "stderr" and "warns" not in tags and (found := re.search(r".*Warning:.*", text)):
             return [f"a warning: {found[0].strip()[:200]}"]
-        return _path_problems(text, notebook)
+        return _path_problems(WARNING_PLACE.sub("", text), notebook)
     problems, texts = [], [json.dumps(output.get("metadata", {}), ensure_ascii=False)]
     for kind, content in output["data"].items():
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
@@ -524,7 +525,7 @@ def update_stored(path, executed_path) -> None:
             continue
         count += bool(cell.source.strip())
         cell.execution_count = count if cell.source.strip() else None
-        cell.outputs = [output for output in map(_without_progress, done.outputs) if output]
+        cell.outputs = [output for output in map(_tidy, done.outputs) if output]
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = cell.execution_count
@@ -542,12 +543,15 @@ def _own_cells(notebook) -> list:
     return [cell for cell in notebook.cells if not added & set(cell.metadata.get("tags", []))]
 
 
-def _without_progress(output):
-    """The output without lines of tqdm, which differ between any two runs; None when nothing is left."""
+def _tidy(output):
+    """The output without lines of tqdm, which differ between any two runs, and without the folders of files that warn.
+
+    None when nothing is left.
+    """
     if output.output_type != "stream" or output.name != "stderr":
         return output
     lines = [line for line in re.split(r"(?<=[\n\r])", output.text) if not re.search(r"%\||\d+it \[", line)]
-    output.text = "".join(lines)
+    output.text = WARNING_PLACE.sub("", "".join(lines))
     return output if output.text.strip() else None
 
 

@@ -296,7 +296,10 @@ def test_gate_refuses(output, problem):
 
 
 def test_gate_allows_the_warnings_that_a_cell_is_about():
-    assert runner.gate(executed(text("UserWarning: constant scores", "stderr"), tags=["warns"])) == []
+    warning = "/home/somebody/clipad/text.py:10: UserWarning: constant scores\n  warn()\n"
+    assert runner.gate(executed(text(warning, "stderr"), tags=["warns"])) == []
+    assert len(runner.gate(executed(text(warning, "stderr")))) == 1
+    assert runner._tidy(text(warning, "stderr")).text.startswith("text.py:10: UserWarning")
 
 
 def test_gate_wants_each_cell_executed_and_a_python_kernel():
