@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from clipad.datasets import image_tensor
-from clipad.demo import seen_words
+from clipad.demo import seen_words, words
 from clipad.published import data_dir
 
 
@@ -45,6 +45,7 @@ class Backbone:
         self.image_size = model.visual.image_size[0]
         self.mean, self.std = tuple(mean), tuple(std)
         self.known_words = known_words
+        self._warned: set[str] = set()
 
     @property
     def device(self) -> torch.device:
@@ -114,18 +115,25 @@ class Backbone:
         return x @ model.text_projection
 
     def _warn_of_unknown_words(self, sentences):
-        if self.known_words is None:
-            return
-        words = {
-            word.strip(".,").lower() for sentence in sentences for word in sentence.replace("_", " ").split()
-        }
-        unknown = sorted(words - self.known_words - {""})
+        """Once per word: the small demo model was trained on few words, and answers to others as well."""
+        unknown = self.unknown_words(sentences) - self._warned
         if unknown:
+            self.expect_words(unknown)
             warnings.warn(
-                f"the model {self.name!r} never saw the words {', '.join(unknown[:8])} in training: "
+                f"the model {self.name!r} never saw the words {', '.join(sorted(unknown)[:8])} in training: "
                 "what it makes of them is noise",
                 stacklevel=3,
             )
+
+    def unknown_words(self, sentences: Sequence[str]) -> set[str]:
+        """Words that the model never saw in training; known for the small demo model only, else empty."""
+        if self.known_words is None:
+            return set()
+        return {word for sentence in sentences for word in words(sentence)} - self.known_words
+
+    def expect_words(self, unknown: set[str]) -> None:
+        """Do not warn of these words again: whoever calls this has told the reader."""
+        self._warned |= unknown
 
 
 def load_backbone(
@@ -180,6 +188,7 @@ def load_backbone(
         source = f"checkpoint file {path.name}" if path.is_file() else f"open_clip tag {pretrained}"
     else:
         source = f"random weights (seed {seed})"
+    _require_plain_vit(model.visual, name)  # before the tokenizer: those of other models need other packages
     preprocess = open_clip.get_model_preprocess_cfg(model)
     return Backbone(
         _finite(model, pretrained),
@@ -204,7 +213,7 @@ def _load_demo(pretrained, device, image_size) -> Backbone:
             f"{weights} is not a file: the demo model takes the shipped weights (pretrained empty) or a file"
         )
     try:
-        state = load_file(weights)
+        state = {key: value.float() for key, value in load_file(weights).items()}
         if image_size and image_size != model_cfg["vision_cfg"]["image_size"]:
             model_cfg["vision_cfg"]["image_size"] = image_size
             model = open_clip.CLIP(**model_cfg)
@@ -215,7 +224,7 @@ def _load_demo(pretrained, device, image_size) -> Backbone:
     shipped = "shipped weights" if not pretrained else f"checkpoint file {weights.name}"
     pre = config["preprocess_cfg"]
     return Backbone(
-        _finite(model, weights).float().to(device),
+        _finite(model, weights).to(device),
         tokenizer,
         name="demo",
         pretrained=shipped,
@@ -251,7 +260,8 @@ def _write_cached(path: Path, values: torch.Tensor) -> None:
         save_file({"embeddings": values, "sha256": digest}, part)
         os.replace(part, path)
     except (OSError, SafetensorError):  # a cache that cannot be written costs time only
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def _require_plain_vit(visual, name: str) -> None:

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from clipad.datasets import Dataset, Sample, read_image, read_mask
+from clipad.datasets import Dataset, MaskSizeError, Sample, native_size, read_image, read_mask
 from clipad.files import write_atomically
 from clipad.metrics import image_metrics, pixel_metrics
 
@@ -78,7 +78,8 @@ def evaluate(
     ``output_dir``: where parts and results are kept, None for memory only; ``batch_size``: halved by itself where a
     GPU runs out of memory; ``workers``: threads that read images ahead.
 
-    Raises ValueError for an empty data set, for maps that are not finite, and for an ``output_dir`` that holds the
+    Raises ValueError for an empty data set, a mask of another size than its image,
+    maps that are not finite, and an ``output_dir`` that holds the
     results of other settings; OSError if it cannot be written (noticed before the work starts); what
     :func:`clipad.read_image` raises for a broken image, with everything finished so far kept.
     """
@@ -86,6 +87,7 @@ def evaluate(
         raise ValueError(f"the data set {dataset.name} has no images")
     if batch_size < 1 or workers < 1:
         raise ValueError(f"batch_size and workers have to be 1 or more, found {batch_size} and {workers}")
+    _check_masks(dataset, workers)
     settings = detector.settings | {"dataset": dataset.name, "samples": fingerprint(dataset)}
     folder = _claim(Path(output_dir), settings) if output_dir is not None else None
 
@@ -111,6 +113,21 @@ def evaluate(
         write_atomically(folder / "table.csv", result.table.to_csv())
         write_atomically(folder / "images.csv", result.images.to_csv(index=False))
     return result
+
+
+def _check_masks(dataset: Dataset, workers: int) -> None:
+    """Every mask is as large as its image: from the headers, so that a wrong one stops the run before it starts."""
+
+    def check(sample: Sample) -> None:
+        sizes = native_size(sample.image_path), native_size(sample.mask_path)
+        if sizes[0] != sizes[1]:
+            raise MaskSizeError(
+                f"{sample.mask_path} is {sizes[1]}, its image {sample.image_path.name} is {sizes[0]}"
+            )
+
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(check, [s for s in dataset if s.mask_path is not None]):
+            pass
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -242,7 +259,10 @@ def read_masks(samples: list[Sample], image_size: int, workers: int = 4) -> np.n
     masks = np.zeros((len(samples), image_size, image_size), dtype=bool)
     with_mask = [i for i, s in enumerate(samples) if s.mask_path is not None]
     with ThreadPoolExecutor(workers) as pool:
-        read = pool.map(lambda i: read_mask(samples[i].mask_path, image_size), with_mask)
+        read = pool.map(
+            lambda i: read_mask(samples[i].mask_path, image_size, native_size(samples[i].image_path)),
+            with_mask,
+        )
         for i, mask in zip(with_mask, read, strict=True):
             masks[i] = mask
     return masks
@@ -270,9 +290,12 @@ def _load_category(folder: Path | None, category: str):
         return None
     stored = json.loads((folder / f"{_slug(category)}.json").read_text(encoding="utf-8"))
     metrics = {name: np.nan if value is None else value for name, value in stored.items()}
+    # Through text, because pandas' own parser may round the last digit.
+    scores = ["probability", "map_max", "image_score"]
     frame = pd.read_csv(
-        folder / f"{_slug(category)}.csv", keep_default_na=False, float_precision="round_trip"
+        folder / f"{_slug(category)}.csv", keep_default_na=False, dtype=dict.fromkeys(scores, str)
     )
+    frame[scores] = frame[scores].astype(np.float64)
     return frame, metrics
 
 

@@ -26,7 +26,7 @@ from clipad.datasets import Dataset, load_dataset
 from clipad.evaluation import Result, evaluate, fingerprint
 from clipad.files import code_version, write_atomically
 from clipad.prompts import Prompts, load_prompts
-from clipad.published import Protocol, data_dir, protocol
+from clipad.published import Protocol, protocol
 
 RESULT_MIME = "application/vnd.clipad.result+json"
 
@@ -36,7 +36,7 @@ PRESETS = {
 }
 
 
-@dataclass
+@dataclass(repr=False)
 class Experiment:
     """One run of one notebook: what it uses, where its results go, and what it found."""
 
@@ -120,8 +120,19 @@ class Experiment:
         return (
             f"model **{self.backbone.name}** ({self.backbone.pretrained}, {self.backbone.image_size} px, "
             f"{self.backbone.device}) on **{data.name}**: {len(data)} images in {len(data.categories)} categories"
-            f" ({kinds or 'no labels'})"
+            f" ({kinds or 'no labels'})" + self._unknown_words()
         )
+
+    __repr__ = __str__  # no path of the machine in a stored notebook
+
+    def _unknown_words(self) -> str:
+        """Said here once, so that no cell has to warn of it."""
+        sentences = [s for c in self.dataset.categories for state in self.prompts.sentences(c) for s in state]
+        unknown = self.backbone.unknown_words(sentences)
+        self.backbone.expect_words(unknown)
+        if not unknown:
+            return ""
+        return f". The model never saw the words *{', '.join(sorted(unknown))}* in training: what it makes of them is noise"
 
     def _repr_markdown_(self) -> str:
         return str(self)
@@ -144,7 +155,7 @@ def experiment(
     """Resolve a notebook's parameters, load model and data, and seed every generator.
 
     ``preset``: ``demo`` (shipped model and images, offline) or ``paper`` (published protocol). ``pretrained``: an
-    open_clip tag, a checkpoint file, or ``random``. ``output_dir``: None for ``outputs/<preset>-<dataset>``.
+    open_clip tag, a checkpoint file, or ``random``. ``output_dir``: empty for ``outputs/<preset>-<dataset>`` of the checkout.
 
     Raises ValueError or FileNotFoundError for anything that cannot work, before anything long starts.
     """
@@ -175,7 +186,9 @@ def experiment(
         seed=seed,
     )
     folder = (
-        Path(output_dir) if output_dir else data_dir().parent / "outputs" / f"{preset}-{chosen['dataset']}"
+        Path(output_dir)
+        if output_dir
+        else Path(__file__).resolve().parents[1] / "outputs" / f"{preset}-{chosen['dataset']}"
     )
     return Experiment(
         notebook=notebook,

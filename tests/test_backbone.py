@@ -1,0 +1,221 @@
+import json
+import pickle
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import clipad.backbone
+from clipad.backbone import Backbone, load_backbone
+from clipad.published import data_dir
+
+MODEL = data_dir() / "demo" / "model"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_backbone("demo", device="cpu")
+
+
+def test_demo_is_frozen_and_says_what_it_is(demo):
+    assert demo.image_size == 96
+    assert not any(p.requires_grad for p in demo.model.parameters())
+    assert not demo.model.training
+    assert "shipped weights" in repr(demo)
+    assert demo.weights_hash == load_backbone("demo", device="cpu").weights_hash
+
+
+def test_preprocess_squashes_and_normalises(demo):
+    image = Image.new("RGB", (30, 200), (255, 0, 128))
+    found = demo.preprocess(image)
+    assert found.shape == (3, 96, 96)
+    expected = (np.array([255, 0, 128]) / 255 - demo.mean) / demo.std
+    np.testing.assert_allclose(found[:, 40, 40], expected, atol=1e-5)
+
+
+def test_text_equals_open_clips_encode_text(demo):
+    sentences = [
+        "a photo of a flawless screw.",
+        "screw",
+        "a jpeg corrupted photo of the nut with contamination.",
+    ]
+    with torch.no_grad():
+        expected = demo.model.encode_text(demo.tokenizer(sentences))
+    torch.testing.assert_close(demo.encode_text(sentences), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_text_is_cached_and_a_damaged_cache_is_noticed(demo, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIPAD_CACHE", str(tmp_path))
+    sentences = ["a photo of a gear."]
+    first = demo.encode_text(sentences)
+    (file,) = tmp_path.rglob("*.safetensors")
+    monkeypatch.setattr(Backbone, "_encode_tokens", lambda *a: pytest.fail("computed again"))
+    assert torch.equal(demo.encode_text(sentences), first)
+    monkeypatch.undo()
+    monkeypatch.setenv("CLIPAD_CACHE", str(tmp_path))
+    content = bytearray(file.read_bytes())
+    for damage in (content[:40], content[:-8] + b"\0" * 8):
+        file.write_bytes(bytes(damage))
+        assert torch.equal(demo.encode_text(sentences), first)
+    values = load_file(file)
+    save_file(values | {"embeddings": values["embeddings"] + 1}, file)
+    assert torch.equal(demo.encode_text(sentences), first)
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(demo, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("CLIPAD_CACHE", str(tmp_path / "file"))
+    assert demo.encode_text(["a photo of a pill."]).shape == (1, 128)
+
+
+def test_unknown_words_are_named_once():
+    backbone = load_backbone("demo", device="cpu")
+    with pytest.warns(UserWarning, match="never saw the words spaceship"):
+        backbone.encode_text(["a photo of a spaceship."])
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone.encode_text(["a dark photo of the spaceship with crack."])
+
+
+@pytest.mark.parametrize("sentences", [[], [""], ["a", " "], [3]])
+def test_empty_sentences_are_refused(demo, sentences):
+    with pytest.raises(ValueError, match="at least one sentence"):
+        demo.encode_text(sentences)
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown model 'ViT-B16'; did you mean .*ViT-B-16"):
+        load_backbone("ViT-B16")
+    with pytest.raises(
+        ValueError, match=r"neither a file nor a tag of ViT-B-32; its tags are .*laion400m_e31"
+    ):
+        load_backbone("ViT-B-32", pretrained="laion_400m")
+
+
+@pytest.mark.parametrize("name", ["RN50", "coca_ViT-B-32", "ViT-B-16-SigLIP"])
+def test_other_towers_are_refused(name, monkeypatch):
+    """Built small, because only the kind of the tower counts."""
+    with pytest.raises(ValueError, match="not a plain CLIP vision transformer"):
+        load_backbone(name)
+
+
+def small_config(tmp_path, monkeypatch):
+    """A stand-in of the published model: the same structure and file format, a fraction of its width."""
+    config = open_clip.get_model_config("ViT-B-16-plus-240")
+    config["embed_dim"] = 32
+    config["vision_cfg"] |= {"width": 64, "head_width": 32}
+    config["text_cfg"] |= {"width": 32, "heads": 2, "layers": 1}
+    (tmp_path / "ViT-small-240.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "ViT-small-240.json")
+    return "ViT-small-240"
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    name = small_config(tmp_path, monkeypatch)
+    torch.manual_seed(3)
+    return name, open_clip.create_model(name).state_dict()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt", "training checkpoint"])
+def test_a_local_checkpoint_is_loaded(small, tmp_path, form):
+    name, state = small
+    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pt")
+    if form == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(
+            state
+            if form == "pt"
+            else {"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}},
+            path,
+        )
+    backbone = load_backbone(name, pretrained=path, device="cpu")
+    assert f"checkpoint file {path.name}" in repr(backbone)
+    torch.testing.assert_close(backbone.visual.proj, state["visual.proj"])
+
+
+def test_random_weights_say_so_and_follow_the_seed(small):
+    name, _ = small
+    a, b, c = (load_backbone(name, device="cpu", seed=seed) for seed in (1, 1, 2))
+    assert a.weights_hash == b.weights_hash != c.weights_hash
+    assert "random weights (seed 1)" in repr(a)
+
+
+@pytest.mark.parametrize("size", [224, 240, 336, 448])
+def test_other_image_sizes_interpolate_the_position_embedding(small, tmp_path, size):
+    name, state = small
+    save_file(state, tmp_path / "w.safetensors")
+    backbone = load_backbone(name, pretrained=tmp_path / "w.safetensors", device="cpu", image_size=size)
+    assert backbone.image_size == size
+    assert len(backbone.visual.positional_embedding) == (size // 16) ** 2 + 1
+    if size == 240:
+        torch.testing.assert_close(backbone.visual.positional_embedding, state["visual.positional_embedding"])
+
+
+def test_demo_at_another_size():
+    assert load_backbone("demo", image_size=128, device="cpu").visual.positional_embedding.shape == (257, 96)
+
+
+def broken(kind, state, path):
+    if kind == "wrong keys":
+        torch.save({"a": torch.zeros(2)}, path)
+    elif kind == "wrong shape":
+        torch.save(state | {"visual.proj": torch.zeros(3, 3)}, path)
+    elif kind == "not finite":
+        torch.save(state | {"visual.proj": torch.full_like(state["visual.proj"], torch.nan)}, path)
+    elif kind == "truncated":
+        torch.save(state, path)
+        path.write_bytes(path.read_bytes()[:5000])
+    elif kind == "text":
+        path.write_text("this is no checkpoint")
+    elif kind == "empty":
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("kind", ["wrong keys", "wrong shape", "not finite", "truncated", "text", "empty"])
+def test_a_broken_checkpoint_is_refused_by_name(small, tmp_path, kind):
+    name, state = small
+    path = tmp_path / "weights.pt"
+    broken(kind, state, path)
+    with pytest.raises(ValueError, match=r"weights\.pt.*"):
+        load_backbone(name, pretrained=path, device="cpu")
+
+
+class Evil:
+    def __reduce__(self):
+        import os
+
+        return os.system, (f"touch {self.path}",)
+
+
+def test_pickled_code_is_never_executed(small, tmp_path):
+    evil = Evil()
+    evil.path = tmp_path / "executed"
+    path = tmp_path / "weights.pt"
+    path.write_bytes(pickle.dumps({"state_dict": evil}))
+    with pytest.raises(ValueError, match="pickled code is never executed"):
+        load_backbone(small[0], pretrained=path, device="cpu")
+    assert not evil.path.exists()
+
+
+def test_a_damaged_demo_says_so(tmp_path, monkeypatch):
+    copy = tmp_path / "data" / "demo" / "model"
+    shutil.copytree(MODEL, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    monkeypatch.setattr(clipad.backbone, "data_dir", lambda: tmp_path / "data")
+    with pytest.raises(ValueError, match=r"cannot be loaded into demo"):
+        load_backbone("demo")
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch sees no GPU"):
+        load_backbone("demo", device="cuda")
