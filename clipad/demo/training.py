@@ -4,7 +4,7 @@
     python -m clipad.demo.training --output-dir outputs/demo-model --workers 1
     # a GPU and 16 cores, 9 minutes at a time
     python -m clipad.demo.training --output-dir outputs/demo-model --device cuda --workers 15 --stop-after 9 \\
-        --steps 24000 --batch-size 256 --categories-per-batch 8 --width 128 --patch-dropout 0 --validate-every 1000
+        --steps 20000 --batch-size 256 --categories-per-batch 8 --width 128 --patch-dropout 0 --validate-every 1000
 
 The same command continues where the last one stopped; a broken and resumed training ends with the weights of an
 unbroken one. Model and tokenizer are open_clip's. Every batch is rendered anew by worker processes, from the seed and
@@ -109,15 +109,13 @@ def model_config(settings: Settings) -> dict:
 
 def normalised(images: torch.Tensor) -> torch.Tensor:
     """B x S x S x 3 uint8 -> B x 3 x S x S float32, as the model takes it."""
-    return (
-        (images.float() / 255 - images.new_tensor(MEAN, dtype=torch.float))
-        / images.new_tensor(STD, dtype=torch.float)
-    ).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(values, device=images.device) for values in (MEAN, STD))
+    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 class Batches(Dataset):
-    """Item `step` is that step's batch: images B x S x S x 3 uint8, tokens B x 32, and B x B bool: caption j is true of
-    image i. Half of a category's pictures have a defect, save where no defect is ever shown."""
+    """Item `step` is that step's batch: images B x S x S x 3 uint8, tokens B x 32, B x B bool (caption j is true of
+    image i). Half of a category's pictures have a defect, save where no defect is ever shown."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -299,6 +297,8 @@ def train(
     """
     if validate_every < 1 or workers < 0 or stop_after <= 0:
         raise ValueError("validate_every and stop_after must be positive, workers at least 0")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch sees no GPU: train on the cpu")
     started = time.monotonic()
     output_dir = Path(output_dir)
     torch.manual_seed(settings.seed)
@@ -341,7 +341,7 @@ def train(
             "loss": loss,
             "accuracy": accuracy,
             "image_auroc": float(np.mean(list(aurocs.values()))),
-            "never_defective": float(np.mean([aurocs[name] for name in NEVER_DEFECTIVE])),
+            "never_defective": float(np.mean([aurocs[name] for name in aurocs if name in NEVER_DEFECTIVE])),
             **aurocs,
         }
         if row["image_auroc"] > max((earlier["image_auroc"] for earlier in log), default=-1):
