@@ -17,7 +17,7 @@ _HOME = {
     "surgery": ["feature_surgery", "similarity_map"],
     "detectors": ["ClipSurgery", "Direct", "Features", "Prediction", "SDP"],
     "evaluation": ["Result", "evaluate"],
-    "experiment": ["Experiment", "experiment"],
+    "experiments": ["Experiment", "experiment"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)
@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 def __getattr__(name):
     if name in _MODULE_OF:
         return getattr(import_module(f"clipad.{_MODULE_OF[name]}"), name)
-    if name in _HOME or name in {"plots", "phenomena", "fine_tuning", "widgets"}:
+    if name in _HOME or name in {"plots", "distribution", "phenomena", "ablation", "fine_tuning", "widgets"}:
         return import_module(f"clipad.{name}")
     raise AttributeError(f"module 'clipad' has no attribute {name!r}")
 

@@ -28,8 +28,19 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 # What decides numbers; figures, notebooks and the command line do not.
 _COMPUTES = (
-    "prompts published datasets metrics backbone dual_path text surgery fine_tuning detectors evaluation phenomena"
-).split()
+    *(
+        "prompts",
+        "published",
+        "datasets",
+        "metrics",
+        "backbone",
+        "dual_path",
+        "text",
+        "surgery",
+        "fine_tuning",
+    ),
+    *("detectors", "evaluation", "phenomena", "distribution", "ablation"),
+)
 
 
 @cache

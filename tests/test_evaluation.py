@@ -122,7 +122,11 @@ KILLED = """
                         mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
     detector = clipad.SDP(backbone, rvs="mean")
     slow = detector.predict
-    detector.predict = lambda images, category: (time.sleep({delay}), print("batch", flush=True), slow(images, category))[2]
+    def predict(images, category):
+        time.sleep({delay})
+        print("batch", flush=True)
+        return slow(images, category)
+    detector.predict = predict
     clipad.evaluate(detector, clipad.load_dataset("folder", {data!r}), {out!r}, batch_size=2, progress=False)
 """
 

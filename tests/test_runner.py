@@ -168,7 +168,7 @@ def test_output_folder(make, tmp_path):
 
 
 def test_presets_agree_with_the_experiment():
-    from clipad.experiment import PRESETS
+    from clipad.experiments import PRESETS
 
     assert {name: preset["dataset"] for name, preset in PRESETS.items()} == runner.PRESET_DATASETS
 

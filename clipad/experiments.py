@@ -132,7 +132,8 @@ class Experiment:
         self.backbone.expect_words(unknown)
         if not unknown:
             return ""
-        return f". The model never saw the words *{', '.join(sorted(unknown))}* in training: what it makes of them is noise"
+        named = ", ".join(sorted(unknown))
+        return f". The model never saw the words *{named}* in training: what it makes of them is noise"
 
     def _repr_markdown_(self) -> str:
         return str(self)
@@ -155,7 +156,8 @@ def experiment(
     """Resolve a notebook's parameters, load model and data, and seed every generator.
 
     ``preset``: ``demo`` (shipped model and images, offline) or ``paper`` (published protocol). ``pretrained``: an
-    open_clip tag, a checkpoint file, or ``random``. ``output_dir``: empty for ``outputs/<preset>-<dataset>`` of the checkout.
+    open_clip tag, a checkpoint file, or ``random``. ``output_dir``: empty for
+    ``outputs/<preset>-<dataset>`` of the checkout.
 
     Raises ValueError or FileNotFoundError for anything that cannot work, before anything long starts.
     """
@@ -185,11 +187,8 @@ def experiment(
         image_size=image_size or None,
         seed=seed,
     )
-    folder = (
-        Path(output_dir)
-        if output_dir
-        else Path(__file__).resolve().parents[1] / "outputs" / f"{preset}-{chosen['dataset']}"
-    )
+    outputs = Path(__file__).resolve().parents[1] / "outputs"
+    folder = Path(output_dir) if output_dir else outputs / f"{preset}-{chosen['dataset']}"
     return Experiment(
         notebook=notebook,
         parameters={

@@ -1,0 +1,42 @@
+# One command for each thing that people do here; `make help` lists them.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install reproduce test lint lab notebooks doctor clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed  ## a virtual environment in .venv with the versions this release was tested with
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("clipad needs Python 3.11 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+reproduce: install  ## execute every notebook on the shipped model and images, offline; results in outputs/demo-demo
+	$(BIN)/clipad run --all --preset demo
+
+test: install  ## the test suite
+	$(BIN)/python -m pytest
+
+lint: install  ## style and common mistakes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lab: install  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+notebooks: install  ## execute the notebooks and store their outputs in the repository
+	$(BIN)/clipad notebooks store
+
+doctor: install  ## check versions, device, weights and data
+	$(BIN)/clipad doctor
+
+clean:  ## remove results and caches, keep data and the virtual environment
+	rm -rf outputs book .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
