@@ -28,7 +28,7 @@ from sklearn.preprocessing import StandardScaler
 
 from clipad.backbone import Backbone
 from clipad.datasets import Dataset, Sample, read_mask
-from clipad.detectors import CLIP_TEMPERATURE
+from clipad.detectors import CLIP_TEMPERATURE, Features
 from clipad.dual_path import attention_weights, embed_patches, project, staged_features
 from clipad.evaluation import load_images, read_masks
 from clipad.metrics import image_metrics
@@ -428,6 +428,24 @@ def untrained(backbone: Backbone, seed: int) -> Backbone:
         for parameter in (visual.class_embedding, visual.positional_embedding, visual.proj):
             parameter.copy_(torch.randn(parameter.shape) * len(visual.class_embedding) ** -0.5)
     return twin
+
+
+def all_features(detector, samples: Sequence[Sample], batch_size: int = 16) -> Features:
+    """The features of all samples, so that many text vectors can be tried on them: M x (N+1) x C in memory."""
+    return Features.cat(
+        [detector.features(images) for _, images in batches(detector.backbone, samples, batch_size)]
+    )
+
+
+def gap_closed(
+    features: Features, text: Mapping[str, torch.Tensor]
+) -> tuple[Features, dict[str, torch.Tensor]]:
+    """Both modalities moved to a common mean: unit tokens minus their mean patch, unit text minus its mean."""
+    tokens = [F.normalize(stage, dim=-1) for stage in features.tokens]
+    tokens = [stage - stage[:, 1:].mean(dim=(0, 1)) for stage in tokens]
+    mean = torch.stack(list(text.values())).mean(dim=(0, 2))[:, None]
+    moved = {category: F.normalize(vectors - mean, dim=0) for category, vectors in text.items()}
+    return Features(features.image_embedding, tokens), moved
 
 
 def control_rates(

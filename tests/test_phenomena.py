@@ -10,10 +10,12 @@ from clipad import phenomena
 from clipad.datasets import Dataset, Sample, read_image
 from clipad.detectors import Direct
 from clipad.phenomena import (
+    all_features,
     change,
     control_rates,
     count_phenomena,
     direct_maps,
+    gap_closed,
     ground_truth,
     highlight_share,
     image_phenomena,
@@ -323,6 +325,15 @@ def test_random_states_are_directions():
     assert vectors["nut"] is vectors["screw"]
     np.testing.assert_allclose(vectors["nut"].norm(dim=0), 1, atol=1e-6)
     assert not torch.equal(vectors["nut"], random_states(24, ["nut"], seed=2)["nut"])
+
+
+def test_a_closed_gap_is_one_mean_for_both(collection, tiny_backbone, text):
+    detector = Direct(tiny_backbone)
+    features, moved = gap_closed(all_features(detector, collection.samples, batch_size=2), text)
+    assert features.tokens[0].shape == (6, 17, 24)
+    assert features.tokens[0][:, 1:].mean(dim=(0, 1)).abs().max() < 1e-6
+    centre = torch.stack(list(text.values())).mean(dim=(0, 2))
+    np.testing.assert_allclose(moved["nut"][:, 1], F.normalize(text["nut"][:, 1] - centre, dim=0), atol=1e-5)
 
 
 def test_shuffled_states_are_a_new_deal_of_the_same_sentences(tiny_backbone):

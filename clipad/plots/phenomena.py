@@ -1,0 +1,455 @@
+"""Figures of notebook 02: what the direct map does wrong, counted, and what may explain it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from sklearn.decomposition import PCA
+
+from clipad.plots import ANOMALOUS, COLOURS, MAP, NORMAL, contour
+
+NAMES = {
+    "opposite": "opposite prediction",
+    "opposite_regions": "opposite, per region",
+    "opposite_on_object": "opposite, on the object",
+    "off_object": "highlight off the object",
+    "off_defect": "highlight off the defect",
+}
+DIVERGING = "PuOr_r"
+"""purple: less of it, orange: more"""
+
+
+def steps(
+    image: np.ndarray, cosines: np.ndarray, values: np.ndarray, mask: np.ndarray | None = None
+) -> Figure:
+    """The direct map in steps: image, cosine with either state and their difference on the patch grid, map.
+
+    ``image`` S x S x 3, ``cosines`` N x 2, ``values`` S x S.
+    """
+    grid = round(len(cosines) ** 0.5)
+    normal, anomalous = cosines.T.reshape(2, grid, grid)
+    size = values.shape[0]
+    limits = {"vmin": cosines.min(), "vmax": cosines.max()}
+    reach = np.abs(anomalous - normal).max()
+    figure, axes = plt.subplots(1, 5, figsize=(10.6, 2.75), layout="constrained")
+    panels = [
+        ("image", image, {}),
+        ("cos with 'normal'", normal, {"cmap": "cividis", **limits}),
+        ("cos with 'anomalous'", anomalous, {"cmap": "cividis", **limits}),
+        ("difference", anomalous - normal, {"cmap": DIVERGING, "vmin": -reach, "vmax": reach}),
+        ("direct map", values, {"cmap": MAP, "vmin": 0, "vmax": 1}),
+    ]
+    for ax, (name, panel, options) in zip(axes, panels, strict=True):
+        shown = ax.imshow(panel, extent=(0, size, size, 0), interpolation="nearest", **options)
+        if mask is not None:
+            contour(ax, mask)
+        ax.set_title(name, fontsize=9)
+        _bare(ax)
+        if options:
+            bar = figure.colorbar(shown, ax=ax, location="bottom", shrink=0.85, aspect=14, pad=0.02)
+            bar.ax.tick_params(labelsize=7)
+            bar.locator = plt.MaxNLocator(3)
+            bar.update_ticks()
+        else:
+            # An empty bar keeps the panels at one size.
+            figure.colorbar(
+                plt.cm.ScalarMappable(), ax=ax, location="bottom", shrink=0.85, aspect=14, pad=0.02
+            ).ax.set_visible(False)
+    return figure
+
+
+def two_scales(
+    rows: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]], columns: Sequence[str]
+) -> Figure:
+    """Per category (row) and choice (group of columns): image, its map on one shared scale 0-1, and the map scaled
+    to the image's own minimum and maximum, as the released program draws it.
+
+    ``rows``: per category a triple (image S x S x 3, map S x S, mask S x S) for each of ``columns``.
+    """
+    count = len(columns)
+    figure = plt.figure(figsize=(2.75 * count + 0.3, 0.9 * len(rows) + 0.9))
+    height = figure.get_figheight()
+    grid = figure.add_gridspec(
+        len(rows),
+        4 * count,
+        width_ratios=[1, 1, 1, 0.16] * count,
+        wspace=0.04,
+        hspace=0.05,
+        left=0.03,
+        right=0.995,
+        top=1 - 0.55 / height,
+        bottom=0.35 / height,
+    )
+    for row, (category, cells) in enumerate(rows.items()):
+        for column, (image, values, mask) in enumerate(cells):
+            low, high = values.min(), values.max()
+            scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
+            for place, (panel, options) in enumerate(
+                [
+                    (image, {}),
+                    (values, {"cmap": MAP, "vmin": 0, "vmax": 1}),
+                    (scaled, {"cmap": MAP, "vmin": 0, "vmax": 1}),
+                ]
+            ):
+                ax = figure.add_subplot(grid[row, 4 * column + place])
+                ax.imshow(panel, **options)
+                contour(ax, mask)
+                _bare(ax)
+                if row == 0:
+                    ax.set_title(("image", "shared", "released")[place], fontsize=7, pad=2)
+                    if place == 1:
+                        ax.annotate(
+                            columns[column],
+                            (0.5, 1.38),
+                            xycoords="axes fraction",
+                            ha="center",
+                            fontsize=9,
+                            weight="bold",
+                        )
+                if column == place == 0:
+                    ax.set_ylabel(category, fontsize=8)
+    bar = figure.add_axes([0.36, 0.16 / height, 0.28, 0.07 / height])
+    figure.colorbar(plt.cm.ScalarMappable(cmap=MAP), cax=bar, orientation="horizontal", ticks=[0, 0.5, 1])
+    bar.tick_params(labelsize=7, pad=1)
+    return figure
+
+
+def signature(frames: Mapping[str, pd.DataFrame]) -> Figure:
+    """Every anomalous image as a point, a column of panels per method.
+
+    Above: mean of the map outside the defect against inside; below the diagonal are the opposite predictions. Below:
+    share of the image off the object against share of its highlights there; below the diagonal they keep to the object.
+    Where no object is known, the second row is about the defect.
+    """
+    place = "object" if any(f["off_object"].notna().any() for f in frames.values()) else "defect"
+    figure, axes = plt.subplots(
+        2, len(frames), figsize=(3.7 * len(frames), 7.1), squeeze=False, layout="constrained"
+    )
+    for column, (name, frame) in enumerate(frames.items()):
+        top, bottom = axes[:, column]
+        wrong = frame["opposite"] > 0.5
+        _diagonal(top, frame["outside"], frame["inside"])
+        top.scatter(
+            *frame.loc[~wrong, ["outside", "inside"]].to_numpy().T,
+            s=22,
+            color=NORMAL,
+            alpha=0.75,
+            label="defect higher",
+        )
+        top.scatter(
+            *frame.loc[wrong, ["outside", "inside"]].to_numpy().T,
+            s=24,
+            color=ANOMALOUS,
+            marker="X",
+            alpha=0.75,
+            label="opposite",
+        )
+        top.set(xlabel="mean outside the defect", ylabel="mean inside the defect" if not column else "")
+        share = frame["opposite"].mean()
+        top.set_title(f"{name}: {share:.0%} opposite predictions", fontsize=10)
+        top.legend(fontsize=8, loc="upper left")
+
+        found = frame.dropna(subset=[f"off_{place}"])
+        x, y = found[f"off_{place}_chance"], found[f"off_{place}"]
+        above = y > x
+        _diagonal(bottom, pd.Series([0.0, 1.0]) if place == "object" else x, pd.Series([0.0, 1.0]))
+        bottom.scatter(x[~above], y[~above], s=22, color=NORMAL, alpha=0.75, label="chance or less")
+        bottom.scatter(
+            x[above], y[above], s=24, color=ANOMALOUS, marker="X", alpha=0.75, label="more than chance"
+        )
+        bottom.set(
+            xlabel=f"share of the image off the {place} (= chance)",
+            ylabel=f"share of top 5 % off the {place}" if not column else "",
+        )
+        bottom.set_title(f"{name}: {y.mean():.0%} off the {place}, chance {x.mean():.0%}", fontsize=10)
+        bottom.legend(fontsize=8, loc="lower left" if place == "defect" else "upper left")
+    for ax in axes.flat:
+        ax.tick_params(labelsize=8)
+        sns.despine(ax=ax)
+    return figure
+
+
+def before_after(
+    before: pd.DataFrame,
+    after: pd.DataFrame,
+    difference: pd.DataFrame,
+    columns: Sequence[str],
+    names=("Direct", "SDP"),
+) -> Figure:
+    """Rates per category before and after, and on a diverging colour the signed change with its interval, in percent.
+
+    All three from :func:`clipad.phenomena.rates`, the last of :func:`clipad.phenomena.change`.
+    """
+    columns = [c for c in columns if difference[c, "rate"].notna().any()]
+    values = 100 * difference[[(c, "rate") for c in columns]].to_numpy(float)
+    words = [[_cell(before, after, difference, c, row) for c in columns] for row in difference.index]
+    figure, ax = plt.subplots(
+        figsize=(1.5 + 2.0 * len(columns), 0.46 * len(difference) + 1.5), layout="constrained"
+    )
+    sns.heatmap(
+        pd.DataFrame(values, difference.index, [NAMES[c] for c in columns]),
+        ax=ax,
+        cmap=DIVERGING,
+        center=0,
+        vmin=-100,
+        vmax=100,
+        annot=np.array(words),
+        fmt="",
+        annot_kws={"fontsize": 8},
+        linewidths=1,
+        cbar_kws={"label": "change, percentage points", "shrink": 0.8},
+    )
+    ax.axhline(len(difference) - 1, color="black", linewidth=1.5)
+    ax.set(xlabel="", ylabel="")
+    ax.set_title(f"{names[0]} → {names[1]}, percent; change with 95 % interval", fontsize=10)
+    ax.tick_params(labelsize=8.5, length=0, labelrotation=0)
+    return figure
+
+
+def _cell(before, after, difference, column, row) -> str:
+    rate, low, high = (100 * difference.loc[row, (column, part)] for part in ("rate", "low", "high"))
+    if np.isnan(rate):
+        return "–"
+    first, last = (100 * table.loc[row, (column, "rate")] for table in (before, after))
+    return f"{first:.0f} → {last:.0f}\n{rate:+.0f} [{low:+.0f}, {high:+.0f}]".replace("-", "−")
+
+
+def joint_projection(
+    panels: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]], kinds=("patch", "sentence")
+) -> Figure:
+    """PCA of patches and sentences together, one panel each, fitted for itself.
+
+    A panel is (patches P x C, their labels, sentences M x C, their labels), unit rows, labels 0 and 1.
+    """
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.6 * len(panels), 3.9), squeeze=False, layout="constrained"
+    )
+    for ax, (name, (patches, labels, sentences, states)) in zip(axes[0], panels.items(), strict=True):
+        pca = PCA(2, svd_solver="full").fit(np.concatenate([patches, sentences]))
+        groups = [
+            (patches[labels == 0], NORMAL, "o", 12, f"{kinds[0]}, normal"),
+            (patches[labels == 1], ANOMALOUS, "X", 18, f"{kinds[0]}, anomalous"),
+            (sentences[states == 0], COLOURS["green"], "^", 20, f"{kinds[1]}, normal"),
+            (sentences[states == 1], COLOURS["red"], "v", 20, f"{kinds[1]}, anomalous"),
+        ]
+        for points, colour, marker, size, label in groups:
+            if len(points):
+                ax.scatter(
+                    *pca.transform(points).T,
+                    s=size,
+                    color=colour,
+                    marker=marker,
+                    alpha=0.55,
+                    linewidth=0,
+                    label=label,
+                )
+        ax.set_title(name, fontsize=10)
+        first, second = 100 * pca.explained_variance_ratio_
+        ax.set(xlabel=f"PC 1 ({first:.0f} % of variance)", ylabel=f"PC 2 ({second:.0f} %)")
+        ax.tick_params(labelsize=8)
+        ax.set_aspect("equal", adjustable="datalim")
+        sns.despine(ax=ax)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+        markerscale=1.4,
+    )
+    return figure
+
+
+def by_layer(
+    cosines: Mapping, labels: np.ndarray | None, gaps: pd.Series, tables: Mapping[tuple, pd.DataFrame]
+) -> Figure:
+    """Layer by layer, and for v-v attention over the last k blocks: cosine difference of the patches (median and
+    middle half), modality gap, and the two phenomena with their intervals (rows as far as they are known)."""
+    keys = list(cosines)
+    places = np.array([i + (0.8 if kind == "v-v" else 0) for i, (kind, _) in enumerate(keys)])
+    ordinary = np.array([kind == "q-k" for kind, _ in keys])
+    figure, axes = plt.subplots(
+        3 if tables else 2, 1, figsize=(8.6, 7.6 if tables else 5), sharex=True, layout="constrained",
+        height_ratios=[1.3, 0.8, 1.3] if tables else [1.3, 0.8],
+    )  # fmt: skip
+    groups = (
+        [("all patches", COLOURS["grey"], "o", None)]
+        if labels is None
+        else [("normal patches", NORMAL, "o", 0), ("defect patches", ANOMALOUS, "X", 1)]
+    )
+    for offset, (name, colour, marker, label) in zip((-0.1, 0.1), groups, strict=False):
+        sets = [(c[..., 1] - c[..., 0]).numpy() for c in cosines.values()]
+        sets = [s.ravel() if label is None else s[labels == label] for s in sets]
+        low, middle, high = np.array([np.percentile(s, [25, 50, 75]) for s in sets]).T
+        _lines(axes[0], places + offset, ordinary, middle, low, high, colour, marker, name)
+    axes[0].axhline(0, color="0.6", linewidth=0.8)
+    axes[0].set_ylabel("cos(anomalous) − cos(normal)\nmedian and middle half", fontsize=9)
+    _lines(
+        axes[1],
+        places,
+        ordinary,
+        gaps.to_numpy(),
+        None,
+        None,
+        COLOURS["purple"],
+        "D",
+        "distance of the mean patch from the mean sentence",
+    )
+    axes[1].set_ylabel("modality gap", fontsize=9)
+    axes[1].set_ylim(0, None)
+    if tables:
+        place = (
+            "off_object" if any(t.loc["mean", ("off_object", "n")] for t in tables.values()) else "off_defect"
+        )
+        for column, colour, marker, offset in (
+            ("opposite", COLOURS["red"], "X", -0.1),
+            (place, COLOURS["green"], "o", 0.1),
+        ):
+            rate, low, high = np.array(
+                [t.loc["mean", [(column, p) for p in ("rate", "low", "high")]] for t in tables.values()]
+            ).T
+            _lines(axes[2], places + offset, ordinary, rate, low, high, colour, marker, NAMES[column])
+        chance = next(iter(tables.values())).loc["mean", (f"{place}_chance", "rate")]
+        axes[2].axhline(0.5, color=COLOURS["red"], linestyle=":", label="chance: opposite prediction")
+        axes[2].axhline(chance, color=COLOURS["green"], linestyle=":", label="chance: highlight")
+        axes[2].set_ylim(0, 1)
+        axes[2].yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1))
+        axes[2].set_ylabel("rate, 95 % interval", fontsize=9)
+    for ax in axes:
+        ax.axvline(places[~ordinary][0] - 0.9, color="0.8", linewidth=1)
+        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        ax.tick_params(labelsize=8)
+        sns.despine(ax=ax)
+    axes[-1].set_xticks(places, [str(number) for _, number in keys])
+    axes[-1].set_xlabel(
+        "ordinary path (q-k), after block …                               v-v attention, last … blocks",
+        fontsize=9,
+    )
+    return figure
+
+
+def _lines(ax, x, ordinary, middle, low, high, colour, marker, label) -> None:
+    """A line over the layers and another over the v-v paths, with intervals where given."""
+    for part, name in ((ordinary, label), (~ordinary, None)):
+        ax.plot(x[part], middle[part], color=colour, marker=marker, markersize=5, linewidth=1.2, label=name)
+        if low is not None:
+            ax.vlines(x[part], low[part], high[part], color=colour, linewidth=2, alpha=0.45)
+
+
+def attention(
+    image: np.ndarray,
+    queries: Mapping[str, int],
+    weights: Sequence[np.ndarray],
+    mask: np.ndarray | None,
+    block: int,
+) -> Figure:
+    """What chosen patches attend to by q-k and by v-v: a row per query patch, ``weights`` two matrices T x T.
+
+    The weight on the class token is left out of the pictures and stands in their titles.
+    """
+    size = image.shape[0]
+    grid = round((weights[0].shape[0] - 1) ** 0.5)
+    step = size / grid
+    figure, axes = plt.subplots(
+        len(queries), 3, figsize=(6.9, 2.35 * len(queries)), squeeze=False, layout="constrained"
+    )
+    for row, (name, patch) in enumerate(queries.items()):
+        corner = (patch % grid * step, patch // grid * step)
+        panels = [image, *(w[1 + patch, 1:].reshape(grid, grid) for w in weights)]
+        for ax, panel in zip(axes[row], panels, strict=True):
+            shown = ax.imshow(panel, extent=(0, size, size, 0), cmap=MAP, vmin=0, interpolation="nearest")
+            if mask is not None:
+                contour(ax, mask)
+            ax.add_patch(Rectangle(corner, step, step, fill=False, edgecolor="cyan", linewidth=1.6))
+            _bare(ax)
+            if panel is not image:
+                bar = figure.colorbar(shown, ax=ax, shrink=0.8, aspect=14, pad=0.02)
+                bar.ax.tick_params(labelsize=7)
+        axes[row, 0].set_ylabel(name, fontsize=9)
+        for ax, kind, w in zip(axes[row, 1:], ("q-k", "v-v"), weights, strict=True):
+            ax.set_title(f"{kind}, block {block} (class token: {w[1 + patch, 0]:.0%})", fontsize=8.5)
+    return figure
+
+
+def attention_by_layer(frame: pd.DataFrame) -> Figure:
+    """Per block: how much of a defect patch's attention goes to other defect patches, by q-k, v-v, and if even."""
+    means, errors = frame.groupby("layer").mean(), frame.groupby("layer").sem()
+    figure, ax = plt.subplots(figsize=(6.4, 2.9), layout="constrained")
+    for offset, name, colour, marker in (
+        (-0.05, "q-k", COLOURS["grey"], "s"),
+        (0.05, "v-v", COLOURS["green"], "o"),
+    ):
+        ax.errorbar(
+            means.index + offset,
+            means[name],
+            1.96 * errors[name],
+            color=colour,
+            marker=marker,
+            markersize=5,
+            label=f"{name} attention",
+        )
+    ax.plot(means.index, means["chance"], color="0.3", linestyle=":", label="even attention (chance)")
+    ax.set(
+        xlabel="block",
+        ylabel="attention of defect patches\nto other defect patches",
+        ylim=(0, None),
+        xticks=means.index,
+    )
+    ax.yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1))
+    ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.tick_params(labelsize=8)
+    sns.despine(ax=ax)
+    return figure
+
+
+def controls(
+    draws: Mapping[str, pd.DataFrame], observed: Mapping[str, pd.Series], columns: Sequence[str]
+) -> Figure:
+    """Mean rates of every draw of every control as points, beside what the detectors have as lines."""
+    columns = [c for c in columns if not any(np.isnan(o[c]) for o in observed.values())]
+    figure, axes = plt.subplots(
+        1, len(columns), figsize=(4.4 * len(columns), 3.3), sharey=True, squeeze=False, layout="constrained"
+    )
+    generator = np.random.default_rng(0)
+    for ax, column in zip(axes[0], columns, strict=True):
+        for row, frame in enumerate(draws.values()):
+            height = row + generator.uniform(-0.24, 0.24, len(frame))
+            ax.scatter(frame[column], height, s=13, color="0.45", alpha=0.6, linewidth=0)
+            ax.vlines(frame[column].mean(), row - 0.36, row + 0.36, color="black", linewidth=2)
+        for (name, values), colour, style in zip(
+            observed.items(), (COLOURS["red"], COLOURS["blue"]), ("-", "--"), strict=False
+        ):
+            ax.axvline(values[column], color=colour, linestyle=style, linewidth=2, label=name)
+        chance = 0.5 if column.startswith("opposite") else next(iter(observed.values()))[f"{column}_chance"]
+        ax.axvline(chance, color="0.3", linestyle=":", linewidth=1.5, label="chance")
+        ax.set(xlim=(0, 1), xlabel=f"{NAMES[column]}, mean over categories")
+        ax.xaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1))
+        ax.tick_params(labelsize=8)
+        sns.despine(ax=ax)
+    axes[0, 0].set_yticks(
+        range(len(draws)), [f"{name}\n({len(frame)} draws)" for name, frame in draws.items()], fontsize=8.5
+    )
+    axes[0, 0].invert_yaxis()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def _bare(ax) -> None:
+    ax.set(xticks=[], yticks=[])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _diagonal(ax, x: pd.Series, y: pd.Series) -> None:
+    """Equal axes over both ranges, and the line where they are equal."""
+    values = pd.concat([x, y])
+    low, high = values.min(), values.max()
+    margin = 0.05 * (high - low or 1)
+    ax.plot([low - margin, high + margin], [low - margin, high + margin], color="0.5", linewidth=1)
+    ax.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin))
+    ax.set_box_aspect(1)
