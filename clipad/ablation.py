@@ -11,12 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from clipad.bootstrap import draw_counts, interval, resampled_metrics
 from clipad.datasets import Dataset
 from clipad.detectors import CLIP_TEMPERATURE, class_probability
-from clipad.dual_path import StagedFeatures, default_stages, project, staged_features
+from clipad.dual_path import (
+    StagedFeatures,
+    attention_weights,
+    default_stages,
+    embed_patches,
+    project,
+    staged_features,
+)
 from clipad.evaluation import load_images, published_image_score, read_masks
 from clipad.metrics import pixel_metrics
 from clipad.surgery import cosine, feature_surgery, similarity_map
@@ -257,3 +265,46 @@ def chosen_by_rule(dataset: Dataset, maps: np.ndarray) -> list[int]:
             found.sort(key=lambda i: maxima[i] if label else -maxima[i])
         chosen += [found[place] for place in (0, len(found) // 2, -1)] if len(found) >= 3 else found
     return chosen
+
+
+def patch_coverage(masks: np.ndarray, grid: int) -> torch.Tensor:
+    """Masks B x S x S -> share of each patch that is anomalous, B x G*G (row by row, as the tokens)."""
+    pooled = F.adaptive_avg_pool2d(torch.from_numpy(np.asarray(masks)).float(), grid)
+    return pooled.flatten(1)
+
+
+@torch.no_grad()
+def attention_reach(visual, images: torch.Tensor, masks: np.ndarray) -> pd.DataFrame:
+    """Where patches of a defect look, per block, with q-k and with v-v attention; medians over these patches.
+
+    ``lift``: attention that a defect's patch gives to the *other* patches of the defect, over what it would give if
+    it looked everywhere alike (1 = chance). ``spread``: the number of patches it looks at, exp(entropy). A patch is of
+    the defect when the mask covers more than half of it. Both leave out the class token and the patch itself, whose
+    v-v weight is large by construction. NaN where no defect has two such patches.
+    """
+    x = visual.ln_pre(embed_patches(visual, images))
+    n = x.shape[1] - 1
+    cover = patch_coverage(masks, round(n**0.5)).to(x.device)
+    others = (cover.sum(dim=1, keepdim=True) - cover) / (n - 1)
+    ours = (cover > 0.5) & (others > 0)
+    rows = []
+    for block in visual.transformer.resblocks:
+        row = {}
+        for kind, weights in zip(("q-k", "v-v"), attention_weights(block, x), strict=True):
+            p = weights[:, 1:, 1:] * (1 - torch.eye(n, device=x.device))
+            p = p / p.sum(dim=-1, keepdim=True)
+            row[kind, "lift"] = float(((p @ cover[..., None])[..., 0] / others)[ours].nanmedian())
+            row[kind, "spread"] = float(torch.special.entr(p).sum(dim=-1).exp()[ours].nanmedian())
+        rows.append(row)
+        x = block(x)
+    table = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="block"))
+    table.columns = pd.MultiIndex.from_tuples(table.columns)
+    return table
+
+
+def in_words(table: pd.DataFrame, name: str, kind: str = "both") -> str:
+    """A difference to the baseline with its interval, from :meth:`Ablation.intervals`, in points."""
+    row = table.loc[name]
+    low, high = row[f"difference_low_{kind}"], row[f"difference_high_{kind}"]
+    said = "higher" if low > 0 else "lower" if high < 0 else "not told apart"
+    return f"{100 * row['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({said})"
