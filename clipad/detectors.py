@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from clipad.backbone import Backbone
 from clipad.dual_path import default_stages, staged_features
+from clipad.fine_tuning import LinearLayers, linear_maps, require_separate
 from clipad.prompts import CLIP_AD, Prompts
-from clipad.surgery import cosine, feature_surgery, similarity_map
+from clipad.surgery import cosine, feature_surgery, similarity_map, smooth
 from clipad.text import check_method, representative_vectors
 
 CLIP_TEMPERATURE = 100.0
@@ -209,6 +210,65 @@ class SDP(Detector):
     @property
     def settings(self):
         return super().settings | {"stages": list(self.stages), "as_released": self.as_released}
+
+
+class SDPPlus(SDP):
+    """SDP plus one trained linear layer per stage (paper section 3.3, METHOD.md section 6).
+
+    Map = SDP's map before smoothing + sum over stages of the layers' anomalous probability, then smoothed.
+    ``layers``: from :func:`clipad.fine_tuning.train` or ``load_layers``; the other options as for SDP.
+
+    A category that trained the layers is refused (ValueError) unless ``allow_overlap``, which then stands in the
+    name and in the settings of every result.
+    """
+
+    name = "SDP+"
+
+    def __init__(self, backbone, layers: LinearLayers, *args, allow_overlap: bool = False, **options):
+        super().__init__(backbone, *args, **options)
+        layers.require_fit(backbone, self.stages, self.as_released)
+        self.layers = layers.to(backbone.device)
+        self.allow_overlap = allow_overlap
+        if allow_overlap:
+            self.name = f"{type(self).name} (overlap allowed)"
+
+    def text_vectors(self, category):
+        require_separate(self.layers.settings.get("categories", ()), [category], self.allow_overlap)
+        return super().text_vectors(category)
+
+    def _features(self, images):
+        found = staged_features(self.backbone.visual, images, self.stages, self.as_released)
+        return Features(found.image_embedding, found.surgery, found.ordinary)
+
+    def _maps(self, features, text):
+        return smooth(self._fuse(*self.summands(features, text)), self.smoothing)
+
+    def summands(self, features: Features, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two maps that are added, B x S x S each, before smoothing: SDP's and the layers' (0 to J)."""
+        size = self.backbone.image_size
+        sdp = similarity_map(self.patch_values(features, text), size, 0)
+        tokens = [stage[:, 1:] for stage in features.ordinary]
+        return sdp, linear_maps(self.layers, tokens, text, size).sum(dim=1)
+
+    def _fuse(self, sdp, layers):
+        return sdp + layers
+
+    @property
+    def settings(self):
+        return super().settings | {
+            "layers": self.layers.hash,
+            "trained_on": self.layers.settings.get("dataset"),
+            "allow_overlap": self.allow_overlap,
+        }
+
+
+class LayersAlone(SDPPlus):
+    """The layers' summed maps without SDP's: a control for SDP+, not a method of the paper."""
+
+    name = "layers alone"
+
+    def _fuse(self, sdp, layers):
+        return layers
 
 
 class ClipSurgery(Detector):
