@@ -29,6 +29,7 @@ def app() -> None:
       clipad run 00              execute notebooks/00_*.ipynb on the shipped model and images
       clipad run --all           execute every notebook
       clipad params 00           what can be set in a notebook, and to what
+      clipad detect photo.jpg --object "metal nut"
     """
 
 
@@ -104,6 +105,66 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
         sys.exit(1)
 
 
+@app.command(short_help="Find anomalies in images of your own.")
+@click.argument("path", metavar="IMAGE|FOLDER", type=click.Path(exists=True, path_type=Path))
+@click.option("--object", "object_name", required=True, help='What the images show, such as "metal nut".')
+@click.option(
+    "--detector",
+    type=click.Choice(["sdp", "sdp_plus", "winclip", "clip_surgery", "direct"]),
+    default="sdp",
+    show_default=True,
+)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("detections"), show_default=True)
+@click.option(
+    "--normal", type=click.Path(exists=True, path_type=Path), help="Flawless images to calibrate on."
+)
+@click.option("--model", default="demo", show_default=True, help="demo, or the name of an open_clip model.")
+@click.option("--pretrained", help="Its weights: an open_clip tag or a checkpoint file.")
+@click.option("--layers", type=click.Path(exists=True, path_type=Path), help="Linear layers, for sdp_plus.")
+@click.option("--device", help="cpu or cuda; a GPU if there is one.")
+def detect(path, object_name, detector, out, normal, model, pretrained, layers, device) -> None:
+    """Heat maps, overlays and scores for an image or a folder, without ground truth.
+
+    Writes scores.csv, scores.json, report.html, overlays/ and maps/ to --out. A score counts standard deviations above
+    normal images, so it does not depend on the other images: above those in --normal or, for the demo model, above
+    the normal images that are shipped. Otherwise it is the class probability. A folder in MVTec-AD's layout also gets
+    metrics.
+
+    \b
+    Examples:
+      clipad detect photo.jpg --object "metal nut"
+      clipad detect photos/ --object screw --normal flawless/ --out found
+      clipad detect photos/ --object pill --model ViT-B-16-plus-240 --pretrained laion400m_e31
+
+    Exit code: 0 all images were read, 1 some could not be (they are named, the others are done), 2 wrong usage.
+    """
+    with one_line_errors():
+        from clipad.backbone import load_backbone
+        from clipad.detection import calibrate, find_images, shipped_calibration
+        from clipad.detection import detect as run_detection
+        from clipad.experiments import make_detector
+
+        find_images(path, object_name)  # before the model is loaded
+        if model != "demo" and not pretrained:
+            raise ValueError(f"--model {model} needs --pretrained: an open_clip tag or a checkpoint file")
+        chosen = make_detector(detector, load_backbone(model, pretrained, device), layers)
+        if normal is not None:
+            calibration = calibrate(chosen, find_images(normal, object_name), f"the images in {normal.name}")
+        else:
+            calibration = shipped_calibration(chosen) if model == "demo" else None
+        report = run_detection(chosen, path, object_name, out, calibration)
+    for name, reason in report.broken.items():
+        click.echo(f"not readable: {name}: {reason}", err=True)
+    if report.metrics:
+        click.echo("  ".join(f"{name} {value:.3f}" for name, value in report.metrics.items()))
+    for row in report.scores.head(10).itertuples():
+        click.echo(f"{row.score:8.2f}  {row.image}")
+    more = f" and {len(report.scores) - 10} more" if len(report.scores) > 10 else ""
+    click.echo(f"{len(report.scores)} images{more and f' (10 shown{more})'}; {out / 'report.html'}")
+    if report.broken:
+        sys.exit(1)
+
+
 @app.command(short_help="Show what can be set in a notebook.")
 @click.argument("notebook")
 def params(notebook) -> None:
@@ -119,6 +180,50 @@ def params(notebook) -> None:
         found = inspect_parameters(find_notebook(notebook)).values()
     rows = [(p.name, p.type, json.dumps(p.default, ensure_ascii=False), p.help) for p in found]
     click.echo(_table([("name", "type", "default", "meaning [allowed values]"), *rows]))
+
+
+@app.command(short_help="Run a grid of notebooks or evaluations on Dask.")
+@click.argument("file", metavar="SWEEP.YAML")
+@click.option(
+    "--workers", type=click.IntRange(min=1), metavar="N", help="Local processes; one per core, at most 4."
+)
+@click.option(
+    "--scheduler", metavar="ADDRESS", help="A running Dask cluster, as in tcp://10.0.0.1:8786, not local."
+)
+@click.option("--output-dir", help="Folder of the results, not outputs/sweep-<name of the file>.")
+def sweep(file, workers, scheduler, output_dir) -> None:
+    """Run a grid of notebooks or evaluations; finished runs are skipped, so the same command continues.
+
+    \b
+    The file holds one block or a list of blocks; a list is an axis:
+      evaluate: {detectors: [sdp, direct], rvs: [mean, dbscan], categories: [screw, nut]}
+    or
+      notebook: "05"
+      parameters: {seed: [0, 1], categories: [[screw, nut]]}
+
+    Everything is checked before the first run. A failed run does not stop the others. Results: table.parquet and
+    table.csv with a row per run and number, index.html with a link to every executed notebook.
+
+    \b
+    Examples:
+      clipad sweep notebooks/sweep_example.yaml
+      clipad sweep mine.yaml --workers 8 --output-dir ~/results/mine
+      clipad sweep mine.yaml --scheduler tcp://10.0.0.1:8786
+
+    Exit code: 0 all runs ended well, 1 some failed, 2 wrong usage, 130 stopped.
+    """
+    from clipad import runner
+    from clipad import sweep as sweeps
+
+    with one_line_errors():
+        if workers and scheduler:
+            raise ValueError("--workers is for a local cluster: leave it out beside --scheduler")
+        folder = Path(output_dir or runner.REPOSITORY / "outputs" / f"sweep-{Path(file).stem}").expanduser()
+        records = sweeps.sweep(sweeps.plan(file), folder, workers, scheduler)
+    failed = [record for record in records if record["status"] == "failed"]
+    click.echo(f"{len(records)} runs, {len(failed)} failed; see {folder / 'index.html'}")
+    if failed:
+        sys.exit(1)
 
 
 @app.command(short_help="Check this machine; say the fix for each fault.")

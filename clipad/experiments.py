@@ -23,10 +23,13 @@ from IPython.display import display
 
 from clipad.backbone import Backbone, load_backbone
 from clipad.datasets import Dataset, load_dataset
+from clipad.detectors import SDP, ClipSurgery, Detector, Direct, SDPPlus
 from clipad.evaluation import Result, evaluate, fingerprint
 from clipad.files import code_version, write_atomically
+from clipad.fine_tuning import load_layers
 from clipad.prompts import Prompts, load_prompts
 from clipad.published import Protocol, protocol
+from clipad.winclip import WinCLIP
 
 RESULT_MIME = "application/vnd.clipad.result+json"
 
@@ -207,6 +210,32 @@ def experiment(
         output_dir=folder,
         seed=seed,
     )
+
+
+DETECTORS = {
+    "direct": Direct,
+    "clip_surgery": ClipSurgery,
+    "sdp": SDP,
+    "sdp_plus": SDPPlus,
+    "winclip": WinCLIP,
+}
+
+
+def make_detector(name: str, backbone: Backbone, layers: str | Path | None = None, **options) -> Detector:
+    """A detector by its short name; ``sdp_plus`` needs ``layers``, a checkpoint of its linear layers.
+
+    Raises ValueError for an unknown name, missing layers, or layers that another detector would ignore.
+    """
+    if name not in DETECTORS:
+        near = get_close_matches(name, DETECTORS, n=1)
+        raise ValueError(
+            f"unknown detector {name!r}: one of {', '.join(DETECTORS)}" + (f"; {near[0]}?" if near else "")
+        )
+    if (name == "sdp_plus") != bool(layers):
+        raise ValueError(
+            "sdp_plus needs its linear layers, a checkpoint" if not layers else f"{name} has no layers"
+        )
+    return DETECTORS[name](backbone, *([load_layers(layers)] if layers else []), **options)
 
 
 def _plain(value):
