@@ -1,6 +1,6 @@
 """Data sets: which image belongs to which category, label and mask, and how image and mask are read.
 
-METHOD.md section 1 gives the rules for pixels, PERFORMANCE.md ("Data sets: layouts and traps") the layouts.
+METHOD.md section 1 gives the rules for pixels, data/README.md the layouts.
 Only test images are listed: the method is zero-shot. The rules that the layouts leave open:
 
 * Listings are sorted by name; hidden files, ``__MACOSX`` and files without an image suffix are ignored.
@@ -43,7 +43,7 @@ IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix in
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # all others (EPS runs a program) stay closed
 NORMAL_NAMES = ("good", "normal", "no", "ok")  # sub-folders of dataset "folder" that hold normal images
 
-# Test images per category, (normal, anomalous), from PERFORMANCE.md.
+# Test images per category, (normal, anomalous), of the published data sets (data/README.md says where each is from).
 EXPECTED = {
     "mvtec": {
         "bottle": (20, 63),
