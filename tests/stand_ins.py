@@ -1,7 +1,8 @@
 """Stand-ins of the paper's six data sets: small synthetic trees in their exact layouts, with their traps.
 
 Nobody can ship the real data sets; everything that reads them is exercised on these. Folder names, category names,
-file names, formats, modes and counts are those of the published archives (data/README.md); the pictures are an ellipse on noise, and a bright rectangle marks an anomaly, so a mask can be checked against its image.
+file names, formats, modes and counts are those of the published archives (data/README.md); the pictures are an
+ellipse on noise, and a bright rectangle marks an anomaly, so a mask can be checked against its image.
 MVTec AD's defect names are not listed there: here they are `first` and `second`.
 
     python tests/stand_ins.py mvtec outputs/stand_ins/mvtec --fraction 0.1 --width 1024
