@@ -79,6 +79,8 @@ class Detector:
     """
 
     name = "Detector"
+    map_in_image_score = True
+    """whether an image's score adds the maximum of its map to the class probability (METHOD.md section 5)"""
 
     def __init__(
         self,

@@ -41,8 +41,9 @@ class Result:
     """What an evaluation found.
 
     ``table``: a row per category and a last row ``mean`` (unweighted), fractions; ``image_*`` uses the published
-    combination of class probability and map, ``class_*`` the class probability alone, ``pixel_*`` the maps; NaN
-    where a data set has no such labels. ``images``: a row per image.
+    combination of class probability and map (for WinCLIP, whose image score knows no map, the class probability),
+    ``class_*`` the class probability alone, ``pixel_*`` the maps; NaN where a data set has no such labels.
+    ``images``: a row per image.
     """
 
     table: pd.DataFrame
@@ -199,7 +200,7 @@ def _run_category(detector, category, samples, dataset, folder, batch_size, work
 
     probabilities = np.concatenate([part["probabilities"] for part in parts])
     map_maxima = np.concatenate([part["map_maxima"] for part in parts])
-    score = published_image_score(probabilities, map_maxima)
+    score = published_image_score(probabilities, map_maxima) if detector.map_in_image_score else probabilities
     frame = pd.DataFrame(
         {
             "category": category,
@@ -208,7 +209,7 @@ def _run_category(detector, category, samples, dataset, folder, batch_size, work
             "label": [s.label for s in samples],
             "probability": probabilities.astype(np.float64),
             "map_max": map_maxima.astype(np.float64),
-            "image_score": score,
+            "image_score": score.astype(np.float64),
         }
     )
     metrics = dict.fromkeys(COLUMNS, np.nan)

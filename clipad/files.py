@@ -39,7 +39,7 @@ _COMPUTES = (
         "surgery",
         "fine_tuning",
     ),
-    *("detectors", "evaluation", "phenomena", "distribution", "ablation"),
+    *("detectors", "winclip", "evaluation", "phenomena", "distribution", "ablation"),
 )
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from clipad.datasets import load_dataset
 from clipad.detectors import SDP, Direct
 from clipad.evaluation import COLUMNS, PART, evaluate, predict_halving, published_image_score
+from clipad.winclip import WinCLIP
 
 
 def make_folder(root, categories=("bolt", "câble noir"), normal=3, anomalous=4, side=40):
@@ -65,6 +66,15 @@ def test_table_and_images(detector, data):
         "image_score",
     }
     assert len(result.images) == len(data)
+
+
+def test_a_detector_says_whether_its_image_score_uses_the_map(detector, data):
+    with_map = evaluate(detector, data, progress=False)
+    assert not with_map.table["image_auroc"].equals(with_map.table["class_auroc"])
+    without = evaluate(WinCLIP(detector.backbone), data, progress=False)
+    np.testing.assert_array_equal(without.images["image_score"], without.images["probability"])
+    for metric in ("auroc", "f1_max", "ap"):
+        assert without.table[f"image_{metric}"].equals(without.table[f"class_{metric}"])
 
 
 def test_batch_sizes_give_the_same_scores(detector, data):
