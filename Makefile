@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test lint lab notebooks doctor clean
+.PHONY: help install reproduce test lint lab notebooks benchmark demo-model gpu doctor clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,21 @@ lab: install  ## open the notebooks in JupyterLab
 
 notebooks: install  ## execute the notebooks and store their outputs in the repository
 	$(BIN)/clipad notebooks store
+
+benchmark: install  ## speed and memory against reference forms, as ratios within one run
+	$(BIN)/python -m benchmarks
+
+demo-model: install  ## train the demo model anew, continuing where it stopped (hours on a CPU)
+	$(BIN)/python -m clipad.demo.training --output-dir outputs/demo-model
+
+DATASETS ?= mvtec
+DATA_ROOT ?= data
+gpu: install  ## the paper's protocol: make gpu DATASETS="mvtec visa" DATA_ROOT=/where/they/are
+	$(BIN)/clipad doctor
+	for name in $(DATASETS); do \
+	  $(BIN)/clipad data check $$name --root $(DATA_ROOT)/$$name && \
+	  $(BIN)/clipad run --all --preset paper -p dataset $$name -p data_root $(DATA_ROOT)/$$name || failed=1; \
+	done; test -z "$$failed"
 
 doctor: install  ## check versions, device, weights and data
 	$(BIN)/clipad doctor
