@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from clipad.backbone import Backbone
 from clipad.dual_path import default_stages, staged_features
-from clipad.fine_tuning import LinearLayers, linear_maps, require_separate
+from clipad.fine_tuning import LinearLayers, linear_logits, linear_maps, require_separate
 from clipad.prompts import CLIP_AD, Prompts
 from clipad.surgery import cosine, feature_surgery, similarity_map, smooth
 from clipad.text import check_method, representative_vectors
@@ -271,6 +271,23 @@ class LayersAlone(SDPPlus):
 
     def _fuse(self, sdp, layers):
         return layers
+
+
+class LogitFusion(SDPPlus):
+    """Another sum of the same parts (ours, not the paper's): logits instead of probabilities.
+
+    A layer's probability is close to 0 or 1 nearly everywhere, so there the sum of SDP+ has little left to rank by.
+    Here the layers' logits are averaged over stages, and SDP's patch values are brought to the same form, 100 times a
+    cosine averaged over J stages: mean_j logit_j + 100 / J * SDP. Then up-sampled and smoothed like SDP's map.
+    """
+
+    name = "logit fusion"
+
+    def _maps(self, features, text):
+        tokens = [stage[:, 1:] for stage in features.ordinary]
+        logits = linear_logits(self.layers, tokens, text).mean(dim=1)
+        sdp = CLIP_TEMPERATURE / len(tokens) * self.patch_values(features, text)
+        return similarity_map(logits + sdp, self.backbone.image_size, self.smoothing)
 
 
 class ClipSurgery(Detector):

@@ -87,23 +87,30 @@ class LinearLayers(nn.Module):
                 )
 
 
+def linear_logits(layers: LinearLayers, tokens: Sequence[torch.Tensor], text: torch.Tensor) -> torch.Tensor:
+    """Logit of "anomalous" per stage and patch, B x J x N: 100 (cos(f, t_1) - cos(f, t_0)), f = W_j x_j + b_j.
+
+    ``tokens``: per stage B x N x D, patches only; ``text``: unit columns C x 2 or B x C x 2.
+    """
+    cosines = torch.stack([cosine(mapped, text) for mapped in layers(tokens)], dim=1)
+    return TEMPERATURE * (cosines[..., 1] - cosines[..., 0])
+
+
 def linear_maps(
     layers: LinearLayers, tokens: Sequence[torch.Tensor], text: torch.Tensor, image_size: int
 ) -> torch.Tensor:
     """The anomalous probability of every pixel according to each stage's layer, B x J x S x S, not smoothed.
 
-    ``tokens``: per stage B x N x D, patches only; ``text``: unit columns C x 2 or B x C x 2.
-
-    logits = 100 cos(W_j x_j + b_j, t), bilinear to S x S (corners aligned), softmax over the two states. With two
-    states the softmax is the sigmoid of the difference, and interpolating the difference is enough.
+    Arguments as for :func:`linear_logits`. As released, the logits 100 cos(f, t) of both states are interpolated to
+    S x S (bilinear, corners aligned) before the softmax. With two states the softmax is the sigmoid of the
+    difference, and interpolating the difference is enough.
     """
-    logits = torch.stack([cosine(mapped, text) for mapped in layers(tokens)], dim=1) * TEMPERATURE
-    difference = logits[..., 1] - logits[..., 0]
-    grid = math.isqrt(difference.shape[-1])
-    if grid * grid != difference.shape[-1]:
-        raise ValueError(f"{difference.shape[-1]} patch tokens are not a square grid")
-    difference = difference.unflatten(-1, (grid, grid))
-    return F.interpolate(difference, size=image_size, mode="bilinear", align_corners=True).sigmoid()
+    logits = linear_logits(layers, tokens, text)
+    grid = math.isqrt(logits.shape[-1])
+    if grid * grid != logits.shape[-1]:
+        raise ValueError(f"{logits.shape[-1]} patch tokens are not a square grid")
+    logits = logits.unflatten(-1, (grid, grid))
+    return F.interpolate(logits, size=image_size, mode="bilinear", align_corners=True).sigmoid()
 
 
 def focal_loss(probability: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

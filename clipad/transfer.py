@@ -1,0 +1,408 @@
+"""SDP+ on a data set that its layers never saw: what notebook 04 measures.
+
+The features of a data set are computed once and held in memory (about 0.5 MB an image for the demo, 5.5 MB for
+ViT-B-16-plus-240, so large sets are thinned first); every detector and every set of layers is then scored on them.
+
+Shapes: N images, S x S pixels, P patches, J stages, C joint width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+
+from clipad.bootstrap import draw_counts, interval, resampled_metrics
+from clipad.datasets import Dataset
+from clipad.detectors import SDP, Detector, Direct, Features, Prediction, SDPPlus
+from clipad.dual_path import project, staged_features
+from clipad.evaluation import load_images, published_image_score, read_masks
+from clipad.files import code_version
+from clipad.fine_tuning import LinearLayers, Training, load_layers, train
+from clipad.metrics import image_metrics, pixel_metrics
+from clipad.surgery import smooth
+
+METRICS = (
+    *(f"pixel_{m}" for m in ("auroc", "f1_max", "ap", "pro")),
+    *(f"image_{m}" for m in ("auroc", "f1_max", "ap")),
+)
+SATURATED = 0.05
+"""below this sum over stages the layers say "nothing there" """
+
+
+def thinned(dataset: Dataset, per_category: int) -> Dataset:
+    """At most ``per_category`` images of each category, normal and anomalous in their proportion, evenly spaced."""
+    kept = []
+    for category in dataset.categories:
+        own = [i for i, s in enumerate(dataset) if s.category == category]
+        own.sort(key=lambda i: dataset[i].label)  # stable: even spacing then takes its share of both labels
+        take = min(per_category, len(own))
+        kept += [own[(2 * k + 1) * len(own) // (2 * take)] for k in range(take)]
+    return replace(dataset, samples=tuple(dataset[i] for i in sorted(kept)))
+
+
+@dataclass
+class Held:
+    """The features of a data set in its order, and its ground truth N x S x S (None without masks)."""
+
+    dataset: Dataset
+    features: Features
+    masks: np.ndarray | None
+    labels: np.ndarray
+
+    def where(self, category: str) -> np.ndarray:
+        """Positions of a category's images."""
+        return np.array([i for i, s in enumerate(self.dataset) if s.category == category])
+
+    def score(self, detector: Detector, category: str) -> Prediction:
+        """What a detector says of a category's images; any of Direct, SDP and those built on SDP+."""
+        features = self.features[torch.from_numpy(self.where(category))]
+        if isinstance(detector, Direct):
+            # Its features are those of the ordinary path after the last block.
+            last = project(detector.backbone.visual, features.ordinary[-1])
+            features = Features(features.image_embedding, [last])
+        return detector.score(features, category)
+
+    def maps(self, detector: Detector) -> np.ndarray:
+        """N x S x S."""
+        parts = {c: self.score(detector, c).maps.numpy() for c in self.dataset.categories}
+        maps = np.empty((len(self.dataset), *next(iter(parts.values())).shape[1:]), np.float32)
+        for category, values in parts.items():
+            maps[self.where(category)] = values
+        return maps
+
+
+@torch.no_grad()
+def hold(sdp: SDP, dataset: Dataset, batch_size: int = 16) -> Held:
+    """Run the dual path of ``sdp`` once over a data set."""
+    backbone, parts = sdp.backbone, []
+    for images in load_images(list(dataset.samples), backbone.preprocess, batch_size):
+        with backbone.autocast():
+            found = staged_features(backbone.visual, images.to(backbone.device), sdp.stages, sdp.as_released)
+        parts.append(
+            Features(
+                found.image_embedding.float(),
+                [t.float() for t in found.surgery],
+                [t.float() for t in found.ordinary],
+            )
+        )
+    masks = read_masks(list(dataset.samples), backbone.image_size) if dataset.has_masks else None
+    return Held(dataset, Features.cat(parts), masks, np.array([s.label for s in dataset]))
+
+
+# Scores ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Comparison:
+    """Metrics of detectors per category and bootstrap resample; ``numbers[..., 0]`` is the estimate."""
+
+    names: tuple[str, ...]
+    categories: tuple[str, ...]
+    numbers: np.ndarray
+    """detectors x categories x ``METRICS`` x (1 + R)"""
+
+    def table(self, name: str) -> pd.DataFrame:
+        """Category x metric with a last row ``mean``."""
+        numbers = self.numbers[self.names.index(name), :, :, 0]
+        table = pd.DataFrame(numbers, self.categories, METRICS).rename_axis("category")
+        table.loc["mean"] = table.mean()
+        return table
+
+    def difference(self, after: str, before: str, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+        """Per metric the mean over categories before and after, and the paired ``difference`` with two intervals.
+
+        ``low``, ``high``: images drawn anew within the categories at hand; ``low_both``, ``high_both``: categories
+        drawn anew as well, which asks about other categories of this kind. Metrics without numbers are left out.
+        """
+        first, last = (self.numbers[self.names.index(name)] for name in (before, after))
+        known = np.isfinite(first[:, :, 0]).all(axis=0) & np.isfinite(last[:, :, 0]).all(axis=0)
+        count, draws = first.shape[0], first.shape[2] - 1
+        rng = np.random.default_rng(seed)
+        picked = rng.integers(count, size=(2000, count))
+        resample = rng.integers(1, draws + 1, size=picked.shape)
+        rows = {}
+        for m in np.flatnonzero(known):
+            gained = last[:, m] - first[:, m]
+            low, high = interval(gained[:, 1:].mean(axis=0), level)
+            low_both, high_both = interval(gained[picked, resample].mean(axis=1), level)
+            rows[METRICS[m]] = {
+                "before": first[:, m, 0].mean(),
+                "after": last[:, m, 0].mean(),
+                "difference": gained[:, 0].mean(),
+                "low": low,
+                "high": high,
+                "low_both": low_both,
+                "high_both": high_both,
+            }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric")
+
+
+def compare(detectors: Sequence[Detector], held: Held, n_resamples: int = 200, seed: int = 0) -> Comparison:
+    """Score detectors on the same images and the same bootstrap draws (images, within category and label).
+
+    Raises ValueError for fewer than 2 resamples.
+    """
+    if n_resamples < 2:
+        raise ValueError(f"an interval needs 2 resamples or more, found {n_resamples}")
+    rng = np.random.default_rng(seed)
+    categories = held.dataset.categories
+    numbers = np.full((len(detectors), len(categories), len(METRICS), 1 + n_resamples), np.nan)
+    for c, category in enumerate(categories):
+        where = held.where(category)
+        labels = held.labels[where]
+        counts = draw_counts(labels, n_resamples, rng)
+        for d, detector in enumerate(detectors):
+            prediction = held.score(detector, category)
+            maps, found = prediction.maps.numpy(), {}
+            if held.masks is not None:
+                found |= _named("pixel", resampled_metrics(maps, held.masks[where], counts))
+            if (labels >= 0).all():
+                score = published_image_score(prediction.probabilities.numpy(), maps.max(axis=(1, 2)))
+                found |= _named("image", resampled_metrics(score, labels, counts))
+            for m, metric in enumerate(METRICS):
+                if metric in found:
+                    numbers[d, c, m] = found[metric]
+    return Comparison(tuple(d.name for d in detectors), categories, numbers)
+
+
+def _named(level: str, metrics: Mapping) -> dict:
+    return {f"{level}_{name}": values for name, values in metrics.items()}
+
+
+def mean_metrics(detector: Detector, held: Held) -> dict[str, float]:
+    """``METRICS`` of one detector, mean over categories, without intervals; NaN where undefined."""
+    rows = []
+    for category in held.dataset.categories:
+        where = held.where(category)
+        prediction = held.score(detector, category)
+        maps, found = prediction.maps.numpy(), dict.fromkeys(METRICS, np.nan)
+        if held.masks is not None:
+            found |= _named("pixel", pixel_metrics(maps, held.masks[where]))
+        if (held.labels[where] >= 0).all():
+            score = published_image_score(prediction.probabilities.numpy(), maps.max(axis=(1, 2)))
+            found |= _named("image", image_metrics(score, held.labels[where]))
+        rows.append(found)
+    return pd.DataFrame(rows).mean().to_dict()
+
+
+def within_image(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Pixel AUROC inside each image, N; NaN where nothing, or everything, is anomalous."""
+    return np.array([pixel_metrics(v[None], m[None])["auroc"] for v, m in zip(maps, masks, strict=True)])
+
+
+def by_defect(maps: Mapping[str, np.ndarray], held: Held) -> pd.DataFrame:
+    """Mean pixel AUROC inside the image per type of defect (rows, the hardest for the last method first) and method,
+    and the number of images ``n``."""
+    frame = pd.DataFrame({name: within_image(values, held.masks) for name, values in maps.items()})
+    frame.insert(0, "defect", [s.defect for s in held.dataset])
+    frame = frame[held.labels == 1].dropna()
+    table = frame.groupby("defect").mean()
+    table["n"] = frame.groupby("defect").size()
+    return table.sort_values(list(maps)[-1])
+
+
+# Training and what it grows with --------------------------------------------------------------------------------
+
+
+def train_for(run, dataset: Dataset, **options) -> Training:
+    """:func:`clipad.fine_tuning.train` in a folder of its own under the run's, named by all that decides the weights,
+    so that a finished training is read back and a stopped one continues."""
+    key = [run.backbone.weights_hash, run.backbone.device.type, code_version(), dataset.name, len(dataset)]
+    key += [[s.image_path.name for s in dataset], {k: v for k, v in options.items() if k != "epochs"}]
+    name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:10]
+    return train(run.backbone, dataset, run.output_dir / "training" / f"{dataset.name}-{name}", **options)
+
+
+Build = Callable[[LinearLayers], Sequence[Detector]]
+"""from layers to the detectors that shall be scored with them"""
+
+
+def over_epochs(training: Training, held: Held, build: Build) -> pd.DataFrame:
+    """Scores after every epoch: a row per epoch and method, columns ``METRICS``."""
+    steps = zip(training.log["epoch"], training.log["loss"], training.checkpoints, strict=True)
+    return pd.DataFrame(
+        [
+            {"epoch": epoch, "loss": loss} | row
+            for epoch, loss, path in steps
+            for row in _scored(build(load_layers(path)), held)
+        ]
+    )
+
+
+def over_images(
+    run, dataset: Dataset, held: Held, build: Build, per_category: Sequence[int], epochs: int, **training
+) -> pd.DataFrame:
+    """The same after trainings on ever more images of each category, a row per number of images and method.
+
+    Each training takes as many steps as ``epochs`` over the whole data set, so that only the images differ.
+    """
+    rows = []
+    for count in per_category:
+        few = thinned(dataset, count)
+        equal = max(1, round(epochs * len(dataset) / len(few)))
+        layers = train_for(run, few, epochs=equal, progress=False, **training).layers
+        rows += [{"images": len(few)} | row for row in _scored(build(layers), held)]
+    return pd.DataFrame(rows)
+
+
+def _scored(detectors: Sequence[Detector], held: Held) -> list[dict]:
+    return [{"method": detector.name} | mean_metrics(detector, held) for detector in detectors]
+
+
+# What the layers change -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class JointSpace:
+    """Patches of one stage in the joint space under several mappings, and the text they are compared with.
+
+    ``patches``: per mapping P x C unit rows; ``labels``: P, 1 for patches of a defect; ``categories``: P;
+    ``text``: per category C x 2 unit columns.
+    """
+
+    patches: dict[str, torch.Tensor]
+    labels: np.ndarray
+    categories: np.ndarray
+    text: dict[str, torch.Tensor]
+
+    def numbers(self) -> pd.DataFrame:
+        """How well patches and text agree, a row per mapping, from the full space.
+
+        ``auroc``: of cos(anomalous) - cos(normal), defect against other patches, all categories together;
+        ``normal``, ``anomalous``: mean of 100 (cos(own state) - cos(other state)) over the patches of that state,
+        positive where they are nearer to their own; ``gap``: distance between the mean patch and the mean text vector.
+        """
+        rows = {}
+        text = torch.stack([self.text[c] for c in self.categories])
+        for name, patches in self.patches.items():
+            cosines = torch.einsum("pc,pcs->ps", patches, text)
+            margin = 100 * (cosines[:, 1] - cosines[:, 0]).numpy()
+            rows[name] = {
+                "auroc": image_metrics(margin, self.labels)["auroc"],
+                "normal": -margin[self.labels == 0].mean(),
+                "anomalous": margin[self.labels == 1].mean(),
+                "gap": float((patches.mean(dim=0) - text.mean(dim=(0, 2))).norm()),
+            }
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    def in_text_plane(self, name: str) -> np.ndarray:
+        """P x 2: coordinates in the plane that the category's two text vectors span.
+
+        x along t_1 - t_0 (0 is halfway), y along t_0 + t_1; both axes of length 1.
+        """
+        axes = {
+            c: F.normalize(torch.stack([t[:, 1] - t[:, 0], t[:, 0] + t[:, 1]]), dim=1)
+            for c, t in self.text.items()
+        }
+        axes = torch.stack([axes[c] for c in self.categories])
+        return torch.einsum("pc,pxc->px", self.patches[name], axes).numpy()
+
+
+@torch.no_grad()
+def joint_space(detector: SDPPlus, held: Held, stage: int, per_image: int = 6, seed: int = 0) -> JointSpace:
+    """Up to ``per_image`` defect patches and as many others of each anomalous image, mapped three ways.
+
+    ``CLIP's own projection`` (ln_post and proj), ``untrained layer`` (a control), ``trained layer``. A patch is of the
+    defect where the mask covers a quarter of it or more, and another where it covers none. ``stage``: 0 .. J-1.
+    Raises ValueError for data without masks.
+    """
+    if held.masks is None:
+        raise ValueError(f"{held.dataset.name} has no masks: which patches are anomalous is not known")
+    tokens = held.features.ordinary[stage]
+    grid = round((tokens.shape[1] - 1) ** 0.5)
+    covered = F.adaptive_avg_pool2d(torch.from_numpy(held.masks).float()[:, None], grid).flatten(1).numpy()
+    rng = np.random.default_rng(seed)
+    image, patch, labels = [], [], []
+    for i in np.flatnonzero(held.labels == 1):
+        for label, candidates in enumerate((covered[i] == 0, covered[i] >= 0.25)):
+            picked = rng.permutation(np.flatnonzero(candidates))[:per_image]
+            image += [i] * len(picked)
+            patch += (1 + picked).tolist()
+            labels += [label] * len(picked)
+    picked = tokens[image, patch].to(detector.backbone.device)
+    trained = detector.layers
+    fresh = LinearLayers(picked.shape[1], trained.fc[0].out_features, len(trained.fc), seed).to(picked.device)
+    mapped = {
+        "CLIP's own projection": project(detector.backbone.visual, picked),
+        "untrained layer": fresh.fc[stage](picked),
+        "trained layer": trained.fc[stage](picked),
+    }
+    return JointSpace(
+        {name: F.normalize(values, dim=-1).float().cpu() for name, values in mapped.items()},
+        np.array(labels),
+        np.array([held.dataset[i].category for i in image]),
+        {c: detector.text_vectors(c) for c in held.dataset.categories},
+    )
+
+
+@dataclass
+class Summands:
+    """The two maps that SDP+ adds, N x S x S before smoothing, with the ground truth."""
+
+    sdp: np.ndarray
+    layers: np.ndarray
+    held: Held
+    smoothing: float
+
+    def table(self) -> pd.DataFrame:
+        """Per summand: mean on the defects and off them; ``spread``, the standard deviation of all pixels;
+        ``between images``, that of the images' means; and ``rank correlation`` (Spearman) with their sum, in the
+        pixels where the layers are silent and in the others."""
+        rng = np.random.default_rng(0)
+        total = self.sdp + self.layers
+        silent = self.layers < SATURATED
+        rows = {}
+        for name, values in (("SDP", self.sdp), ("layers", self.layers)):
+            row = {
+                "on defects": values[self.held.masks].mean(dtype=float),
+                "off defects": values[~self.held.masks].mean(dtype=float),
+                "spread": values.std(dtype=float),
+                "between images": values.mean(axis=(1, 2), dtype=float).std(),
+            }
+            for where, pixels in (("layers silent", silent), ("layers speak", ~silent)):
+                own, sums = values[pixels], total[pixels]
+                some = rng.integers(len(own), size=min(20_000, len(own)))
+                row[f"rank correlation, {where}"] = spearmanr(own[some], sums[some]).statistic
+            rows[name] = row
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    @property
+    def silent(self) -> tuple[float, float]:
+        """Share of the pixels where the layers' sum is below ``SATURATED``: of all, and of the defects'."""
+        silent = self.layers < SATURATED
+        return float(silent.mean()), float(silent[self.held.masks].mean())
+
+    def weighted(self, weights: Sequence[float]) -> pd.DataFrame:
+        """Pixel metrics of weight * SDP + layers, smoothed; 0 is the layers alone, 1 is SDP+, infinity SDP."""
+        rows = []
+        for weight in weights:
+            total = torch.from_numpy(self.sdp if np.isinf(weight) else weight * self.sdp + self.layers)
+            maps = smooth(total, self.smoothing).numpy()
+            found = [
+                pixel_metrics(maps[where], self.held.masks[where])
+                for where in map(self.held.where, self.held.dataset.categories)
+            ]
+            rows.append({"weight": weight} | _named("pixel", pd.DataFrame(found).mean()))
+        return pd.DataFrame(rows)
+
+
+def summands(detector: SDPPlus, held: Held) -> Summands:
+    """What SDP+ adds on a data set. Raises ValueError for data without masks."""
+    if held.masks is None:
+        raise ValueError(f"{held.dataset.name} has no masks: what lies on a defect is not known")
+    first, second = (np.empty(held.masks.shape, np.float32) for _ in range(2))
+    for category in held.dataset.categories:
+        where = held.where(category)
+        text = detector.text_vectors(category).to(held.features.image_embedding)
+        with torch.no_grad():
+            parts = detector.summands(held.features[torch.from_numpy(where)], text)
+        first[where], second[where] = (part.cpu().numpy() for part in parts)
+    return Summands(first, second, held, detector.smoothing)
