@@ -7,6 +7,7 @@ how similarities become values. Variants that share a path share its pass throug
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -125,7 +126,7 @@ class Ablation:
     """Metrics of every variant, category and resample, and the patch values they came from."""
 
     variants: tuple[Variant, ...]
-    categories: tuple[str, ...]
+    dataset: Dataset
     numbers: np.ndarray
     """V x categories x metrics (``COLUMNS``) x (1 + R); [..., 0] is the estimate, the rest are resamples"""
     values: dict[str, torch.Tensor]
@@ -137,9 +138,24 @@ class Ablation:
         """Smoothed maps S x S of some images (indices into the data set)."""
         return similarity_map(self.values[name][index], self.image_size, self.smoothing).numpy()
 
+    @cached_property
+    def coverage(self) -> torch.Tensor:
+        """Share of every patch that is anomalous, as the values of a variant; 0 where there is no mask."""
+        grid = round(next(iter(self.values.values())).shape[1] ** 0.5)
+        return patch_coverage(read_masks(list(self.dataset), self.image_size), grid)
+
+    def contrast(self, values: str | torch.Tensor) -> torch.Tensor:
+        """Per image, mean of the patch values inside minus outside the defect, in standard deviations of the image.
+
+        ``values``: name of a variant, or values like a variant's. NaN where an image has no defect with a mask.
+        """
+        values = self.values[values] if isinstance(values, str) else values
+        inside, outside = ((values * w).sum(dim=1) / w.sum(dim=1) for w in (self.coverage, 1 - self.coverage))
+        return (inside - outside) / values.std(dim=1)
+
     def table(self, name: str) -> pd.DataFrame:
         """Category x metric with a last row ``mean``, as :class:`clipad.Result` has it."""
-        table = pd.DataFrame(self.numbers[self._row(name), :, :, 0], self.categories, COLUMNS)
+        table = pd.DataFrame(self.numbers[self._row(name), :, :, 0], self.dataset.categories, COLUMNS)
         table.loc["mean"] = table.mean()
         return table
 
@@ -213,9 +229,7 @@ def ablate(
             maps = similarity_map(values, backbone.image_size, detector.smoothing).numpy()
             numbers[v, c] = _metrics(maps, masks, probabilities, labels, counts)
     joined = {name: torch.stack([rows[i] for i in range(len(dataset))]) for name, rows in parts.items()}
-    return Ablation(
-        tuple(chosen), dataset.categories, numbers, joined, backbone.image_size, detector.smoothing
-    )
+    return Ablation(tuple(chosen), dataset, numbers, joined, backbone.image_size, detector.smoothing)
 
 
 def _metrics(maps, masks, probabilities, labels, counts) -> np.ndarray:
@@ -274,37 +288,46 @@ def patch_coverage(masks: np.ndarray, grid: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def attention_reach(visual, images: torch.Tensor, masks: np.ndarray) -> pd.DataFrame:
+def attention_reach(
+    backbone, dataset: Dataset, coverage: torch.Tensor, per_category: int = 4, batch_size: int = 8
+) -> pd.DataFrame:
     """Where patches of a defect look, per block, with q-k and with v-v attention; medians over these patches.
 
+    The first ``per_category`` anomalous images of each category; ``coverage``: of the data set, images x patches.
     ``lift``: attention that a defect's patch gives to the *other* patches of the defect, over what it would give if
     it looked everywhere alike (1 = chance). ``spread``: the number of patches it looks at, exp(entropy). A patch is of
     the defect when the mask covers more than half of it. Both leave out the class token and the patch itself, whose
     v-v weight is large by construction. NaN where no defect has two such patches.
     """
-    x = visual.ln_pre(embed_patches(visual, images))
-    n = x.shape[1] - 1
-    cover = patch_coverage(masks, round(n**0.5)).to(x.device)
-    others = (cover.sum(dim=1, keepdim=True) - cover) / (n - 1)
-    ours = (cover > 0.5) & (others > 0)
-    rows = []
-    for block in visual.transformer.resblocks:
-        row = {}
-        for kind, weights in zip(("q-k", "v-v"), attention_weights(block, x), strict=True):
-            p = weights[:, 1:, 1:] * (1 - torch.eye(n, device=x.device))
-            p = p / p.sum(dim=-1, keepdim=True)
-            row[kind, "lift"] = float(((p @ cover[..., None])[..., 0] / others)[ours].nanmedian())
-            row[kind, "spread"] = float(torch.special.entr(p).sum(dim=-1).exp()[ours].nanmedian())
-        rows.append(row)
+    anomalous = pd.Series({i: s.category for i, s in enumerate(dataset) if s.label == 1})
+    chosen = anomalous.groupby(anomalous).head(per_category).index.tolist()
+    batches = load_images([dataset[i] for i in chosen], backbone.preprocess, batch_size)
+    found: dict[tuple, list] = {}
+    for images, cover in zip(batches, coverage[chosen].split(batch_size), strict=True):
+        x = backbone.visual.ln_pre(embed_patches(backbone.visual, images.to(backbone.device)))
+        cover, n = cover.to(x.device), cover.shape[1]
+        others = (cover.sum(dim=1, keepdim=True) - cover) / (n - 1)
+        ours = (cover > 0.5) & (others > 0)
+        for number, block in enumerate(backbone.visual.transformer.resblocks, start=1):
+            for kind, weights in zip(("q-k", "v-v"), attention_weights(block, x), strict=True):
+                p = weights[:, 1:, 1:] * (1 - torch.eye(n, device=x.device))
+                p = p / p.sum(dim=-1, keepdim=True)
+                lift = (p @ cover[..., None])[..., 0] / others
+                found.setdefault((kind, "lift", number), []).append(lift[ours])
+                spread = torch.special.entr(p).sum(dim=-1).exp()
+                found.setdefault((kind, "spread", number), []).append(spread[ours])
+            x = block(x)
+    medians = pd.Series({key: float(torch.cat(values).nanmedian()) for key, values in found.items()})
+    return medians.unstack().T.rename_axis("block")
+
+
+@torch.no_grad()
+def attention_of(visual, image: torch.Tensor, patch: int, blocks) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """1-based block -> q-k and v-v attention of one patch over all tokens, of one image 1 x 3 x S x S."""
+    x = visual.ln_pre(embed_patches(visual, image))
+    found = {}
+    for number, block in enumerate(visual.transformer.resblocks, start=1):
+        if number in blocks:
+            found[number] = tuple(w[0, 1 + patch].cpu().numpy() for w in attention_weights(block, x))
         x = block(x)
-    table = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="block"))
-    table.columns = pd.MultiIndex.from_tuples(table.columns)
-    return table
-
-
-def in_words(table: pd.DataFrame, name: str, kind: str = "both") -> str:
-    """A difference to the baseline with its interval, from :meth:`Ablation.intervals`, in points."""
-    row = table.loc[name]
-    low, high = row[f"difference_low_{kind}"], row[f"difference_high_{kind}"]
-    said = "higher" if low > 0 else "lower" if high < 0 else "not told apart"
-    return f"{100 * row['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({said})"
+    return found

@@ -11,6 +11,8 @@ from clipad.ablation import (
     COLUMNS,
     Variant,
     ablate,
+    attention_of,
+    attention_reach,
     chosen_by_rule,
     patch_values,
     stage_shift,
@@ -214,3 +216,32 @@ def test_images_are_chosen_by_rule(dataset):
     assert aurocs[0] < aurocs[2]
     peaks = [maps[i].max() for i in chosen[3:]]
     assert peaks == sorted(peaks, reverse=True)
+
+
+def test_attention_reach_by_hand(backbone, dataset):
+    """One image, one block: the weights on the other patches of the defect, averaged by the definition."""
+    one = clipad.Dataset("folder", dataset.root, ("nut",), tuple(s for s in dataset if s.mask_path)[:1])
+    coverage = torch.zeros(1, 16)
+    coverage[0, [5, 6]] = 1
+    table = attention_reach(backbone, one, coverage)
+    assert list(table.index) == list(range(1, 9))
+    image = backbone.preprocess(clipad.read_image(one[0].image_path))[None]
+    for kind, place in (("q-k", 0), ("v-v", 1)):
+        lifts = []
+        for patch, other in ((5, 6), (6, 5)):
+            row = attention_of(backbone.visual, image, patch, [3])[3][place][1:]
+            lifts.append(row[other] / np.delete(row, patch).sum() * 15)
+        assert table.loc[3, (kind, "lift")] == pytest.approx(min(lifts), rel=1e-4)  # torch's median of two
+        assert 1 <= table.loc[3, (kind, "spread")] <= 15
+
+
+def test_contrast_is_inside_minus_outside(backbone, dataset):
+    study = ablate(clipad.SDP(backbone, rvs="mean"), dataset, n_resamples=2)
+    contrast = study.contrast("SDP")
+    normal = torch.tensor([s.label == 0 for s in dataset])
+    assert contrast[normal].isnan().all()
+    assert study.contrast(study.coverage)[~normal].gt(0).all()
+    i = int(torch.nonzero(~normal)[0])
+    values, cover = study.values["SDP"][i].double(), study.coverage[i].double()
+    expected = (np.average(values, weights=cover) - np.average(values, weights=1 - cover)) / values.std()
+    assert float(contrast[i]) == pytest.approx(float(expected), rel=1e-4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,8 +13,16 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from clipad.plots import COLOURS, MAP, METRIC_NAMES, contour
+from clipad.datasets import Dataset, Sample, read_image
+from clipad.evaluation import read_masks
+from clipad.plots import COLOURS, MAP, METRIC_NAMES, contour, gallery, image_array
 
+DUAL_PATH_BLOCK = (
+    "Flow chart of one block. The ordinary path adds q-k attention a, then the MLP, to x. The surgery path takes v, "
+    "mixes it by v-v attention and the same output projection to s, adds s to the path, and restarts at blocks 0, L/4, "
+    "L/2 and 3L/4. A stage feature joins the ordinary class token and the surgery path's patch tokens; ln_post and "
+    "projection follow."
+)
 KINDS = {"q-k": COLOURS["grey"], "v-v": COLOURS["green"]}
 
 
@@ -97,19 +105,20 @@ def dual_path_block() -> Figure:
 
 
 def attention_of_patch(
-    image: np.ndarray,
-    mask: np.ndarray | None,
+    sample: Sample,
+    image_size: int,
     patch: int,
     weights: Mapping[int, tuple[np.ndarray, np.ndarray]],
     reach: pd.DataFrame | None = None,
 ) -> Figure:
     """Where one patch looks, q-k above v-v, in some blocks; beside it medians over many patches, block by block.
 
-    ``image``: S x S x 3; ``mask``: S x S or None; ``patch``: its index row by row; ``weights``: 1-based block -> the
+    ``patch``: its index row by row; ``weights``: 1-based block -> the
     two rows of attention weights over all tokens, class token first; ``reach``: the table of
     :func:`clipad.ablation.attention_reach`, or None where there are no masks. All maps share one square-root scale
     that ends at the largest weight on another patch.
     """
+    image, mask = image_array(read_image(sample.image_path), image_size), read_masks([sample], image_size)[0]
     grid = round((len(next(iter(weights.values()))[0]) - 1) ** 0.5)
     step = len(image) / grid
     top = max(np.delete(row[1:], patch).max() for pair in weights.values() for row in pair)
@@ -125,7 +134,7 @@ def attention_of_patch(
         left.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
     axes = left.subplots(2, n, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
     for row, kind in enumerate(KINDS):
-        axes[row, 0].imshow(image)
+        axes[row, 0].imshow(image, extent=(0, len(image), len(image), 0))
         contour(axes[row, 0], mask)
         axes[row, 0].set_ylabel(f"{kind} attention", fontsize=9)
         for ax, (block, pair) in zip(axes[row, 1:], weights.items(), strict=True):
@@ -135,7 +144,7 @@ def attention_of_patch(
                 norm=PowerNorm(0.5, 0, top),
                 extent=(0, len(image), len(image), 0),
             )
-            if mask is not None and mask.any():
+            if mask.any():
                 ax.contour(mask, levels=[0.5], colors="white", linewidths=0.7)
             axes[0, 0].set_title("image", fontsize=9)
             if row == 0:
@@ -145,6 +154,8 @@ def attention_of_patch(
             ax.add_patch(Rectangle(corner, step, step, fill=False, edgecolor="cyan", linewidth=1.6))
             ax.set(xticks=[], yticks=[], xlim=(0, len(image)), ylim=(len(image), 0))
     bar = left.colorbar(shown, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02)
+    bar.locator = plt.MaxNLocator(4)
+    bar.update_ticks()
     bar.set_label("attention weight, one scale for all", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     if reach is not None:
@@ -166,6 +177,17 @@ def _reach_curves(figure, reach: pd.DataFrame) -> None:
         sns.despine(ax=ax)
     axes[0].legend(fontsize=8, frameon=False, ncol=2, loc="lower right", bbox_to_anchor=(1, 0.98))
     axes[1].set_xlabel("block", fontsize=8)
+
+
+def reach_in_words(reach: pd.DataFrame | None) -> str:
+    """Medians over blocks of :func:`clipad.ablation.attention_reach`, as a sentence."""
+    if reach is None:
+        return "No masks: no curves."
+    m = reach.median()
+    return (
+        f"Medians over blocks: {m['q-k', 'lift']:.1f} times chance on the defect with q-k, {m['v-v', 'lift']:.1f} with "
+        f"v-v attention; {m['q-k', 'spread']:.0f} against {m['v-v', 'spread']:.0f} patches looked at."
+    )
 
 
 def ablation_forest(
@@ -226,8 +248,46 @@ def ablation_forest(
     axes[0, 0].set_ylim(at + 0.7, -0.4)
     for group, colour in colours.items():
         own = [y[name] for name in names if groups[name] == group]
-        axes[0, -1].text(
-            1.06, np.mean(own), textwrap.fill(group, 20), transform=axes[0, -1].get_yaxis_transform(), fontsize=8, va="center",
-            color=COLOURS[colour],
-        )  # fmt: skip
+        place = {"transform": axes[0, -1].get_yaxis_transform(), "va": "center", "color": COLOURS[colour]}
+        axes[0, -1].text(1.06, np.mean(own), textwrap.fill(group, 20), fontsize=8, **place)
     return figure
+
+
+def in_words(
+    tables: Mapping[str, pd.DataFrame], names: Sequence[str], baseline: str = "SDP", kind: str = "both"
+) -> str:
+    """Differences to the baseline as a Markdown list, in points: estimate, interval, and whether it leaves out 0.
+
+    ``tables``: metric -> :meth:`clipad.ablation.Ablation.intervals`; ``kind`` of interval: ``both`` or ``images``.
+    """
+    lines = []
+    for name in names:
+        said = []
+        for metric, table in tables.items():
+            row = 100 * table.loc[name]
+            low, high = row[f"difference_low_{kind}"], row[f"difference_high_{kind}"]
+            verdict = "higher" if low > 0 else "lower" if high < 0 else "not told apart"
+            label = METRIC_NAMES.get(metric, "AUROC of map maximum")
+            said.append(f"{label} {row['difference']:+.1f} [{low:+.1f}, {high:+.1f}] {verdict}")
+        lines.append(f"* **{name}** against {baseline}: {'; '.join(said)}")
+    return "\n".join(lines)
+
+
+def gallery_of(
+    dataset: Dataset, indices: Sequence[int], maps: Mapping[str, np.ndarray], limits: tuple | None = None
+) -> Figure:
+    """:func:`clipad.plots.gallery` for images of a data set; ``limits`` are shared by all columns of maps, if given."""
+    samples = [dataset[i] for i in indices]
+    size = next(iter(maps.values())).shape[-1]
+    return gallery(
+        [image_array(read_image(s.image_path), size) for s in samples],
+        maps,
+        read_masks(samples, size),
+        [f"{s.category}\n{s.defect}" for s in samples],
+        dict.fromkeys(maps, limits) if limits else None,
+    )
+
+
+def shared_limits(maps: Mapping[str, np.ndarray]) -> tuple[float, float]:
+    """One scale for several columns of maps."""
+    return tuple(np.percentile(np.stack(list(maps.values())), [1, 99.8]))
