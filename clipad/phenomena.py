@@ -134,10 +134,14 @@ class Truth:
     masks: np.ndarray
     objects: np.ndarray | None
 
+    def shares(self, grid: int) -> np.ndarray:
+        """M x N: the share of each patch that the defect covers."""
+        masks = torch.from_numpy(self.masks).float()
+        return F.adaptive_avg_pool2d(masks[:, None], grid).flatten(1).numpy()
+
     def patches(self, grid: int) -> np.ndarray:
         """M x N labels: 1 where the defect covers a quarter of the patch or more, 0 where none, -1 between."""
-        shares = torch.from_numpy(self.masks).float()
-        shares = F.adaptive_avg_pool2d(shares[:, None], grid).flatten(1).numpy()
+        shares = self.shares(grid)
         return np.where(shares >= 0.25, 1, np.where(shares == 0, 0, -1))
 
 
@@ -175,7 +179,8 @@ def raw_maps(detector, samples: Sequence[Sample], batch_size: int = 16) -> np.nd
     """The maps of any detector before its smoothing, len(samples) x S x S float32."""
     detector = copy.copy(detector)
     detector.smoothing = 0
-    parts = []
+    size = detector.backbone.image_size
+    parts = [np.zeros((0, size, size), np.float32)]
     for category, images in batches(detector.backbone, samples, batch_size):
         parts.append(detector.predict(images, category).maps.numpy())
     return np.concatenate(parts)
@@ -226,6 +231,31 @@ def change(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     return before.assign(**(after[PHENOMENA] - before[PHENOMENA]))
 
 
+def against(row: pd.Series, level: float) -> str:
+    """An interval of :func:`rates` in words: "above", "below", or "not distinguishable from" a level.
+
+    >>> against(pd.Series({"low": 0.7, "high": 0.8}), 0.5)
+    'above'
+    """
+    return "above" if row["low"] > level else "below" if row["high"] < level else "not distinguishable from"
+
+
+def worst_median_best(values: Sequence[float], categories: Sequence[str]) -> dict[str, list[int]]:
+    """Per category the positions of the lowest, the (upper) median and the highest value; NaN is left out.
+
+    >>> worst_median_best([3, 1, 2, 9], ["a", "a", "a", "b"])
+    {'a': [1, 2, 0], 'b': [3, 3, 3]}
+    """
+    values, categories = np.asarray(values, dtype=float), np.asarray(categories)
+    found = {}
+    for category in dict.fromkeys(categories.tolist()):
+        mine = np.flatnonzero((categories == category) & ~np.isnan(values))
+        if len(mine):
+            mine = mine[np.argsort(values[mine], kind="stable")]
+            found[category] = [int(mine[place]) for place in (0, len(mine) // 2, -1)]
+    return found
+
+
 def batches(
     backbone: Backbone, samples: Sequence[Sample], batch_size: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -249,13 +279,15 @@ class Probe:
 
     ``cosines``: M x N x 2 with the text (normal, anomalous); ``centroids``: C, mean of the unit patch features;
     ``features``: unit features of the picked patches, P x C, for the last block and ``("v-v", L)``;
-    ``picked``: P x 2, their image and patch; ``attention``: per block what :func:`attention_to_defect` counts.
+    ``picked``: P x 2, their image and patch; ``labels``: M x N as given to :func:`probe`; ``attention``: per block what
+    :func:`attention_to_defect` counts.
     """
 
     cosines: dict[tuple[str, int], torch.Tensor]
     centroids: dict[tuple[str, int], torch.Tensor]
     features: dict[tuple[str, int], np.ndarray]
     picked: np.ndarray
+    labels: np.ndarray | None
     attention: pd.DataFrame | None
 
 
@@ -313,6 +345,7 @@ def probe(
         {key: value / len(samples) for key, value in sums.items()},
         {key: torch.cat(values).numpy() for key, values in features.items()},
         picked,
+        labels,
         pd.concat(attention, ignore_index=True) if attention else None,
     )
 
@@ -385,6 +418,46 @@ def linear_probe_auroc(features: np.ndarray, labels: np.ndarray, groups: Sequenc
         model, features, labels, groups=groups, cv=GroupKFold(folds), method="decision_function"
     )
     return image_metrics(scores, labels)["auroc"]
+
+
+def what_patches_know(found: Probe, seed: int = 0) -> pd.DataFrame:
+    """AUROC for defect against normal patches among the picked ones, for either attention in all blocks (columns).
+
+    By the text direction; by a linear probe tested on other images; by the same probe with shuffled labels.
+    """
+    image, patch = found.picked.T
+    labels = found.labels[image, patch]
+    shuffled = np.random.default_rng(seed).permutation(labels)
+    return pd.DataFrame(
+        {
+            kind: {
+                "text direction": patch_auroc(found.cosines[kind, last][image, patch], labels),
+                "linear probe, other images": linear_probe_auroc(features, labels, image),
+                "linear probe, shuffled labels": linear_probe_auroc(features, shuffled, image),
+            }
+            for (kind, last), features in found.features.items()
+        }
+    )
+
+
+def layer_rates(found: Probe, truth: Truth, seed: int = 0) -> dict[tuple[str, int], pd.DataFrame]:
+    """:func:`rates` of the direct map from each entry of the probe: block by block, and with v-v attention."""
+    size = truth.masks.shape[-1]
+    return {
+        key: rates(count_phenomena(direct_maps(z, size), truth), seed=seed)
+        for key, z in found.cosines.items()
+    }
+
+
+@torch.no_grad()
+def block_attention(backbone: Backbone, image: torch.Tensor, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """q-k and v-v attention weights of a block (1-based) for one image 3 x S x S, mean over heads: two T x T."""
+    visual = backbone.visual
+    x = visual.ln_pre(embed_patches(visual, image[None].to(backbone.device)))
+    for before in visual.transformer.resblocks[: block - 1]:
+        x = before(x)
+    weights = attention_weights(visual.transformer.resblocks[block - 1], x)
+    return tuple(w[0].float().cpu().numpy() for w in weights)
 
 
 # -------------------------------------------------------------------------------------------------- controls
@@ -464,3 +537,50 @@ def control_rates(
         frame = count_phenomena(maps, truth)
         rows.append(frame.groupby("category")[PHENOMENA].mean().mean())
     return pd.DataFrame(rows)
+
+
+def controls(detector, truth: Truth, draws: int = 100, seed: int = 0) -> dict[str, pd.DataFrame]:
+    """Mean rates under three kinds of ignorance, a row per draw: shuffled states, random text, and an untrained image
+    encoder (a twentieth of the draws, since each runs all images)."""
+    backbone = detector.backbone
+    categories = list(dict.fromkeys(s.category for s in truth.samples))
+    text = {category: detector.text_vectors(category) for category in categories}
+    features = all_features(detector, truth.samples)
+    seeds = range(seed + 1, seed + 1 + draws)
+    how = (categories, detector.prompts, detector.rvs, detector.rvs_options)
+    shuffled = [shuffled_states(backbone, *how, s) for s in seeds]
+    random = [random_states(len(text[categories[0]]), categories, s) for s in seeds]
+    untrained_rates = []
+    for s in seeds[: max(1, draws // 20)]:
+        twin = copy.copy(detector)
+        twin.backbone = untrained(backbone, s)
+        untrained_rates.append(control_rates(twin, all_features(twin, truth.samples), [text], truth))
+    return {
+        "shuffled states": control_rates(detector, features, shuffled, truth),
+        "random text": control_rates(detector, features, random, truth),
+        "untrained image encoder": pd.concat(untrained_rates, ignore_index=True),
+    }
+
+
+def reached(drawn: Mapping[str, pd.DataFrame], observed: float, column: str) -> dict[str, float]:
+    """Share of the draws of each control with a rate at least as high, counting the observed one itself."""
+    return {name: float((1 + (f[column] >= observed).sum()) / (1 + len(f))) for name, f in drawn.items()}
+
+
+def scale_effect(maps: np.ndarray, flawless: np.ndarray) -> dict[str, float]:
+    """What the scale of the drawing does to flawless images; both arrays are maps x S x S.
+
+    ``low``, ``high``: a scale shared by all maps (0.1 and 99.9 percentile); ``shared``, ``released``: share of the
+    flawless images' pixels in the upper half of that scale, and of each image's own as the released program draws;
+    ``auroc``: how well the brightest spot ranks the images on the shared scale (with their own, all are equal).
+    """
+    low, high = np.percentile(np.concatenate([maps, flawless]), [0.1, 99.9])
+    middle = (flawless.min(axis=(1, 2), keepdims=True) + flawless.max(axis=(1, 2), keepdims=True)) / 2
+    top = np.concatenate([flawless, maps]).max(axis=(1, 2))
+    return {
+        "low": float(low),
+        "high": float(high),
+        "shared": float(np.mean(flawless > (low + high) / 2)),
+        "released": float(np.mean(flawless > middle)),
+        "auroc": image_metrics(top, [0] * len(flawless) + [1] * len(maps))["auroc"],
+    }

@@ -10,8 +10,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 from sklearn.decomposition import PCA
 
+from clipad import phenomena
 from clipad.plots import ANOMALOUS, COLOURS, MAP, NORMAL, contour
 
 NAMES = {
@@ -21,6 +23,8 @@ NAMES = {
     "off_object": "highlight off the object",
     "off_defect": "highlight off the defect",
 }
+LEVELS = plt.get_cmap(MAP, 64)
+"""the map in fewer steps: figures of many small panels stay small files"""
 DIVERGING = "PuOr_r"
 """purple: less of it, orange: more"""
 
@@ -73,7 +77,7 @@ def two_scales(
     ``rows``: per category a triple (image S x S x 3, map S x S, mask S x S) for each of ``columns``.
     """
     count = len(columns)
-    figure = plt.figure(figsize=(2.75 * count + 0.3, 0.9 * len(rows) + 0.9))
+    figure = plt.figure(figsize=(2.3 * count + 0.3, 0.76 * len(rows) + 0.9))
     height = figure.get_figheight()
     grid = figure.add_gridspec(
         len(rows),
@@ -92,13 +96,13 @@ def two_scales(
             scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
             for place, (panel, options) in enumerate(
                 [
-                    (image, {}),
-                    (values, {"cmap": MAP, "vmin": 0, "vmax": 1}),
-                    (scaled, {"cmap": MAP, "vmin": 0, "vmax": 1}),
+                    (_thumbnail(image), {}),
+                    (values, {"cmap": LEVELS, "vmin": 0, "vmax": 1}),
+                    (scaled, {"cmap": LEVELS, "vmin": 0, "vmax": 1}),
                 ]
             ):
                 ax = figure.add_subplot(grid[row, 4 * column + place])
-                ax.imshow(panel, **options)
+                ax.imshow(panel, interpolation="nearest", **options)
                 contour(ax, mask)
                 _bare(ax)
                 if row == 0:
@@ -115,64 +119,91 @@ def two_scales(
                 if column == place == 0:
                     ax.set_ylabel(category, fontsize=8)
     bar = figure.add_axes([0.36, 0.16 / height, 0.28, 0.07 / height])
-    figure.colorbar(plt.cm.ScalarMappable(cmap=MAP), cax=bar, orientation="horizontal", ticks=[0, 0.5, 1])
+    figure.colorbar(plt.cm.ScalarMappable(cmap=LEVELS), cax=bar, orientation="horizontal", ticks=[0, 0.5, 1])
     bar.tick_params(labelsize=7, pad=1)
     return figure
 
 
+def flawless(
+    images: Sequence[np.ndarray],
+    maps: Mapping[str, tuple[np.ndarray, tuple[float, float]]],
+    titles: Sequence[str],
+) -> Figure:
+    """Normal images (columns), and below each the map of each method on its shared scale and as released.
+
+    ``maps``: per method maps N x S x S and the limits (low, high) of the shared scale.
+    """
+    rows = 1 + 2 * len(maps)
+    figure, axes = plt.subplots(
+        rows,
+        len(images),
+        figsize=(0.85 * len(images) + 1.1, 0.85 * rows + 0.3),
+        squeeze=False,
+        layout="constrained",
+    )
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    for column, (image, title) in enumerate(zip(images, titles, strict=True)):
+        axes[0, column].imshow(_thumbnail(image), interpolation="nearest")
+        axes[0, column].set_title(title, fontsize=8.5)
+        for row, (values, (low, high)) in enumerate(maps.values()):
+            axes[1 + 2 * row, column].imshow(
+                values[column], LEVELS, interpolation="nearest", vmin=low, vmax=high
+            )
+            axes[2 + 2 * row, column].imshow(values[column], LEVELS, interpolation="nearest")
+    names = ["image", *(f"{name},\n{scale}" for name in maps for scale in ("shared scale", "as released"))]
+    for ax, name in zip(axes[:, 0], names, strict=True):
+        ax.set_ylabel(name, fontsize=8.5, rotation=0, ha="right", va="center")
+    for ax in axes.flat:
+        _bare(ax)
+    return figure
+
+
 def signature(frames: Mapping[str, pd.DataFrame]) -> Figure:
-    """Every anomalous image as a point, a column of panels per method.
+    """Every anomalous image as a point, a column of panels per method; shaded is where the phenomenon is.
 
     Above: mean of the map outside the defect against inside; below the diagonal are the opposite predictions. Below:
-    share of the image off the object against share of its highlights there; below the diagonal they keep to the object.
+    share of the image off the object against share of its highlights there; above the diagonal is more than chance.
     Where no object is known, the second row is about the defect.
     """
     place = "object" if any(f["off_object"].notna().any() for f in frames.values()) else "defect"
     figure, axes = plt.subplots(
-        2, len(frames), figsize=(3.7 * len(frames), 7.1), squeeze=False, layout="constrained"
+        2, len(frames), figsize=(3.6 * len(frames) + 1.7, 7.1), squeeze=False, layout="constrained"
     )
-    for column, (name, frame) in enumerate(frames.items()):
-        top, bottom = axes[:, column]
+    for (top, bottom), (name, frame) in zip(axes.T, frames.items(), strict=True):
         wrong = frame["opposite"] > 0.5
-        _diagonal(top, frame["outside"], frame["inside"])
-        top.scatter(
-            *frame.loc[~wrong, ["outside", "inside"]].to_numpy().T,
-            s=22,
-            color=NORMAL,
-            alpha=0.75,
-            label="defect higher",
-        )
-        top.scatter(
-            *frame.loc[wrong, ["outside", "inside"]].to_numpy().T,
-            s=24,
-            color=ANOMALOUS,
-            marker="X",
-            alpha=0.75,
-            label="opposite",
-        )
-        top.set(xlabel="mean outside the defect", ylabel="mean inside the defect" if not column else "")
-        share = frame["opposite"].mean()
-        top.set_title(f"{name}: {share:.0%} opposite predictions", fontsize=10)
-        top.legend(fontsize=8, loc="upper left")
+        _halves(top, frame["outside"], frame["inside"], wrong, ("defect higher", "opposite"), shade="below")
+        top.set(xlabel="mean outside the defect", ylabel="mean inside the defect")
+        top.set_title(f"{name}: {frame['opposite'].mean():.0%} opposite predictions", fontsize=10)
 
         found = frame.dropna(subset=[f"off_{place}"])
         x, y = found[f"off_{place}_chance"], found[f"off_{place}"]
-        above = y > x
-        _diagonal(bottom, pd.Series([0.0, 1.0]) if place == "object" else x, pd.Series([0.0, 1.0]))
-        bottom.scatter(x[~above], y[~above], s=22, color=NORMAL, alpha=0.75, label="chance or less")
-        bottom.scatter(
-            x[above], y[above], s=24, color=ANOMALOUS, marker="X", alpha=0.75, label="more than chance"
-        )
+        _halves(bottom, x, y, y > x, ("chance or less", "more than chance"), shade="above", limits=(0, 1))
         bottom.set(
             xlabel=f"share of the image off the {place} (= chance)",
-            ylabel=f"share of top 5 % off the {place}" if not column else "",
+            ylabel=f"share of top 5 % off the {place}",
         )
         bottom.set_title(f"{name}: {y.mean():.0%} off the {place}, chance {x.mean():.0%}", fontsize=10)
-        bottom.legend(fontsize=8, loc="lower left" if place == "defect" else "upper left")
     for ax in axes.flat:
         ax.tick_params(labelsize=8)
         sns.despine(ax=ax)
+    for ax in axes[:, -1]:
+        ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def _halves(ax, x: pd.Series, y: pd.Series, wrong: pd.Series, names, shade: str, limits=None) -> None:
+    """Points on equal axes with their diagonal, the side of the phenomenon shaded."""
+    low, high = limits or (min(x.min(), y.min()), max(x.max(), y.max()))
+    margin = 0.05 * (high - low or 1)
+    ends = np.array([low - margin, high + margin])
+    ax.fill_between(
+        ends, ends, ends[0] if shade == "below" else ends[1], color=ANOMALOUS, alpha=0.1, linewidth=0
+    )
+    ax.plot(ends, ends, color="0.5", linewidth=1)
+    ax.scatter(x[~wrong], y[~wrong], s=20, color=NORMAL, alpha=0.7, linewidth=0, label=names[0])
+    ax.scatter(x[wrong], y[wrong], s=24, color=ANOMALOUS, marker="X", alpha=0.8, linewidth=0, label=names[1])
+    ax.set(xlim=ends, ylim=ends)
+    ax.set_box_aspect(1)
 
 
 def before_after(
@@ -298,10 +329,10 @@ def by_layer(
         None,
         COLOURS["purple"],
         "D",
-        "distance of the mean patch from the mean sentence",
+        "distance of the two means",
     )
     axes[1].set_ylabel("modality gap", fontsize=9)
-    axes[1].set_ylim(0, None)
+    axes[1].set_ylim(0, 1.15 * gaps.max())
     if tables:
         place = (
             "off_object" if any(t.loc["mean", ("off_object", "n")] for t in tables.values()) else "off_defect"
@@ -326,10 +357,12 @@ def by_layer(
         ax.tick_params(labelsize=8)
         sns.despine(ax=ax)
     axes[-1].set_xticks(places, [str(number) for _, number in keys])
-    axes[-1].set_xlabel(
-        "ordinary path (q-k), after block …                               v-v attention, last … blocks",
-        fontsize=9,
-    )
+    below = axes[-1].get_xaxis_transform()
+    for part, words in (
+        (ordinary, "ordinary path (q-k), after block …"),
+        (~ordinary, "v-v attention,\nlast … blocks"),
+    ):
+        axes[-1].text(places[part].mean(), -0.12, words, transform=below, ha="center", va="top", fontsize=9)
     return figure
 
 
@@ -439,17 +472,131 @@ def controls(
     return figure
 
 
+def _thumbnail(image: np.ndarray) -> np.ndarray:
+    """At most 64 x 64 pixels in 32 colours: noise of a photograph that nobody sees would fill the file."""
+    small = Image.fromarray((255 * image).astype(np.uint8))
+    small.thumbnail((64, 64))
+    return np.asarray(small.quantize(32, dither=Image.Dither.NONE).convert("RGB"))
+
+
 def _bare(ax) -> None:
     ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values():
         spine.set_visible(False)
 
 
-def _diagonal(ax, x: pd.Series, y: pd.Series) -> None:
-    """Equal axes over both ranges, and the line where they are equal."""
-    values = pd.concat([x, y])
-    low, high = values.min(), values.max()
-    margin = 0.05 * (high - low or 1)
-    ax.plot([low - margin, high + margin], [low - margin, high + margin], color="0.5", linewidth=1)
-    ax.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin))
-    ax.set_box_aspect(1)
+# ------------------------------------------------------------------------------- what the figures say, in words
+
+
+def percent(row: pd.Series) -> str:
+    """A rate with its interval: "79% [72%, 84%]"."""
+    return f"{row['rate']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
+
+
+def words_of_rates(
+    frames: Mapping[str, pd.DataFrame], tables: Mapping[str, pd.DataFrame], place: str, seed: int = 0
+) -> list[str]:
+    """Per method: both means with their intervals, and on which side of chance they lie."""
+    lines = []
+    for name, frame in frames.items():
+        mean = tables[name].loc["mean"]
+        excess = frame.assign(excess=frame[place] - frame[f"{place}_chance"])
+        excess = phenomena.rates(excess, ["excess"], seed=seed).loc["mean", "excess"]
+        lines.append(
+            f"{name}: opposite predictions {percent(mean['opposite'])}, {phenomena.against(mean['opposite'], 0.5)} "
+            f"chance (50%); {NAMES[place]} {percent(mean[place])}, {phenomena.against(excess, 0)} chance "
+            f"({mean[place + '_chance', 'rate']:.0%})."
+        )
+    return lines
+
+
+def words_of_change(difference: pd.DataFrame) -> str:
+    mean, fell = difference.loc["mean", "opposite"], difference["opposite"].drop("mean")["high"] < 0
+    return (
+        f"Opposite predictions change by {100 * mean['rate']:+.0f} points on average "
+        f"[{100 * mean['low']:+.0f}, {100 * mean['high']:+.0f}]; "
+        f"the interval lies below 0 in {fell.sum()} of {len(fell)} categories."
+    )
+
+
+def words_of_scales(effects: Mapping[str, Mapping[str, float]]) -> str:
+    """From :func:`clipad.phenomena.scale_effect` per method."""
+    return "Pixels of flawless images in the upper half of the scale: " + "; ".join(
+        f"{name} {e['shared']:.0%} shared, {e['released']:.0%} as released "
+        f"(AUROC of the brightest spot {e['auroc']:.0%} shared, 50% as released)"
+        for name, e in effects.items()
+    ) + "."  # fmt: skip
+
+
+def words_of_knowledge(knows: pd.DataFrame, before: float, closed: float) -> str:
+    """Whether the features know more than the text reads, and what closing the gap does to opposite predictions."""
+    asked, known = knows.loc[["text direction", "linear probe, other images"], "q-k"]
+    told = (
+        "the last block's patches know more of defects than the text direction reads from them: informed, not aligned."
+        if known > max(0.6, asked + 0.1)
+        else "the probe finds little that the text direction does not: misalignment is not the reason here."
+    )
+    rest = (
+        "so the offset between the modalities is the smaller part of it."
+        if closed - 0.5 > 0.5 * (before - 0.5) > 0
+        else "so the offset between the modalities is the larger part of it."
+        if before > 0.5
+        else "but there was no excess over 50% to explain."
+    )
+    return (
+        f"Linear probe {known:.1%}, text direction {asked:.1%}: {told} "
+        f"With the gap closed, opposite predictions go from {before:.0%} to {closed:.0%} (chance is 50%), {rest}"
+    )
+
+
+def words_of_layers(gaps: pd.Series, tables: Mapping[tuple, pd.DataFrame]) -> str:
+    """The gap and, where it is known, the rate of opposite predictions: first block, last block, v-v throughout."""
+    last = max(number for _, number in gaps.index)
+    first, end, vv = (gaps[key] for key in (("q-k", 1), ("q-k", last), ("v-v", last)))
+    told = f"The gap is {first:.2f} after block 1, {end:.2f} after block {last} and {vv:.2f} with v-v throughout."
+    if tables:
+        over = {key: t.loc["mean", ("opposite", "rate")] for key, t in tables.items()}
+        kind, number = min(over, key=over.get)
+        told += (
+            f" Opposite predictions: {over['q-k', 1]:.0%}, {over['q-k', last]:.0%} and {over['v-v', last]:.0%}; "
+            f"fewest, {over[kind, number]:.0%}, "
+            f"{'after block' if kind == 'q-k' else 'with v-v attention in the last'} {number}."
+        )
+        if over["v-v", last] < over["q-k", last] and vv >= end:
+            told += " They fall although the gap does not."
+    return told
+
+
+def words_of_attention(frame: pd.DataFrame) -> str:
+    mean = frame.groupby("layer").mean()
+    ratio = mean[["q-k", "v-v"]].div(mean["chance"], axis=0)
+    return (
+        f"A defect patch gives other defect patches {ratio['q-k'].mean():.1f} times their even share by q-k and "
+        f"{ratio['v-v'].mean():.1f} times by v-v (mean over blocks); {ratio['q-k'].iloc[-1]:.1f} and "
+        f"{ratio['v-v'].iloc[-1]:.1f} times in the last block."
+    )
+
+
+def words_of_controls(
+    drawn: Mapping[str, pd.DataFrame], observed: Mapping[str, pd.Series], columns: Sequence[str]
+) -> list[str]:
+    """Per phenomenon, whether the first of ``observed`` goes beyond what the controls reach."""
+    name, values = next(iter(observed.items()))
+    lines = []
+    for column in columns:
+        shares = phenomena.reached(drawn, values[column], column)
+        highest = max(shares["shuffled states"], shares["random text"])
+        verdict = (
+            "more than the controls show"
+            if highest <= 0.05
+            else "at the edge of what the controls show"
+            if highest <= 0.1
+            else "the controls show it as well"
+        )
+        blind = drawn["untrained image encoder"][column]
+        lines.append(
+            f"{NAMES[column]}, {name} {values[column]:.0%}: {verdict}. At least as high: "
+            f"{shares['shuffled states']:.0%} of shuffled states, {shares['random text']:.0%} of random texts; "
+            f"the highest of {len(blind)} untrained encoders has {blind.max():.0%}."
+        )
+    return lines
