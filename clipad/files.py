@@ -39,7 +39,16 @@ _COMPUTES = (
         "surgery",
         "fine_tuning",
     ),
-    *("detectors", "winclip", "evaluation", "phenomena", "distribution", "ablation"),
+    *(
+        "detectors",
+        "winclip",
+        "bootstrap",
+        "benchmark",
+        "evaluation",
+        "phenomena",
+        "distribution",
+        "ablation",
+    ),
 )
 
 
