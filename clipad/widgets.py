@@ -30,6 +30,7 @@ import pandas as pd
 import torch
 import yaml
 
+from clipad.cli import guess_type
 from clipad.datasets import read_image, read_mask
 from clipad.detectors import Detector, Features
 from clipad.dual_path import attention_weights, default_stages, embed_patches
@@ -55,8 +56,8 @@ class Settings:
 
     ``image``: its path within the data set's folder, or the path of any file. ``stages``: 1-based blocks.
     ``smoothing``: sigma in pixels. ``normal_words``, ``anomalous_words``: phrases with commas between them, ``{}`` for
-    the object (behind the phrase if left out); empty for the ensemble. ``block``: 1-based, of the attention.
-    ``patch``: row and column from 1. ``threshold``: of the contour, 0-1 on the colour scale.
+    the object (behind the phrase if left out); empty for the ensemble. ``look``: row and column of a
+    patch and the block of its attention, all from 1. ``threshold``: of the contour, 0-1 on the colour scale.
     """
 
     image: str
@@ -67,8 +68,7 @@ class Settings:
     smoothing: float = 0.0
     normal_words: str = ""
     anomalous_words: str = ""
-    block: int = 0
-    patch: tuple[int, ...] = ()
+    look: tuple[int, ...] = ()
     threshold: float = 0.5
 
 
@@ -119,7 +119,7 @@ class Explorer:
         self._picture = lru_cache(64)(self._picture)
         self._features = lru_cache(256)(self._features)
         self._batch = lru_cache(32)(self._batch)
-        self._attention = lru_cache(8)(self._attention)
+        self.attention = lru_cache(8)(self.attention)
         self._text = lru_cache(256)(self._text)
 
     # ------------------------------------------------------------------------------------------- settings
@@ -127,8 +127,9 @@ class Explorer:
     def settings(self, **values) -> Settings:
         """Complete settings from some; what is left out or empty is the published choice.
 
-        Without ``image`` the first anomalous one; without ``object_name`` the image's category; without ``patch`` the
-        highest one of SDP's map. Raises ValueError for a name that is no setting, and what :meth:`check` raises.
+        Without ``image`` the first anomalous one; without ``object_name`` the image's category; without ``look`` the
+        highest patch of SDP's map and the last block. Raises ValueError for a name that is no setting, and what
+        :meth:`check` raises.
         """
         known = [field.name for field in fields(Settings)]
         for name in values:
@@ -154,24 +155,22 @@ class Explorer:
             smoothing=values.get("smoothing") or round(sigma / 240 * self.backbone.image_size, 1),
             normal_words=values.get("normal_words") or "",
             anomalous_words=values.get("anomalous_words") or "",
-            block=values.get("block") or self.depth,
-            patch=tuple(values.get("patch") or (1, 1)),
+            look=tuple(values.get("look") or (1, 1, self.depth)),
             threshold=values.get("threshold") or 0.5,
         )
-        if not values.get("patch"):
-            plain = Settings(
-                image, category, rvs=chosen.rvs, stages=default_stages(self.depth), smoothing=NO_SMOOTHING
-            )
-            chosen = replace(chosen, patch=self._strongest_patch(replace(plain, block=1, patch=(1, 1))))
         self.check(chosen)
+        if not values.get("look"):
+            chosen = replace(chosen, look=(*self._strongest_patch(chosen.image, category), self.depth))
         return chosen
 
-    def _strongest_patch(self, settings: Settings) -> tuple[int, int]:
-        self.check(settings)
-        features = self._features(settings.image, "sdp", settings.stages)
-        text, _ = self._text(False, settings.object_name, "", "", settings.rvs)
-        values = self._detector(settings).patch_values(features, text.to(self.backbone.device))[0]
-        row, column = divmod(int(values.argmax()), self.grid)
+    def _strongest_patch(self, image: str, category: str) -> tuple[int, int]:
+        stages = default_stages(self.depth)
+        text, _ = self._text(False, category, "", "", self.protocol.rvs)
+        sdp = self._detector(Settings(image, category, stages=stages))
+        features = self._features(image, "sdp", stages)
+        row, column = divmod(
+            int(sdp.patch_values(features, text.to(self.backbone.device))[0].argmax()), self.grid
+        )
         return row + 1, column + 1
 
     def check(self, s: Settings) -> None:
@@ -200,10 +199,11 @@ class Explorer:
             )
         if not s.smoothing > 0:
             raise ValueError(f"smoothing is a sigma in pixels; {NO_SMOOTHING} is none; found {s.smoothing}")
-        if not 1 <= s.block <= self.depth:
-            raise ValueError(f"the block has to lie in 1..{self.depth}, found {s.block}")
-        if len(s.patch) != 2 or not all(1 <= place <= self.grid for place in s.patch):
-            raise ValueError(f"a patch is a row and a column in 1..{self.grid}, found {list(s.patch)}")
+        ends = (self.grid, self.grid, self.depth)
+        if len(s.look) != 3 or not all(1 <= place <= end for place, end in zip(s.look, ends, strict=True)):
+            raise ValueError(
+                f"look is a row and a column in 1..{self.grid} and a block in 1..{self.depth}, found {list(s.look)}"
+            )
         if not 0 <= s.threshold <= 1:
             raise ValueError(f"the threshold has to lie in 0..1, found {s.threshold}")
         if s.detector == "sdp_plus":
@@ -223,8 +223,9 @@ class Explorer:
         features = self._batch(s.image, s.detector, s.stages)
         found = self._detector(s).score_with(features, text)
         picture, mask = self._picture(s.image)
-        patch = (s.patch[0] - 1) * self.grid + s.patch[1] - 1
-        weights = self._attention(s.image)[:, s.block - 1, patch].numpy()
+        row, column, block = s.look
+        patch = (row - 1) * self.grid + column - 1
+        weights = self.attention(s.image)[:, block - 1, patch].numpy()
         return Shown(
             settings=s,
             image=picture,
@@ -276,7 +277,7 @@ class Explorer:
         ]
 
     @torch.no_grad()
-    def _attention(self, image: str) -> torch.Tensor:
+    def attention(self, image: str) -> torch.Tensor:
         """2 x L x N x (1 + N): q-k and v-v weights of every patch in every block of the ordinary path."""
         visual = self.backbone.visual
         with self.backbone.autocast():
@@ -360,17 +361,14 @@ def command(
     ``base``: parameters with which the notebook itself runs (preset, data set, model, ...); empty ones are left out.
     """
     default = asdict(explorer.settings(image=settings.image)) | {"image": None}
-    values = {key: value for key, value in (base or {}).items() if value}
+    values = {k: v for k, v in (base or {}).items() if v and (k, v) != ("preset", "demo")}
     values |= {key: value for key, value in asdict(settings).items() if value != default[key]}
     second = {} if other is None else {k: v for k, v in asdict(other).items() if v != asdict(settings)[k]}
     if second != {"detector": "direct"}:  # the notebook's default
         values["compare_with"] = second
     words = ["clipad", "run", "06"]
     for name, value in values.items():
-        plain = isinstance(value, (int, float)) or (
-            isinstance(value, str) and yaml.safe_load(value or "''") == value
-        )
-        if plain:
+        if isinstance(value, (int, float)) or (isinstance(value, str) and guess_type(value) == value):
             words += ["-p", name, str(value)]
         else:
             entry = _lists({name: value})
@@ -379,15 +377,6 @@ def command(
                 yaml.safe_dump(entry, default_flow_style=None, width=10_000, allow_unicode=True).strip(),
             ]
     return shlex.join(words)
-
-
-def _looks_otherwise(text: str) -> bool:
-    """Whether papermill's ``-p`` would take a text for a number or a constant."""
-    try:
-        float(text)
-    except ValueError:
-        return text in ("True", "False", "None")
-    return True
 
 
 def _lists(value):
@@ -409,13 +398,13 @@ def latency(explorer: Explorer, settings: Settings, repeats: int = 5) -> pd.Data
         return replace(settings, smoothing=1 + 0.5 * i, threshold=0.3 + 0.05 * i)
 
     def patch(i):
-        return replace(settings, patch=(1 + i % explorer.grid, 1), block=1 + i % explorer.depth)
+        return replace(settings, look=(1 + i % explorer.grid, 1, 1 + i % explorer.depth))
 
     def words(i):
         return replace(settings, normal_words="flawless " * (i + 1) + "{}")
 
     def image(i):
-        for kept in (explorer._features, explorer._batch, explorer._attention, explorer._picture):
+        for kept in (explorer._features, explorer._batch, explorer.attention, explorer._picture):
             kept.cache_clear()
         return replace(settings, image=other)
 
@@ -476,8 +465,8 @@ class _Row:
             **wide,
         )
         self.smoothing = w.FloatSlider(
-            description="smoothing, px", min=NO_SMOOTHING, max=size / 8, step=0.1, value=first.smoothing,
-            readout_format=".1f", **late, **wide,
+            description="smoothing, px", min=NO_SMOOTHING, max=max(size / 8, first.smoothing), step=0.1,
+            value=first.smoothing, readout_format=".1f", **late, **wide,
         )  # fmt: skip
         hint = "empty: the ensemble's. Or: flawless, {} without scratch"
         self.normal_words = w.Text(
@@ -487,7 +476,7 @@ class _Row:
             description="anomalous words", value=first.anomalous_words, placeholder=hint, **late, **wide
         )
         self.block = w.IntSlider(
-            description="attention in block", min=1, max=explorer.depth, value=first.block, **late, **wide
+            description="attention in block", min=1, max=explorer.depth, value=first.look[2], **late, **wide
         )
         self.widgets = {k: v for k, v in vars(self).items() if isinstance(v, w.Widget)}
         self.box = w.VBox([w.HTML(f"<b>{title}</b>"), *self.widgets.values()], layout=w.Layout(width="50%"))
@@ -500,13 +489,14 @@ class _Row:
         self.rvs.disabled = self.smoothing.disabled = self.detector.value == "winclip"
 
     def values(self) -> dict:
-        return {name: widget.value for name, widget in self.widgets.items()}
+        return {name: widget.value for name, widget in self.widgets.items() if name != "block"}
 
 
 class Controls:
     """Widgets for one or two settings, the figure, messages, and the command that repeats what is shown.
 
-    ``base``: see :func:`command`; ``uploads``: folder that keeps uploaded images, so that the command finds them.
+    Two settings share image, patch and threshold (those of ``settings``). ``base``: see :func:`command`; ``uploads``:
+    folder that keeps uploaded images, so that the command finds them.
 
     Settings that cannot be shown and unreadable uploads are told in ``message``. Anything else that is raised in a
     callback is a fault of ours: it is told there, too (a live notebook would hide it), and raised on.
@@ -534,11 +524,11 @@ class Controls:
             accept="image/*", description="Upload an image", layout=w.Layout(width="12em")
         )
         self.threshold = w.FloatSlider(
-            description="threshold", min=0, max=1, step=0.01, value=settings.threshold, **late, **style
+            description="threshold", min=0.01, max=1, step=0.01, value=settings.threshold, **late, **style
         )
         self.row, self.column = (
             w.IntSlider(description=f"patch {name}", min=1, max=explorer.grid, value=place, **late, **style)
-            for name, place in zip(("row", "column"), settings.patch, strict=True)
+            for name, place in zip(("row", "column"), settings.look[:2], strict=True)
         )
         self.compare = w.Checkbox(description="compare two settings", value=other is not None, indent=False)
         self.rows = [_Row(explorer, "Settings A", settings), _Row(explorer, "Settings B", other or settings)]
@@ -561,13 +551,10 @@ class Controls:
 
     def settings(self) -> list[Settings]:
         """What the widgets say: one, or two if they are compared; not checked."""
-        common = {
-            "image": self.image.value,
-            "patch": (self.row.value, self.column.value),
-            "threshold": self.threshold.value,
-        }
+        common = {"image": self.image.value, "threshold": self.threshold.value}
+        patch = (self.row.value, self.column.value)
         rows = self.rows if self.compare.value else self.rows[:1]
-        return [Settings(**common, **row.values()) for row in rows]
+        return [Settings(**common, **row.values(), look=(*patch, row.block.value)) for row in rows]
 
     def update(self, _=None) -> None:
         """Show what the widgets say."""
@@ -618,20 +605,16 @@ class Controls:
         with self._told():
             for file in self.upload.value:
                 content = bytes(file["content"])
-                stem, suffix = (
-                    re.sub(r"[^\w.-]", "_", Path(file["name"]).stem)[:60],
-                    Path(file["name"]).suffix,
-                )
-                digest = hashlib.sha256(content).hexdigest()[:8]
-                path = self.uploads / f"{stem}-{digest}{suffix if suffix.isascii() else ''}"
+                name = re.sub(r"[^A-Za-z0-9.-]", "_", file["name"])[-60:]  # a path, or dots, lead nowhere
+                path = (self.uploads / f"{hashlib.sha256(content).hexdigest()[:8]}-{name}").resolve()
                 try:
                     read_image(io.BytesIO(content))
                 except OSError as error:
                     self._say(re.sub(r"<_io.BytesIO[^>]*>", file["name"], str(error)))
                     return
                 write_atomically(path, content)
-                self._own[str(path.resolve())] = f"uploaded: {file['name']}"
-                self._list_images(str(path.resolve()))
+                self._own[str(path)] = f"uploaded: {file['name']}"
+                self._list_images(str(path))
         self.update()
 
     def _say(self, *notes: str):

@@ -64,7 +64,7 @@ def describe(shown: Sequence) -> str:
         f"{name}: {_name(one)}, object {one.settings.object_name}: class probability {one.probability:.2f}, "
         f"map maximum {one.map.max():.2f} on a scale from {one.limits[0]:.2f} to {one.limits[1]:.2f}, "
         f"{100 * (one.map >= one.cut).mean():.0f} % of the image above the threshold; "
-        f"patch in row {one.settings.patch[0]}, column {one.settings.patch[1]} with "
+        f"patch in row {one.settings.look[0]}, column {one.settings.look[1]} with "
         + ", ".join(
             f"{k} {v.normal:.2f} normal {v.anomalous:.2f} anomalous" for k, v in one.cosines.iterrows()
         )
@@ -80,6 +80,7 @@ def _name(one) -> str:
 def _row(ax: Axes, y: float, one) -> None:
     left = np.cumsum([_GAP, *(w + _GAP for w in _WIDTHS)])
     s = one.settings
+    patch_row, patch_column, block = s.look
     grid = round((len(one.attention["q-k"]) - 1) ** 0.5)
 
     def words(column, title, caption=""):
@@ -90,7 +91,7 @@ def _row(ax: Axes, y: float, one) -> None:
     def picture(column, values, low=0.0, high=1.0):
         box = (left[column], left[column] + 1, y + _SIDE, y)
         ax.imshow(values, extent=box, cmap=MAP, vmin=low, vmax=high, interpolation="nearest", aspect="auto")
-        corner = (left[column] + (s.patch[1] - 1) / grid, y + (s.patch[0] - 1) / grid)
+        corner = (left[column] + (patch_column - 1) / grid, y + (patch_row - 1) / grid)
         ax.add_patch(Rectangle(corner, 1 / grid, 1 / grid, fill=False, edgecolor=PATCH, linewidth=1.4))
 
     low, high = one.limits
@@ -105,14 +106,14 @@ def _row(ax: Axes, y: float, one) -> None:
         f"{_name(one)} map",
         f"maximum {one.map.max():.2f}, line {one.cut:.2f}\nscale {low:.2f} to {high:.2f}",
     )
-    words(2, f"cosines of the patch ({s.patch[0]}, {s.patch[1]})")
+    words(2, f"cosines of the patch ({patch_row}, {patch_column})")
 
-    own = 1 + (s.patch[0] - 1) * grid + s.patch[1] - 1
+    own = 1 + (patch_row - 1) * grid + patch_column - 1
     top = max(np.delete(weights, [0, own]).max() for weights in one.attention.values())
     for column, (kind, weights) in enumerate(one.attention.items(), start=3):
         picture(column, np.sqrt(weights[1:].reshape(grid, grid) / top))
         shares = f"to itself {100 * weights[own]:.1f} %,\nto the class token {100 * weights[0]:.1f} %"
-        words(column, f"{kind} attention, block {s.block}", shares)
+        words(column, f"{kind} attention, block {block}", shares)
 
 
 def _lines(ax: Axes, one, left: np.ndarray, y: float) -> None:
