@@ -1,5 +1,6 @@
 import numpy as np
 import open_clip
+import pandas as pd
 import pytest
 import torch
 from conftest import tiny_clip
@@ -22,6 +23,7 @@ from clipad.ablation import (
 from clipad.backbone import Backbone
 from clipad.bootstrap import draw_counts, resampled_metrics
 from clipad.dual_path import staged_features
+from clipad.plots.dual_path import in_words
 
 RNG = np.random.default_rng(0)
 
@@ -245,3 +247,13 @@ def test_contrast_is_inside_minus_outside(backbone, dataset):
     values, cover = study.values["SDP"][i].double(), study.coverage[i].double()
     expected = (np.average(values, weights=cover) - np.average(values, weights=1 - cover)) / values.std()
     assert float(contrast[i]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_words_follow_the_interval():
+    columns = ["difference", "difference_low_both", "difference_high_both"]
+    rows = {"a": [0.02, 0.01, 0.03], "b": [-0.02, -0.03, -0.001], "c": [0.02, -0.01, 0.03]}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    lines = in_words({"pixel_pro": table}, list(rows)).splitlines()
+    assert lines[0] == "* **a** against SDP: PRO +2.0 [+1.0, +3.0] higher"
+    assert lines[1].endswith("[-3.0, -0.1] lower")
+    assert lines[2].endswith("not told apart")
