@@ -14,7 +14,10 @@ all, and where Dask executes a run twice (a worker that was believed dead) the f
 
 import contextlib
 import hashlib
+import html
 import json
+import logging
+import os
 import shutil
 import threading
 import time
@@ -26,50 +29,38 @@ from importlib import import_module
 from itertools import product
 from pathlib import Path
 
+from clipad import runner
 from clipad.files import code_version, write_atomically
-from clipad.runner import (
-    Parameter,
-    _checked,
-    _nearest,
-    check_parameters,
-    find_notebook,
-    inspect_parameters,
-    read_notebook,
-    require_own_kernel,
-    run_notebook,
-    source_hash,
-)
+from clipad.runner import Parameter
 
 DETECTORS = {
-    "sdp": ("detectors", "SDP"),
-    "direct": ("detectors", "Direct"),
-    "clip_surgery": ("detectors", "ClipSurgery"),
-    "winclip": ("winclip", "WinCLIP"),
+    "sdp": "detectors.SDP",
+    "direct": "detectors.Direct",
+    "clip_surgery": "detectors.ClipSurgery",
+    "winclip": "winclip.WinCLIP",
 }
-EVALUATION = {
-    parameter.name: parameter
-    for parameter in (
-        Parameter("detectors", "str", "sdp", "the detector", choices=tuple(DETECTORS)),
-        Parameter("rvs", "str", "", "representative vector; the published one if empty"),
-        Parameter("rvs_options", "dict", {}, "its options; the published ones if empty"),
-        Parameter("preset", "str", "demo", "model and data", choices=("demo", "paper")),
-        Parameter("model", "str", "", "open_clip model name"),
-        Parameter("pretrained", "str", "", "open_clip tag, path of a checkpoint, or random"),
-        Parameter("image_size", "int", 0, "side in pixels, the model's own if 0", low=1),
-        Parameter("dataset", "str", "", "data set"),
-        Parameter("data_root", "str", "", "path of the data set"),
-        Parameter("categories", "list[str]", [], "categories of one run, all if empty"),
-        Parameter("prompts", "str", "", "path of a YAML file with prompts"),
-        Parameter("seed", "int", 0, "seed of random weights", low=0),
-        Parameter("device", "str", "", "where to compute", choices=("cpu", "cuda")),
-    )
-}
+_PARAMETERS = (
+    Parameter("detectors", "str", "sdp", "the detector", choices=tuple(DETECTORS)),
+    Parameter("rvs", "str", "", "representative vector; the published one if empty"),
+    Parameter("rvs_options", "dict", {}, "its options; the published ones if empty"),
+    Parameter("preset", "str", "demo", "model and data", choices=("demo", "paper")),
+    Parameter("model", "str", "", "open_clip model name"),
+    Parameter("pretrained", "str", "", "open_clip tag, path of a checkpoint, or random"),
+    Parameter("image_size", "int", 0, "side in pixels, the model's own if 0", low=1),
+    Parameter("dataset", "str", "", "data set"),
+    Parameter("data_root", "str", "", "path of the data set"),
+    Parameter("categories", "list[str]", [], "categories of one run, all if empty"),
+    Parameter("prompts", "str", "", "path of a YAML file with prompts"),
+    Parameter("seed", "int", 0, "seed of random weights", low=0),
+    Parameter("device", "str", "", "where to compute", choices=("cpu", "cuda")),
+)
+EVALUATION = {parameter.name: parameter for parameter in _PARAMETERS}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One point of the grid. ``notebook`` is the path of the source, empty for an evaluation; ``content`` is what
-    besides the parameters decides the result (hashes by name)."""
+    """One point of the grid. ``notebook``: path of the source, "" for an evaluation; ``content``: hashes, by name, of
+    what decides the result besides the parameters."""
 
     notebook: str
     parameters: dict
@@ -77,12 +68,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        return Path(self.notebook).stem if self.notebook else f"evaluate {self.parameters['detectors']}"
+        return Path(self.notebook).stem or "evaluate"
 
     @property
     def address(self) -> str:
         """Sixteen hex digits."""
-        text = json.dumps([Path(self.notebook).stem, self.parameters, self.content], sort_keys=True)
+        text = json.dumps([self.name, self.parameters, self.content], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -90,7 +81,7 @@ class Run:
 
 
 def plan(path) -> list[Run]:
-    """The runs of a sweep file, in its order, each once.
+    """The runs of a sweep file, in its order (the last axis varies fastest), each once.
 
     Everything that can be known beforehand is checked here: names and values of parameters, data sets, models,
     prompts. Raises ValueError or FileNotFoundError with what was found and what was expected.
@@ -109,71 +100,69 @@ def plan(path) -> list[Run]:
 
 
 def _expand(block) -> list[Run]:
-    _require_mapping(block, "a block", ["evaluate", "notebook", "parameters"])
-    if ("evaluate" in block) == ("notebook" in block) or ("evaluate" in block and "parameters" in block):
+    _require_keys(block, "a block", ["evaluate", "notebook", "parameters"])
+    if ("evaluate" in block) == ("notebook" in block) or {"evaluate", "parameters"} <= block.keys():
         raise ValueError("a block holds either `evaluate:`, or `notebook:` and `parameters:`")
     if "evaluate" in block:
-        _require_mapping(block["evaluate"], "`evaluate`", EVALUATION)
-        defaults = {name: parameter.default for name, parameter in EVALUATION.items()}
-        return [_evaluation(defaults | values) for values in _grid(block["evaluate"], EVALUATION)]
-    require_own_kernel()
+        return [_evaluation(values) for values in _grid(block["evaluate"], "`evaluate`", EVALUATION)]
+    runner.require_own_kernel()
     runs = []
     for name in block["notebook"] if isinstance(block["notebook"], list) else [block["notebook"]]:
         # YAML reads 05 as the number 5
-        source = find_notebook(f"{name:02d}" if isinstance(name, int) else str(name))
-        known = inspect_parameters(source)
-        _require_mapping(block.get("parameters", {}), f"`parameters` of {source.stem}", known)
-        if "output_dir" in block.get("parameters", {}):
-            raise ValueError("output_dir is no axis: every run of a sweep has its own folder")
-        defaults = {name: parameter.default for name, parameter in known.items() if name != "output_dir"}
-        content = {"notebook": source_hash(read_notebook(source))}
-        for values in _grid(block.get("parameters", {}), known):
-            values = check_parameters(source, defaults | values)
+        source = runner.find_notebook(f"{name:02d}" if isinstance(name, int) else str(name))
+        known = runner.inspect_parameters(source)
+        known.pop("output_dir", None)  # every run has a folder of its own
+        content = {"notebook": runner.source_hash(runner.read_notebook(source))}
+        for values in _grid(block.get("parameters", {}), f"`parameters` of {source.stem}", known):
+            values = runner.check_parameters(source, values)
             runs.append(Run(str(source), values, content | _inputs(values)))
     return runs
 
 
-def _require_mapping(found, what: str, known) -> None:
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise ValueError(f"{what} has to be a mapping `name: value`, found {found!r}")
-    for name in found:
-        if name not in known:
-            raise ValueError(f"{what} has no key {name!r}; {_nearest(name, known)}")
+def _grid(axes, what: str, known: dict[str, Parameter]) -> list[dict]:
+    """Values of all known parameters, for each point of the product of the axes.
 
-
-def _grid(axes: dict, known: dict[str, Parameter]) -> list[dict]:
-    """The product of the axes; for a parameter that is itself a list, [a, b] is the axis of [a] and [b]."""
-    values = []
+    For a parameter that is itself a list, [a, b] is the axis of [a] and [b].
+    """
+    _require_keys(axes, what, known)
+    values = {name: [parameter.default] for name, parameter in known.items()}
     for name, axis in axes.items():
         axis = axis if isinstance(axis, list) else [axis]
         if not axis:
             raise ValueError(f"{name} has no values: leave it out, or list at least one")
         if known[name].type.startswith("list"):
             axis = [value if isinstance(value, list) else [value] for value in axis]
-        values.append(axis)
-    return [dict(zip(axes, point, strict=True)) for point in product(*values)]
+        values[name] = axis
+    order = [*axes, *(name for name in known if name not in axes)]
+    return [dict(zip(order, point, strict=True)) for point in product(*(values[name] for name in order))]
+
+
+def _require_keys(found, what: str, known) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} has to be a mapping `name: value`, found {found!r}")
+    for name in found:
+        if name not in known:
+            raise ValueError(f"{what} has no key {name!r}; {runner._nearest(str(name), known)}")
 
 
 def _evaluation(values: dict) -> Run:
     from clipad.published import protocol
     from clipad.text import check_method
 
-    values = {name: _checked(EVALUATION[name], value) for name, value in values.items()}
-    values["detectors"] = values["detectors"] or "sdp"
+    values = {name: runner._checked(EVALUATION[name], value) for name, value in values.items()}
     values |= _model_and_data(values)
-    if values["detectors"] == "winclip":
-        if values["rvs"] or values["rvs_options"]:
-            raise ValueError("winclip has a fixed text side, no rvs: give it a block of its own")
-    else:
+    if values["detectors"] != "winclip":
         rules = protocol(values["dataset"])
         published = rules.rvs_options if values["rvs"] in ("", rules.rvs) else {}
         values |= {"rvs": values["rvs"] or rules.rvs, "rvs_options": values["rvs_options"] or published}
         check_method(values["rvs"], values["rvs_options"])
+    elif values["rvs"] or values["rvs_options"]:
+        raise ValueError("winclip has a fixed text side, no rvs: give it a block of its own")
     return Run("", values, _inputs(values))
 
 
 def _model_and_data(values: dict) -> dict:
-    """What `clipad.experiment` makes of the parameters: model, pretrained and dataset, presets resolved."""
+    """model, pretrained and dataset as `clipad.experiment` chooses them."""
     from clipad.experiments import PRESETS
 
     chosen = dict(PRESETS[values.get("preset") or "demo"])
@@ -181,26 +170,25 @@ def _model_and_data(values: dict) -> dict:
         chosen |= {"model": values["model"], "pretrained": ""}
     chosen |= {key: values[key] for key in ("pretrained", "dataset") if values.get(key)}
     if chosen["model"] != "demo" and not chosen["pretrained"]:
-        raise ValueError(
-            f"model {chosen['model']!r} needs pretrained: an open_clip tag, a checkpoint, or random"
-        )
+        raise ValueError(f"model {chosen['model']!r} needs pretrained: a tag, a checkpoint, or random")
+    if chosen["model"] == "demo" and chosen["pretrained"] == "random":
+        raise ValueError("model 'demo' has no random weights; as a control name another one, as ViT-S-32-alt")
     return chosen
 
 
 def _inputs(values: dict) -> dict:
-    """Hashes of code, weights, images and prompts: whoever changes one of them gets other addresses."""
+    """Hashes of code, images, weights and prompts: whoever changes one of them gets other addresses."""
     found = {"code": code_version()}
     if {"preset", "model", "dataset"} & values.keys():
-        chosen = _model_and_data(values)
-        seed = values.get("seed", 0) if chosen["pretrained"] == "random" else 0
+        chosen = values | _model_and_data(values)
         found["samples"] = _samples(
             chosen["dataset"], values.get("data_root", ""), *values.get("categories", [])
         )
-        found["weights"] = _weights(chosen["model"], chosen["pretrained"], values.get("image_size", 0), seed)
-    if "prompts" in values:
+        found["weights"] = _weights(*_which_weights(chosen))
+    if values.get("prompts"):
         from clipad.prompts import load_prompts
 
-        found["prompts"] = asdict(load_prompts(values["prompts"] or None))
+        found["prompts"] = asdict(load_prompts(values["prompts"]))
     return found
 
 
@@ -213,91 +201,92 @@ def _samples(dataset: str, root: str, *categories: str) -> str:
 
 
 @cache
-def _weights(*key) -> str:
-    return _backbone(*key, "cpu").weights_hash  # the machine that plans needs no GPU
+def _weights(*which) -> str:
+    return _backbone(*which, device="cpu").weights_hash  # the machine that plans needs no GPU
+
+
+def _which_weights(chosen: dict) -> tuple:
+    """model, pretrained, image_size, seed: where the weights are not random no seed changes them."""
+    pretrained, seed = chosen["pretrained"], 0
+    if pretrained == "random":
+        pretrained, seed = "", chosen.get("seed", 0)
+    return chosen["model"], pretrained, chosen.get("image_size", 0), seed
 
 
 @lru_cache(maxsize=1)
 def _backbone(model: str, pretrained: str, image_size: int, seed: int, device: str):
     from clipad.backbone import load_backbone
 
-    weights = None if pretrained in ("", "random") else pretrained
-    return load_backbone(model, weights, device or None, image_size or None, seed)
+    return load_backbone(model, pretrained or None, device or None, image_size or None, seed)
 
 
 # --- on a worker ----------------------------------------------------------------------------------------------------
 
-_one_at_a_time = threading.Lock()  # environment, seeds and file names belong to a process
+_one_at_a_time = threading.Lock()  # environment and random generators belong to a process
 
 
 def execute(run: Run, output_dir: str) -> None:
     """Computes one run and puts it at its address, unless it is there. An exception inside the run is its result."""
-    final = Path(output_dir) / "runs" / run.address
-    if not final.parent.is_dir():
-        raise FileNotFoundError(f"the worker does not see {final.parent}: it needs the sweep's file system")
-    if final.exists():
+    if not (Path(output_dir) / "runs").is_dir():
+        raise FileNotFoundError(f"the worker does not see {output_dir}: it needs the sweep's file system")
+    if _read(run, output_dir):
         return
-    folder = Path(output_dir) / "unfinished" / f"{run.address}-{uuid.uuid4().hex}"
-    folder.mkdir(parents=True)
-    start, status, reason, results = time.perf_counter(), "ok", "", []
+    folder, start = _new_folder(run, output_dir), time.perf_counter()
     try:
         with _one_at_a_time:
             if code_version() != run.content["code"]:
                 raise ValueError("the worker has another version of clipad than the machine that planned")
-            if run.notebook:
-                given = (
-                    {"output_dir": str(folder)} if "output_dir" in inspect_parameters(run.notebook) else {}
-                )
-                done = run_notebook(run.notebook, run.parameters | given, folder, progress_bar=False)
-                status, reason, results = (
-                    done.status,
-                    done.reason,
-                    _notebook_results(folder / f"{run.name}.json"),
-                )
-            else:
-                results = _evaluate(run, folder)
+            found = _run_notebook(run, folder) if run.notebook else _run_evaluation(run, folder)
     except Exception as error:
-        status, reason = "failed", f"{type(error).__name__}: {error}"
         (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-    _publish(run, folder, final, status, reason, round(time.perf_counter() - start, 1), results)
+        found = {"status": "failed", "reason": f"{type(error).__name__}: {error}", "results": []}
+    _publish(run, folder, found | {"seconds": round(time.perf_counter() - start, 1)})
 
 
-def _evaluate(run: Run, folder: Path) -> list[dict]:
+def _run_evaluation(run: Run, folder: Path) -> dict:
     from clipad.datasets import load_dataset
     from clipad.evaluation import evaluate
     from clipad.prompts import load_prompts
 
     values = run.parameters
-    seed = values["seed"] if values["pretrained"] == "random" else 0
-    backbone = _backbone(values["model"], values["pretrained"], values["image_size"], seed, values["device"])
+    backbone = _backbone(*_which_weights(values), device=values["device"])
     if backbone.weights_hash != run.content["weights"]:
         raise ValueError("the worker has other weights than the machine that planned")
-    module, name = DETECTORS[values["detectors"]]
+    module, _, name = DETECTORS[values["detectors"]].partition(".")
     options = {"prompts": load_prompts(values["prompts"]) if values["prompts"] else None}
-    if values["rvs"]:
-        options |= {"rvs": values["rvs"], "rvs_options": values["rvs_options"]}
+    options |= {"rvs": values["rvs"], "rvs_options": values["rvs_options"]} if values["rvs"] else {}
     detector = getattr(import_module(f"clipad.{module}"), name)(backbone, **options)
     dataset = load_dataset(values["dataset"], values["data_root"] or None, values["categories"])
     table = evaluate(detector, dataset, folder, progress=False).table.drop(index="mean")
     long = table.reset_index().melt("category", var_name="metric").dropna()
-    return long.to_dict(orient="records")
+    return {"status": "ok", "reason": "", "results": long.to_dict(orient="records")}
 
 
-def _notebook_results(record: Path) -> list[dict]:
-    """The numbers that a notebook recorded, ``name.row.column``; lists stay in the notebook's own JSON."""
+def _run_notebook(run: Run, folder: Path) -> dict:
+    """Executes the notebook; its numbers are those that it recorded, ``name.row.column`` (lists stay in its JSON)."""
     import pandas as pd
 
-    if not record.is_file():
-        return []
-    flat = pd.json_normalize(json.loads(record.read_text(encoding="utf-8"))["results"], sep=".")
-    numbers = {name: values.iloc[0] for name, values in flat.items() if values.dtype.kind in "biuf"}
-    return [{"category": "", "metric": name, "value": float(value)} for name, value in numbers.items()]
+    known = runner.inspect_parameters(run.notebook)
+    own_folder = {"output_dir": str(folder)} if "output_dir" in known else {}
+    done = runner.run_notebook(run.notebook, run.parameters | own_folder, folder, progress_bar=False)
+    record, results = folder / f"{run.name}.json", []
+    if record.is_file():
+        flat = pd.json_normalize(json.loads(record.read_text(encoding="utf-8"))["results"], sep=".")
+        numbers = {name: column.iloc[0] for name, column in flat.items() if column.dtype.kind in "biuf"}
+        results = [{"category": "", "metric": name, "value": float(n)} for name, n in numbers.items()]
+    return {"status": done.status, "reason": done.reason, "results": results}
 
 
-def _publish(run: Run, folder: Path, final: Path, status, reason, seconds, results) -> None:
-    record = {"run": run.address, "name": run.name, "status": status, "reason": reason, "seconds": seconds}
-    record |= asdict(run) | {"results": results}
+def _new_folder(run: Run, output_dir) -> Path:
+    folder = Path(output_dir) / "unfinished" / f"{run.address}-{uuid.uuid4().hex}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _publish(run: Run, folder: Path, found: dict) -> None:
+    record = {"run": run.address, "name": run.name} | found | asdict(run)
     write_atomically(folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    final = folder.parents[1] / "runs" / run.address
     try:
         folder.rename(final)
     except OSError:
@@ -306,16 +295,21 @@ def _publish(run: Run, folder: Path, final: Path, status, reason, seconds, resul
         shutil.rmtree(folder)  # another attempt was first; its result stands
 
 
+def _read(run: Run, output_dir) -> dict | None:
+    path = Path(output_dir) / "runs" / run.address / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
 # --- the sweep ------------------------------------------------------------------------------------------------------
 
 
 def sweep(
     runs: list[Run], output_dir, workers: int | None = None, scheduler: str | None = None
 ) -> list[dict]:
-    """Executes the runs that are not finished; returns the records of all that are, in the order of ``runs``.
+    """Executes the runs that are not finished; returns the records of all, in the order of ``runs``.
 
-    Writes ``table.parquet``, ``table.csv`` and ``index.html``, also when it is interrupted. Failed runs of an earlier
-    sweep are tried again. ``workers``: local processes, None for a process per core but at most 4; ``scheduler``:
+    Writes ``table.parquet``, ``table.csv`` and ``index.html``, also when it is interrupted. Runs that failed in an
+    earlier sweep are tried again. ``workers``: local processes, None for one per core but at most 4; ``scheduler``:
     address of a running Dask cluster whose workers see ``output_dir`` under the same path and have the same clipad.
 
     Raises OSError when the cluster does not answer; what goes wrong inside a run is told by its record.
@@ -325,48 +319,41 @@ def sweep(
 
     output_dir = Path(output_dir).expanduser().resolve()
     (output_dir / "runs").mkdir(parents=True, exist_ok=True)
-    records = {run.address: _record(output_dir, run) for run in runs}
+    records = {run.address: _read(run, output_dir) for run in runs}
     for address, record in records.items():
         if record and record["status"] == "failed":
             shutil.rmtree(output_dir / "runs" / address)
             records[address] = None
     todo = [run for run in runs if not records[run.address]]
+    bar = tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run")
     try:
-        if todo:
-            with (
-                _client(workers, scheduler, len(todo)) as client,
-                tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run") as bar,
-            ):
-                run_of = {client.submit(execute, run, str(output_dir)): run for run in todo}
-                for future in as_completed(run_of):
-                    run = run_of[future]
-                    if future.status != "finished":
-                        _fail(run, output_dir, future)
-                    records[run.address] = _record(output_dir, run)
-                    if records[run.address]["status"] == "failed":
-                        bar.write(f"{run.name} failed: {records[run.address]['reason']}")
-                    bar.update()
+        with bar, _client(workers, scheduler, len(todo)) if todo else contextlib.nullcontext() as client:
+            futures = client.map(execute, todo, output_dir=str(output_dir)) if todo else []
+            run_of = dict(zip(futures, todo, strict=True))
+            for future in as_completed(futures) if todo else ():
+                run = run_of[future]
+                if (
+                    future.status != "finished"
+                ):  # its workers died (often: out of memory), or could not start it
+                    reason = f"{future.exception()}".strip().partition(". ")[0]
+                    found = {"status": "failed", "reason": reason, "results": [], "seconds": 0.0}
+                    attempts = sorted(
+                        (output_dir / "unfinished").glob(f"{run.address}-*"), key=os.path.getmtime
+                    )
+                    _publish(run, attempts[-1] if attempts else _new_folder(run, output_dir), found)
+                records[run.address] = record = _read(run, output_dir)
+                if record["status"] == "failed":
+                    bar.write(
+                        f"{run.name} failed: {record['reason']}; see {output_dir / 'runs' / run.address}"
+                    )
+                bar.update()
     finally:
         done = [record for record in records.values() if record]
         _write_results(done, len(runs), output_dir)
-    for rest in (output_dir / "unfinished").glob("*"):  # of killed attempts
+    for rest in (output_dir / "unfinished").glob("*"):  # what killed attempts left
         if rest.name.partition("-")[0] in records:
             shutil.rmtree(rest)
     return done
-
-
-def _record(output_dir: Path, run: Run) -> dict | None:
-    path = output_dir / "runs" / run.address / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _fail(run: Run, output_dir: Path, future) -> None:
-    """The record of a run that could not make one: its workers died (often: out of memory), or never could start."""
-    folder = output_dir / "unfinished" / f"{run.address}-{uuid.uuid4().hex}"
-    folder.mkdir(parents=True)
-    reason = "cancelled by the cluster" if future.cancelled() else f"{future.exception()}"
-    (folder / "traceback.txt").write_text(reason, encoding="utf-8")
-    _publish(run, folder, output_dir / "runs" / run.address, "failed", reason, 0.0, [])
 
 
 @contextlib.contextmanager
@@ -375,87 +362,70 @@ def _client(workers: int | None, scheduler: str | None, most: int):
     from dask.system import CPU_COUNT
     from distributed import Client, LocalCluster
 
+    logging.getLogger("distributed").setLevel(logging.ERROR)
     if scheduler:
         with Client(scheduler) as client:
             client.wait_for_workers(1, timeout=60)
             yield client
         return
     workers = min(workers or min(CPU_COUNT, 4), most)
-    threads = max(1, CPU_COUNT // workers)
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     settings = {
-        "distributed.nanny.pre-spawn-environ": dict.fromkeys(names, threads),
+        "distributed.nanny.pre-spawn-environ": dict.fromkeys(names, max(1, CPU_COUNT // workers)),
         "distributed.scheduler.worker-saturation": 1.0,  # who kills a worker takes no waiting run with it
     }
-    with (
-        dask.config.set(settings),
-        LocalCluster(
-            host="127.0.0.1",
-            n_workers=workers,
-            threads_per_worker=1,
-            memory_limit=0,  # torch's memory is none of Dask's business
-            dashboard_address=None,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
+    local = {
+        "host": "127.0.0.1",
+        "dashboard_address": "127.0.0.1:0",
+        "n_workers": workers,
+        "threads_per_worker": 1,
+        "memory_limit": 0,  # Dask would kill a process by a share of the memory that says nothing about torch
+        # A terminal sends Ctrl-C to every process: the one that plans ends the others.
+        "preload": "import signal; signal.signal(signal.SIGINT, lambda *_: None)",
+    }
+    with dask.config.set(settings), LocalCluster(**local) as cluster, Client(cluster) as client:
         yield client
 
 
 def _write_results(records: list[dict], planned: int, output_dir: Path) -> None:
-    """One row per run and number; a run without numbers is a row without ``metric`` and ``value``."""
+    """The table, one row per run and number (a run without numbers: one row without), and the index page."""
     import pandas as pd
-    from jinja2 import Template
 
-    rows, columns = [], ["run", "name", "status", "seconds"]
-    for record in records:
+    rows, lines, first = [], [], ["run", "name", "status", "seconds"]
+    names = dict.fromkeys(name for record in records for name in record["parameters"])
+    texts = {n: [json.dumps(r["parameters"].get(n, ""), ensure_ascii=False) for r in records] for n in names}
+    for i, record in enumerate(records):
         # lists and mappings as JSON, so that a column has one type
         values = {
-            k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in record["parameters"].items()
+            n: texts[n][i] if isinstance(v, list | dict) else v for n, v in record["parameters"].items()
         }
-        first = {name: record[name] for name in columns} | values
-        rows += [first | result for result in record["results"] or [{"category": None}]]
+        values = {name: record[name] for name in first} | values
+        rows += [values | result for result in record["results"] or [{"category": ""}]]
+        files = (f"{record['name']}.ipynb", "table.csv", "images.csv", "traceback.txt", "run.json")
+        there = [f for f in files if (output_dir / "runs" / record["run"] / f).is_file()]
+        shown = {n: texts[n][i] for n in names if len(set(texts[n])) > 1}
+        line = {"run": record["name"]} | shown
+        line |= {"status": record["status"], "reason": record["reason"], "seconds": record["seconds"]}
+        line = {name: html.escape(str(value)) for name, value in line.items()}
+        lines.append(line | {"files": " ".join(f'<a href="runs/{record["run"]}/{f}">{f}</a>' for f in there)})
     table = pd.DataFrame(rows).convert_dtypes()
     write_atomically(output_dir / "table.csv", table.to_csv(index=False))
     write_atomically(output_dir / "table.parquet", table.to_parquet(index=False))
-    names = list(dict.fromkeys(name for record in records for name in record["parameters"]))
-    differing = [n for n in names if len({json.dumps(r["parameters"].get(n)) for r in records}) > 1]
-    for record in records:
-        files = (f"{record['name']}.ipynb", "table.csv", "images.csv", "traceback.txt", "run.json")
-        record["files"] = [f for f in files if (output_dir / "runs" / record["run"] / f).is_file()]
-    page = Template(PAGE, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    text = page.render(
-        records=records, planned=planned, differing=differing, same=set(names) - set(differing)
-    )
-    write_atomically(output_dir / "index.html", text)
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>clipad sweep</title>
+    same = {name: texts[name][0] for name in names if len(set(texts[name])) == 1}
+    failed = sum(record["status"] == "failed" for record in records)
+    with pd.option_context("display.max_colwidth", None):
+        body = pd.DataFrame(lines).to_html(index=False, escape=False, border=0)
+    page = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>clipad sweep</title>
 <style>
-body { font: 1rem/1.5 system-ui, sans-serif; margin: 2rem; color: #222 }
-table { border-collapse: collapse }
-th, td { padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #ccc; vertical-align: top }
-.failed { background: #fbe9e7 }
+body {{ font: 1rem/1.5 system-ui, sans-serif; margin: 2rem }}
+table {{ border-collapse: collapse }}
+th, td {{ padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #ccc }}
 </style>
-<h1>Sweep: {{ records | length }} of {{ planned }} runs,
-{{ records | selectattr("status", "equalto", "failed") | list | length }} failed</h1>
-<p>Numbers: <a href="table.csv">table.csv</a>, <a href="table.parquet">table.parquet</a>.
-{% if records %}
-Same in all runs:
-{% for name in same | sort %}{{ name }} = {{ records[0].parameters[name] | tojson }}{{ ", " if not loop.last }}{% endfor %}.
-{% endif %}
-</p>
-<table>
-<tr><th>run</th>{% for name in differing %}<th>{{ name }}</th>{% endfor %}
-<th>status</th><th>seconds</th><th>files</th></tr>
-{% for record in records %}
-<tr class="{{ record.status }}"><td>{{ record.name }}</td>
-{% for name in differing %}<td>{{ record.parameters.get(name, "") }}</td>{% endfor %}
-<td>{{ record.status }}{{ ": " ~ record.reason if record.reason }}</td><td>{{ record.seconds }}</td>
-<td>{% for file in record.files %}<a href="runs/{{ record.run }}/{{ file }}">{{ file }}</a> {% endfor %}</td></tr>
-{% endfor %}
-</table>
+<h1>Sweep: {len(records)} of {planned} runs finished, {failed} of them failed</h1>
+<p>All numbers: <a href="table.csv">table.csv</a>, <a href="table.parquet">table.parquet</a>.
+In every run: {html.escape(", ".join(f"{name} = {text}" for name, text in same.items()))}.</p>
+{body}
 </html>
 """
+    write_atomically(output_dir / "index.html", page)
