@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.spatial import procrustes
+from sklearn import config_context
 from sklearn.cluster import DBSCAN, MeanShift
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, silhouette_score
@@ -61,6 +62,11 @@ class Sentences:
                 f"no sentences of {what}; categories: {', '.join(self.table['category'].unique())}"
             )
         return Sentences(self.table[rows].reset_index(drop=True), self.embeddings[rows])
+
+    def one_article(self) -> Sentences:
+        """Without the second of two templates that differ in the article only."""
+        keys = self.table.assign(template=self.table["template"].map(without_articles))
+        return self.where(~keys.duplicated(["category", "state", "word", "template"]))
 
     def __len__(self):
         return len(self.table)
@@ -276,7 +282,7 @@ def extremes(sentences: Sentences, count: int = 3) -> pd.DataFrame:
     return pd.concat(frames)[["state", "where", "cosine", "sentence"]].reset_index(drop=True)
 
 
-UMAP_OPTIONS = {"n_neighbors": 15, "min_dist": 0.1, "metric": "cosine", "n_epochs": 200, "init": "pca"}
+UMAP_OPTIONS = {"n_neighbors": 50, "min_dist": 0.4, "metric": "cosine", "n_epochs": 200, "init": "pca"}
 
 
 def umap_layout(e: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -338,7 +344,10 @@ def choose(e: np.ndarray, method: str, **options) -> Choice:
     elif method != "mean":
         cluster = DBSCAN if method == "dbscan" else MeanShift
         defaults = {"eps": 0.5, "min_samples": 15} if method == "dbscan" else {"bandwidth": 2.0}
-        labels = cluster(**defaults | options).fit_predict(e)
+        # scikit-learn's compiled path limits threads at every call, and mean shift makes thousands: once UMAP (numba)
+        # is loaded that costs twenty times the work itself.
+        with config_context(enable_cython_pairwise_dist=False):
+            labels = cluster(**defaults | options).fit_predict(e)
         largest = np.bincount(labels[labels >= 0], minlength=1).argmax()
         weights = (labels == largest).astype(float)
     vector = weights @ rows if weights.any() else e.mean(axis=0)
@@ -411,13 +420,26 @@ def angles_between(choices: Mapping[tuple, Choice]) -> pd.DataFrame:
     return pd.DataFrame(np.mean(angles, axis=0), index=names, columns=names)
 
 
-def kept(sentences: Sentences, choice: Choice) -> dict[str, list[str]]:
-    """State words and templates (without articles) of the sentences with a weight above 0, in their order."""
-    chosen = sentences.table[choice.weights > 0]
-    return {
-        "words": list(chosen["word"].unique()),
-        "templates": list(chosen["template"].map(without_articles).unique()),
-    }
+def kept(sentences: Sentences, choices: Mapping[tuple, Choice], method: Any) -> pd.DataFrame:
+    """Which sentences have a weight above 0 in the choices of one method, a row per category and state.
+
+    Columns: ``sentences``, ``state words``, ``templates`` (articles aside) as "3 of 13", ``names`` of the templates.
+    """
+    rows = {}
+    for (category, state, name), choice in choices.items():
+        if name != method:
+            continue
+        own = sentences.of(category, state).table
+        own = own.assign(template=own["template"].map(without_articles))
+        chosen = own[choice.weights > 0]
+        counts = {k: f"{chosen[k].nunique()} of {own[k].nunique()}" for k in ("word", "template")}
+        rows[category, state] = {
+            "sentences": f"{len(chosen)} of {len(own)}",
+            "state words": counts["word"],
+            "templates": counts["template"],
+            "names": ", ".join(t.rstrip(".") for t in chosen["template"].unique()) or "none",
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["category", "state"])
 
 
 # --- what counts: metrics of many selections ------------------------------------------------------------------------
@@ -494,7 +516,9 @@ def leave_one_word_out(sentences: Sentences, method: str = "mean", **options) ->
         for word in table["word"].unique() if table["word"].nunique() > 1 else ():
             rows = [np.arange(len(t)) for t in tables]
             rows[i] = np.flatnonzero(table["word"] != word)
-            found.append(Selection("leave out", f"{state}: {word}", 0, method, options, tuple(rows)))
+            found.append(
+                Selection(f"leave out, {method}", f"{state}: {word}", 0, method, options, tuple(rows))
+            )
     return found
 
 
@@ -605,11 +629,44 @@ def over_categories(measured: pd.DataFrame) -> pd.DataFrame:
     return measured.groupby(keys, sort=False)[metric_columns(measured)].mean().reset_index()
 
 
+def bands(measured: pd.DataFrame, method: str = "mean", level: float = 0.95) -> pd.DataFrame:
+    """One method's metrics, mean over categories: ``full`` and the percentile interval over resampled sentences."""
+    rows = over_categories(measured[(measured["experiment"] == "method") & (measured["images"] == "all")])
+    rows = rows[rows["value"] == method].set_index("draw")[metric_columns(measured)]
+    drawn, tail = rows.drop(index=0), (1 - level) / 2
+    return pd.DataFrame({"full": rows.loc[0], "low": drawn.quantile(tail), "high": drawn.quantile(1 - tail)})
+
+
+def beyond_band(described: pd.DataFrame, curve: pd.DataFrame, bands: pd.DataFrame, metrics) -> pd.DataFrame:
+    """Where a curve over an option leaves the mean's bootstrap band while the method selects for some state.
+
+    ``described``: of choices named by the option's value; ``curve``: mean over categories, a row per ``value``;
+    ``bands``: of :func:`bands`. A row per metric: ``values`` (of the option where it selects), ``from``, ``to``, and
+    at how many of them the curve is ``above`` or ``below`` the band.
+    """
+    selects = described["regime"].eq("selects").groupby(described["method"]).any()
+    values = list(selects.index[selects])
+    at = curve.set_index("value").loc[values]
+    ends = (min(values), max(values)) if values else (np.nan, np.nan)
+    rows = {
+        metric: {
+            "values": len(values),
+            "from": ends[0],
+            "to": ends[1],
+            "above": int((at[metric] > bands.loc[metric, "high"]).sum()),
+            "below": int((at[metric] < bands.loc[metric, "low"]).sum()),
+        }
+        for metric in metrics
+    }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
 def differences(measured: pd.DataFrame, baseline: str = "mean", level: float = 0.95) -> pd.DataFrame:
     """Every method minus the baseline, mean over categories, with two paired bootstrap intervals (percentile).
 
     ``sentences_low``, ``sentences_high``: over resampled sentences, on the same images; ``both_low``, ``both_high``:
-    over resampled sentences and images. ``difference``: on the full set. Fractions; one row per method and metric.
+    over resampled sentences and images. ``difference``: on the full set. ``verdict``: "better" or "worse" where the
+    interval over both leaves out 0, otherwise "no difference shown". Fractions; one row per method and metric.
     """
     means = over_categories(measured[measured["experiment"] == "method"])
     tail = (1 - level) / 2
@@ -622,5 +679,12 @@ def differences(measured: pd.DataFrame, baseline: str = "mean", level: float = 0
             for name, images in (("sentences", "all"), ("both", "resampled")):
                 drawn = gap.xs(images, level="images")[method].drop(index=0, errors="ignore")
                 row |= {f"{name}_low": drawn.quantile(tail), f"{name}_high": drawn.quantile(1 - tail)}
+            row["verdict"] = (
+                "better"
+                if row["both_low"] > 0
+                else "worse"
+                if row["both_high"] < 0
+                else "no difference shown"
+            )
             rows.append(row)
     return pd.DataFrame(rows)

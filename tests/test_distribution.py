@@ -209,11 +209,30 @@ def test_regimes_of_dbscan():
 
 
 def test_kept_names_words_and_templates_of_the_cluster():
-    sentences = made(("template",), noise=0.01).of("nut", "normal")
-    chosen = D.kept(sentences, D.choose(sentences.embeddings, "dbscan", eps=0.3, min_samples=2))
-    assert chosen["words"] == list(SMALL.normal)
-    assert len(chosen["templates"]) == 1
-    assert "the" not in chosen["templates"][0].split()
+    sentences = made(("template",), noise=0.01, categories=("nut",))
+    choices = D.choose_all(
+        sentences, {"db": ("dbscan", {"eps": 0.3, "min_samples": 2}), "mean": ("mean", {})}
+    )
+    row = D.kept(sentences, choices, "db").loc[("nut", "normal")]
+    assert (row["sentences"], row["state words"], row["templates"]) == ("3 of 12", "3 of 3", "1 of 3")
+    assert row["names"] in {D.without_articles(t).rstrip(".") for t in SMALL.templates}
+    assert D.kept(sentences, choices, "mean").loc[("nut", "anomalous"), "sentences"] == "16 of 16"
+    assert len(sentences.one_article()) == 3 * 7  # "a photo of a" and "a photo of the" are one
+
+
+def test_beyond_band_counts_only_where_the_method_selects():
+    described = pd.DataFrame(
+        {
+            "method": [0.1, 0.1, 0.5, 0.5, 0.9],
+            "regime": ["selects", "is the mean", "selects", "selects", "is the mean"],
+        }
+    )
+    curve = pd.DataFrame({"value": [0.1, 0.5, 0.9], "auroc": [0.9, 0.4, 0.2]})
+    bands = pd.DataFrame({"full": [0.7], "low": [0.6], "high": [0.8]}, index=["auroc"])
+    row = D.beyond_band(described, curve, bands, ["auroc"]).loc["auroc"]
+    assert list(row[["values", "from", "to", "above", "below"]]) == [2, 0.1, 0.5, 1, 1]
+    none = D.beyond_band(described.assign(regime="is the mean"), curve, bands, ["auroc"])
+    assert none.loc["auroc", "values"] == 0
 
 
 # --- selections and their metrics
@@ -288,6 +307,12 @@ def test_measure_equals_evaluate(tiny_backbone, demo):
     gap = means["kde"] - means["mean"]
     assert row["difference"] == pytest.approx(gap[0])
     assert row["sentences_low"] == pytest.approx(gap[1:].quantile(0.025))
+    band = D.bands(measured, "kde").loc["class_auroc"]
+    assert band["full"] == pytest.approx(means["kde"][0])
+    assert band["low"] <= means["kde"][1:].mean() <= band["high"]
+    assert row["verdict"] == (
+        "no difference shown" if row["both_low"] <= 0 <= row["both_high"] else row["verdict"]
+    )
     again = D.measure(sentences, D.bootstrap(sentences, methods, 2), detectors, demo, progress=False)
     pd.testing.assert_frame_equal(measured, again)
 
@@ -301,7 +326,7 @@ def test_a_bootstrap_resamples_images_within_their_label_and_alike_for_all_metho
     measured = D.measure(
         sentences, D.bootstrap(sentences, twice, 3), [SDP(tiny_backbone)], demo, progress=False
     )
-    assert (D.differences(measured).drop(columns=["method", "metric"]) == 0).all(axis=None)
+    assert (D.differences(measured).drop(columns=["method", "metric", "verdict"]) == 0).all(axis=None)
 
 
 def test_without_masks_there_are_image_metrics_only(tiny_backbone, tmp_path):
