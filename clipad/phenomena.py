@@ -571,16 +571,16 @@ def scale_effect(maps: np.ndarray, flawless: np.ndarray) -> dict[str, float]:
     """What the scale of the drawing does to flawless images; both arrays are maps x S x S.
 
     ``low``, ``high``: a scale shared by all maps (0.1 and 99.9 percentile); ``shared``, ``released``: share of the
-    flawless images' pixels in the upper half of that scale, and of each image's own as the released program draws;
+    flawless images' pixels in the top tenth of that scale, and of each image's own as the released program draws;
     ``auroc``: how well the brightest spot ranks the images on the shared scale (with their own, all are equal).
     """
     low, high = np.percentile(np.concatenate([maps, flawless]), [0.1, 99.9])
-    middle = (flawless.min(axis=(1, 2), keepdims=True) + flawless.max(axis=(1, 2), keepdims=True)) / 2
+    own = [edge(flawless, axis=(1, 2), keepdims=True) for edge in (np.min, np.max)]
     top = np.concatenate([flawless, maps]).max(axis=(1, 2))
     return {
         "low": float(low),
         "high": float(high),
-        "shared": float(np.mean(flawless > (low + high) / 2)),
-        "released": float(np.mean(flawless > middle)),
+        "shared": float(np.mean(flawless > 0.1 * low + 0.9 * high)),
+        "released": float(np.mean(flawless > 0.1 * own[0] + 0.9 * own[1])),
         "auroc": image_metrics(top, [0] * len(flawless) + [1] * len(maps))["auroc"],
     }

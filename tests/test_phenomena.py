@@ -27,6 +27,7 @@ from clipad.phenomena import (
     random_states,
     rates,
     raw_maps,
+    scale_effect,
     shuffled_states,
     untrained,
 )
@@ -138,6 +139,13 @@ def test_what_cannot_be_counted_is_nan(scene):
     assert np.isnan(unknown["off_object"])
     assert np.isnan(unknown["opposite_on_object"])
     assert not np.isnan(unknown["off_defect"])
+
+
+def test_each_image_on_its_own_scale_makes_flawless_ones_glow():
+    ramp = np.linspace(0, 1, 100, dtype=np.float32).reshape(1, 10, 10)
+    maps, flawless = np.concatenate([ramp, ramp]), np.concatenate([0.1 * ramp, 0.2 * ramp])
+    found = scale_effect(maps, flawless)
+    assert (found["shared"], found["released"], found["auroc"]) == (0, 0.1, 1)
 
 
 # ------------------------------------------------------------------------------------------------------- rates
@@ -358,3 +366,29 @@ def test_an_untrained_encoder_leaves_the_trained_one_alone(tiny_backbone):
     for name, weight in one.visual.named_parameters():
         if weight.ndim > 1:  # biases and LayerNorm start where they start
             assert not torch.equal(weight, tiny_backbone.visual.get_parameter(name)), name
+
+
+def test_controls_know_nothing_of_the_labels(collection, tiny_backbone):
+    truth = ground_truth(collection, 32)
+    drawn = phenomena.controls(Direct(tiny_backbone, rvs="mean"), truth, draws=20, seed=5)
+    assert [len(frame) for frame in drawn.values()] == [20, 20, 1]
+    for frame in drawn.values():
+        assert frame["opposite"].between(0, 1).all()
+    assert drawn["random text"]["opposite"].nunique() > 1
+    shares = phenomena.reached(drawn, drawn["random text"]["opposite"].max(), "opposite")
+    assert shares["random text"] >= 2 / 21
+    assert phenomena.reached(drawn, 1.1, "opposite")["random text"] == pytest.approx(1 / 21)
+
+
+def test_block_attention_has_rows_that_sum_to_one(tiny_backbone):
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for matrix in phenomena.block_attention(tiny_backbone, images[0], 3):
+        assert matrix.shape == (17, 17)
+        np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-5)
+
+
+def test_what_patches_know_is_a_table_of_aurocs(collection, tiny_backbone, text):
+    truth = ground_truth(collection, 32)
+    table = phenomena.what_patches_know(probe(tiny_backbone, truth.samples, text, truth.patches(4)))
+    assert list(table.columns) == ["q-k", "v-v"]
+    assert ((table >= 0) & (table <= 1)).all(axis=None)
