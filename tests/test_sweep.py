@@ -1,0 +1,280 @@
+"""Sweeps: what a file stands for, and that nothing is lost or computed twice when processes die."""
+
+import collections
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from clipad import sweep as sweeps
+from clipad.runner import write_notebook
+
+PARAMETERS = """seed: int = 0  # a number [0..99]
+pause: float = 0.0  # seconds
+log: str = ""  # path of a file
+names: list[str] = []  # words
+output_dir: str = ""  # path"""
+# The parent of a kernel is the worker that runs it. Random numbers, so that a second execution would be seen.
+WORK = """import json, os, signal, time
+with open(log, "a") as file:
+    file.write(f"{seed} {os.getppid()}\\n")
+time.sleep(pause)
+assert seed != 13, "unlucky"
+if seed == 66:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(60)
+with open(os.path.join(output_dir, "00_work.json"), "w") as file:
+    json.dump({"results": {"draw": {"a": int.from_bytes(os.urandom(4)), "b": [1]}, "none": None}}, file)"""
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), new_code_cell(WORK)]
+    kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+    path = tmp_path / "00_work.ipynb"
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    write_notebook(new_notebook(cells=cells, metadata=metadata), path)
+    return path
+
+
+@pytest.fixture
+def plan(tmp_path):
+    def make(*blocks):
+        path = tmp_path / "sweep.yaml"
+        path.write_text(json.dumps(blocks if len(blocks) != 1 else blocks[0]))
+        return sweeps.plan(path)
+
+    return make
+
+
+# --- plan ---
+
+
+def test_lists_are_axes(plan, notebook):
+    block = {"notebook": str(notebook), "parameters": {"seed": [1, 2], "names": ["a", ["b", "c"]]}}
+    points = [(run.parameters["seed"], run.parameters["names"]) for run in plan(block)]
+    assert points == [(1, ["a"]), (1, ["b", "c"]), (2, ["a"]), (2, ["b", "c"])]
+    both = plan(block, {"notebook": str(notebook), "parameters": {"seed": [2, 3], "names": "a"}})
+    assert len(both) == 5  # seed 2 with ["a"] is in both blocks
+
+
+def test_protocol_and_presets_are_resolved(plan):
+    first, second = plan({"evaluate": {"rvs": ["", "mean"], "categories": "nut"}})
+    assert first.parameters["rvs_options"] == {"eps": 0.5, "min_samples": 15}
+    assert second.parameters["rvs_options"] == {}
+    assert {first.parameters[name] for name in ("model", "dataset")} == {"demo"}
+    spelled_out = {"detectors": "sdp", "rvs": "dbscan", "categories": "nut", "seed": 0, "dataset": "demo"}
+    assert plan({"evaluate": spelled_out})[0].address == first.address
+
+
+def test_what_decides_the_result_decides_the_address(plan, tmp_path, notebook):
+    def address(**values):
+        return plan({"evaluate": {"categories": "nut"} | values})[0].address
+
+    (tmp_path / "own.yaml").write_text("normal: ['sound {}']")
+    prompts = str(tmp_path / "own.yaml")
+    found = [address(), address(rvs="kde"), address(detectors="direct"), address(prompts=prompts)]
+    (tmp_path / "own.yaml").write_text("normal: ['whole {}']")
+    found.append(address(prompts=prompts))
+    random = {"model": "ViT-S-32-alt", "pretrained": "random"}
+    found += [address(**random), address(**random, seed=1)]
+    assert len(set(found)) == len(found)
+    before = plan({"notebook": str(notebook)})[0].address
+    notebook.write_text(notebook.read_text().replace("unlucky", "lucky"))
+    assert plan({"notebook": str(notebook)})[0].address != before
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({}, "holds either"),
+        ("x", "has to be a mapping"),
+        ({"evaluat": {}}, "did you mean 'evaluate'"),
+        ({"evaluate": {}, "parameters": {}}, "holds either"),
+        ({"evaluate": {"detector": "sdp"}}, "did you mean 'detectors'"),
+        ({"evaluate": {"detectors": "sdq"}}, "did you mean 'sdp'"),
+        ({"evaluate": {"seed": []}}, "seed has no values"),
+        ({"evaluate": {"seed": "x"}}, "seed expects int"),
+        ({"evaluate": {"seed": -1}}, "must lie in 0"),
+        ({"evaluate": {"rvs": "kdee"}}, "unknown representative vector"),
+        ({"evaluate": {"rvs": "mean", "rvs_options": {"eps": 1}}}, "mean has no option eps"),
+        ({"evaluate": {"categories": "nuts"}}, "unknown category 'nuts'"),
+        ({"evaluate": {"dataset": "demoo"}}, "'demo"),
+        ({"evaluate": {"model": "ViT-S-32-alt"}}, "needs pretrained"),
+        ({"evaluate": {"pretrained": "random"}}, "no random weights"),
+        ({"evaluate": {"detectors": "winclip", "rvs": "mean"}}, "no rvs"),
+        ({"notebook": "99"}, "no notebook starts with"),
+        ({"notebook": "00_work", "parameters": {"sead": 1}}, "did you mean 'seed'"),
+        ({"notebook": "00_work", "parameters": {"seed": [1, 100]}}, "must lie in 0..99"),
+        ({"notebook": "00_work", "parameters": {"output_dir": "x"}}, "no key 'output_dir'"),
+    ],
+)
+def test_wrong_files_are_refused(plan, notebook, block, message):
+    if isinstance(block, dict) and block.get("notebook") == "00_work":
+        block = block | {"notebook": str(notebook)}
+    with pytest.raises(ValueError, match=message):
+        plan(block)
+
+
+# --- one run ---
+
+
+def test_an_evaluation_is_what_evaluate_says(plan, tmp_path):
+    import clipad
+
+    run = plan({"evaluate": {"detectors": "direct", "rvs": "mean", "categories": "nut"}})[0]
+    (tmp_path / "runs").mkdir()
+    sweeps.execute(run, str(tmp_path))
+    record = sweeps._read(run, tmp_path)
+    assert (record["status"], record["reason"]) == ("ok", "")
+    backbone, data = clipad.load_backbone("demo"), clipad.load_dataset("demo", categories=["nut"])
+    expected = clipad.evaluate(clipad.Direct(backbone, rvs="mean"), data, progress=False).table.loc["nut"]
+    assert {result["metric"]: result["value"] for result in record["results"]} == expected.to_dict()
+    assert not list((tmp_path / "unfinished").iterdir())
+
+
+def test_other_code_or_weights_on_a_worker_are_noticed(plan, tmp_path):
+    run = plan({"evaluate": {"categories": "nut"}})[0]
+    (tmp_path / "runs").mkdir()
+    for name, message in (("code", "another version"), ("weights", "other weights")):
+        other = sweeps.Run("", run.parameters, run.content | {name: "0"})
+        sweeps.execute(other, str(tmp_path))
+        record = sweeps._read(other, tmp_path)
+        assert record["status"] == "failed"
+        assert message in record["reason"]
+        assert message in (tmp_path / "runs" / other.address / "traceback.txt").read_text()
+    with pytest.raises(FileNotFoundError, match="does not see"):
+        sweeps.execute(run, str(tmp_path / "elsewhere"))
+
+
+def test_the_first_of_two_attempts_is_the_result(plan, notebook, tmp_path):
+    run = plan({"notebook": str(notebook)})[0]
+    (tmp_path / "runs").mkdir()
+    for number, folder in enumerate([sweeps._new_folder(run, tmp_path) for _ in range(2)]):
+        sweeps._publish(run, folder, {"status": "ok", "results": [number]})
+    assert sweeps._read(run, tmp_path)["results"] == [0]
+    assert not list((tmp_path / "unfinished").iterdir())
+
+
+# --- the whole, with processes that die ---
+
+
+class Sweep:
+    """`clipad sweep` in a process group of its own, with two workers."""
+
+    def __init__(self, folder, notebook, seeds, pause):
+        self.out, self.log = folder / "out", folder / "log"
+        parameters = {"seed": seeds, "pause": pause, "log": str(self.log)}
+        self.file = folder / "sweep.yaml"
+        self.file.write_text(json.dumps({"notebook": str(notebook), "parameters": parameters}))
+
+    def start(self):
+        command = [sys.executable, "-c", "from clipad.cli import app; app()", "sweep", str(self.file)]
+        environment = os.environ | {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1"}
+        self.process = subprocess.Popen(
+            [*command, "--workers", "2", "--output-dir", str(self.out)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def end(self):
+        """Exit code, and what was printed."""
+        stdout, stderr = self.process.communicate(timeout=300)
+        return self.process.returncode, stdout + stderr
+
+    def started(self):
+        """(seed, worker) of each execution that began."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [tuple(map(int, line.split())) for line in lines]
+
+    def finished(self):
+        return {path.parent.name: path.read_bytes() for path in self.out.glob("runs/*/run.json")}
+
+    def wait_for(self, condition):
+        while not condition():
+            assert self.process.poll() is None, self.end()
+            time.sleep(0.05)
+
+
+def test_workers_that_die_and_runs_that_fail(tmp_path, notebook):
+    sweep = Sweep(tmp_path, notebook, [1, 13, 66, 2, 3], pause=1)
+    sweep.start()
+    sweep.wait_for(lambda: 1 in dict(sweep.started()))
+    os.kill(dict(sweep.started())[1], signal.SIGKILL)  # in the middle of the run with seed 1
+    code, said = sweep.end()
+    assert code == 1, said
+    assert "5 runs, 2 failed" in said
+    assert "AssertionError: unlucky" in said
+    assert "workers died" in said
+
+    times = collections.Counter(seed for seed, _ in sweep.started())
+    assert times == {1: 2, 13: 1, 66: 2, 2: 1, 3: 1}
+    table = pd.read_parquet(sweep.out / "table.parquet")
+    assert dict(zip(table["seed"], table["status"], strict=True)) == dict.fromkeys([1, 2, 3], "ok") | {
+        13: "failed",
+        66: "failed",
+    }
+    assert table["value"].notna().tolist() == [True, False, False, True, True]
+    assert table["metric"].dropna().unique().tolist() == ["draw.a"]
+    page = (sweep.out / "index.html").read_text()
+    for address in table["run"]:
+        assert f'href="runs/{address}/00_work.ipynb"' in page
+        assert (sweep.out / "runs" / address / "00_work.ipynb").is_file()
+    assert not list((sweep.out / "unfinished").iterdir())
+
+    # without the failed ones there is nothing left to do, and nothing changes
+    for address in table["run"][table["status"] == "failed"]:
+        shutil.rmtree(sweep.out / "runs" / address)
+    before, count = sweep.finished(), len(sweep.started())
+    sweep.file.write_text(sweep.file.read_text().replace("13, 66, ", ""))
+    tables = []
+    for _ in range(2):
+        sweep.start()
+        assert sweep.end()[0] == 0
+        tables.append((sweep.out / "table.parquet").read_bytes())
+    assert sweep.finished() == before
+    assert len(sweep.started()) == count
+    assert tables[0] == tables[1]
+
+
+def test_a_stopped_and_a_killed_sweep_continue(tmp_path, notebook):
+    sweep = Sweep(tmp_path, notebook, [1, 2, 3, 4, 5, 6], pause=0.5)
+    kept = {}
+    for stop, least in ((signal.SIGINT, 1), (signal.SIGKILL, 3)):
+        sweep.start()
+        sweep.wait_for(lambda least=least: len(sweep.finished()) >= least)
+        if stop == signal.SIGINT:
+            os.killpg(sweep.process.pid, stop)  # as a terminal does it
+            code, said = sweep.end()
+            assert code == 130
+            assert "the same command continues" in said
+            assert "Traceback" not in said
+            assert len(pd.read_csv(sweep.out / "table.csv")) >= 1
+        else:
+            sweep.process.kill()
+            assert sweep.end()[0] == -signal.SIGKILL
+        assert kept.items() <= sweep.finished().items()
+        kept = sweep.finished()
+    done = [json.loads(text)["parameters"]["seed"] for text in kept.values()]
+    count = collections.Counter(seed for seed, _ in sweep.started())
+
+    sweep.start()
+    code, said = sweep.end()
+    assert code == 0, said
+    assert kept.items() <= sweep.finished().items()
+    table = pd.read_csv(sweep.out / "table.csv")
+    assert table["seed"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert table["value"].notna().all()
+    after = collections.Counter(seed for seed, _ in sweep.started())
+    assert all(after[seed] == count[seed] for seed in done)
+    assert not list((sweep.out / "unfinished").iterdir())
