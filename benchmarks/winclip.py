@@ -79,7 +79,9 @@ def main(arguments) -> None:
             other.stdin.close()
         reference = np.load(folder / "anomalib.npz")
         for key, found in (("scores", prediction.probabilities), ("maps", prediction.maps)):
-            print(f"{key}: largest difference {np.abs(found.numpy() - reference[key]).max():.1e}")
+            low, high = reference[key].min(), reference[key].max()
+            difference = np.abs(found.numpy() - reference[key]).max()
+            print(f"{key}: from {low:.4f} to {high:.4f}, largest difference {difference:.1e}")
     for kind, column in (("wall clock", 0), ("CPU time", 1)):
         mine, other = (
             median(row[column] for row in rows[1:]) for rows in (ours, theirs)
