@@ -36,8 +36,8 @@ def machine(threads: int) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     load = " ".join(f"{value:.1f}" for value in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
     return (
-        f"{time.strftime('%Y-%m-%d')}, {platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} cores, "
-        f"load average {load}; {threads} thread{'s' if threads > 1 else ''}, float32; "
+        f"{time.strftime('%Y-%m-%d')}, {platform.system()} {platform.machine()}, {_processor()}, "
+        f"{os.cpu_count()} cores, load average {load}; {threads} thread{'s' if threads > 1 else ''}, float32; "
         f"Python {platform.python_version()}, {versions}"
     )
 

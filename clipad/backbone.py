@@ -79,6 +79,8 @@ class Backbone:
         They are kept on disk under the hash of the weights and of the sentences, so that a category is encoded
         once per model; a damaged file is noticed by its checksum and made again.
         """
+        if isinstance(sentences, str):
+            raise ValueError(f"encode_text takes a list of sentences, found the text {sentences!r}")
         sentences = list(sentences)
         if not sentences or not all(isinstance(s, str) and s.strip() for s in sentences):
             raise ValueError("encode_text needs at least one sentence, and none may be empty")
@@ -88,6 +90,7 @@ class Backbone:
         cached = _read_cached(path)
         if cached is None:
             tokens = self.tokenizer(sentences)
+            self._warn_of_cut_sentences(sentences, tokens)
             with torch.inference_mode():
                 parts = [
                     self._encode_tokens(part.to(self.device)).float().cpu()
@@ -125,6 +128,16 @@ class Backbone:
                 stacklevel=3,
             )
 
+    def _warn_of_cut_sentences(self, sentences, tokens):
+        """open_clip cuts what is too long for the model, without a word."""
+        full = [sentence for sentence, row in zip(sentences, tokens, strict=True) if row[-1] != 0]
+        if full:
+            warnings.warn(
+                f"{len(full)} sentences fill the {tokens.shape[1]} tokens that {self.name!r} reads, and what is beyond "
+                f"is cut off; the first is {full[0][:80]!r}",
+                stacklevel=3,
+            )
+
     def unknown_words(self, sentences: Sequence[str]) -> set[str]:
         """Words that the model never saw in training; known for the small demo model only, else empty."""
         if self.known_words is None:
@@ -147,13 +160,19 @@ def load_backbone(
 
     ``name``: ``"demo"`` (shipped, works offline) or an open_clip model name such as ``"ViT-B-16-plus-240"``.
     ``pretrained``: one of open_clip's tags (open_clip downloads it), the path of a checkpoint, or None for random
-    weights (drawn from ``seed``; the result says so). ``image_size``: None for the model's own; another one makes
-    open_clip interpolate the position embeddings. ``device``: None for a GPU where there is one.
+    weights (drawn from ``seed``; the result says so). ``image_size``: None for the model's own; another multiple of the
+    patch size makes open_clip interpolate the position embeddings. ``device``: None for a GPU where there is one.
 
-    Raises ValueError for an unknown name or tag, a checkpoint that does not fit or holds non-finite values, or a
-    model whose image tower is not a plain CLIP vision transformer. Pickles are never executed (``weights_only``).
+    Raises ValueError for an unknown name, tag or device, an image size that patches do not fill, a checkpoint that
+    does not fit or holds non-finite values, or a model whose image tower is not a plain CLIP vision transformer.
+    Pickles are never executed (``weights_only``).
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(
+            f"unknown device {device!r}: 'cpu', 'cuda', or empty for a GPU where there is one"
+        ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device='cuda' was asked for, but torch sees no GPU: leave the device empty or use 'cpu'"
@@ -171,6 +190,7 @@ def load_backbone(
             f"pretrained={str(pretrained)!r} is neither a file nor a tag of {name}; "
             f"its tags are {', '.join(tags) or 'none'}"
         )
+    _require_whole_patches(image_size, open_clip.get_model_config(name)["vision_cfg"].get("patch_size"))
     with torch.random.fork_rng(devices=[]), _quiet_open_clip():
         torch.manual_seed(seed)
         try:
@@ -204,6 +224,7 @@ def _load_demo(pretrained, device, image_size) -> Backbone:
     folder = data_dir() / "demo" / "model"
     config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
     model_cfg = config["model_cfg"]
+    _require_whole_patches(image_size, model_cfg["vision_cfg"]["patch_size"])
     tokenizer = open_clip.SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"])
     with _quiet_open_clip():
         model = open_clip.CLIP(**model_cfg)
@@ -281,6 +302,14 @@ def _require_plain_vit(visual, name: str) -> None:
         raise ValueError(
             f"{name} is not a plain CLIP vision transformer ({reason}): the staged dual path needs one, "
             "such as ViT-B-16-plus-240, ViT-B-32, ViT-B-16, ViT-L-14 or ViT-L-14-336"
+        )
+
+
+def _require_whole_patches(image_size: int | None, patch_size: int | None) -> None:
+    if image_size and patch_size and (image_size < patch_size or image_size % patch_size):
+        near = max(1, round(image_size / patch_size)) * patch_size
+        raise ValueError(
+            f"image_size={image_size} is no multiple of the model's patches of {patch_size} pixels; {near} is one"
         )
 
 

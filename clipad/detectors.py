@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from clipad.backbone import Backbone
-from clipad.dual_path import default_stages, staged_features
+from clipad.dual_path import default_stages, require_images, staged_features
 from clipad.fine_tuning import LinearLayers, linear_logits, linear_maps, require_separate
 from clipad.prompts import CLIP_AD, Prompts
 from clipad.surgery import cosine, feature_surgery, similarity_map, smooth
@@ -91,7 +91,7 @@ class Detector:
         smoothing: float | None = None,
     ):
         check_method(rvs, rvs_options or {})
-        if smoothing is not None and smoothing < 0:
+        if smoothing is not None and not 0 <= smoothing < float("inf"):
             raise ValueError(f"smoothing is a sigma in pixels, 0 or more; found {smoothing}")
         self.backbone = backbone
         self.prompts = prompts or CLIP_AD
@@ -113,6 +113,7 @@ class Detector:
 
     def features(self, images: torch.Tensor) -> Features:
         """Everything that does not depend on the text, float32 on the backbone's device."""
+        require_images(self.backbone.visual, images)
         with torch.no_grad(), self.backbone.autocast():
             found = self._features(images.to(self.backbone.device, non_blocking=True))
         return Features(

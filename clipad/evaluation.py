@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from clipad.datasets import Dataset, MaskSizeError, Sample, native_size, read_image, read_mask
-from clipad.files import write_atomically
+from clipad.files import require_writable, write_atomically
 from clipad.metrics import image_metrics, pixel_metrics
 
 COLUMNS = [
@@ -98,7 +98,7 @@ def evaluate(
     ) as bar:
         for category in dataset.categories:
             samples = [sample for sample in dataset if sample.category == category]
-            found = _load_category(folder, category)
+            found = _load_category(folder, category, len(samples))
             if found is None:
                 found = _run_category(detector, category, samples, dataset, folder, batch_size, workers, bar)
             else:
@@ -233,7 +233,7 @@ def _run_category(detector, category, samples, dataset, folder, batch_size, work
         for path in (folder / "parts").glob(f"{_slug(category)}-*.npz"):
             path.unlink()
         # A reader that resumes sees the numbers as CSV gives them; a run that was never stopped shall see the same.
-        return _load_category(folder, category)
+        return _load_category(folder, category, len(samples))
     return frame, metrics
 
 
@@ -271,10 +271,17 @@ def read_masks(samples: list[Sample], image_size: int, workers: int = 4) -> np.n
 
 def _claim(folder: Path, settings: dict) -> Path:
     """Make the folder, or see that it belongs to these settings."""
+    require_writable(folder)
     text = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     path = folder / "settings.json"
     if path.is_file():
-        found, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+        try:
+            found, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+        except ValueError:
+            raise ValueError(
+                f"{path} is damaged, so nobody knows what made the results beside it: "
+                "choose another output_dir or remove this one"
+            ) from None
         different = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
         if different:
             raise ValueError(
@@ -286,18 +293,22 @@ def _claim(folder: Path, settings: dict) -> Path:
     return folder
 
 
-def _load_category(folder: Path | None, category: str):
-    if folder is None or not (folder / f"{_slug(category)}.json").is_file():
+def _load_category(folder: Path | None, category: str, count: int):
+    """A finished category of ``count`` images, or None where it is missing or damaged."""
+    if folder is None:
         return None
-    stored = json.loads((folder / f"{_slug(category)}.json").read_text(encoding="utf-8"))
-    metrics = {name: np.nan if value is None else value for name, value in stored.items()}
-    # Through text, because pandas' own parser may round the last digit.
-    scores = ["probability", "map_max", "image_score"]
-    frame = pd.read_csv(
-        folder / f"{_slug(category)}.csv", keep_default_na=False, dtype=dict.fromkeys(scores, str)
-    )
-    frame[scores] = frame[scores].astype(np.float64)
-    return frame, metrics
+    try:
+        stored = json.loads((folder / f"{_slug(category)}.json").read_text(encoding="utf-8"))
+        metrics = {name: np.nan if stored[name] is None else stored[name] for name in COLUMNS}
+        # Through text, because pandas' own parser may round the last digit.
+        scores = ["probability", "map_max", "image_score"]
+        frame = pd.read_csv(
+            folder / f"{_slug(category)}.csv", keep_default_na=False, dtype=dict.fromkeys(scores, str)
+        )
+        frame[scores] = frame[scores].astype(np.float64)
+    except Exception:  # as with a part: whatever is wrong with the files, the category is computed again
+        return None
+    return (frame, metrics) if len(frame) == count else None
 
 
 def _json(metrics: dict) -> str:

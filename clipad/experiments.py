@@ -25,7 +25,7 @@ from clipad.backbone import Backbone, load_backbone
 from clipad.datasets import Dataset, load_dataset
 from clipad.detectors import SDP, ClipSurgery, Detector, Direct, SDPPlus
 from clipad.evaluation import Result, evaluate, fingerprint
-from clipad.files import code_version, write_atomically
+from clipad.files import code_version, require_writable, write_atomically
 from clipad.fine_tuning import load_layers
 from clipad.prompts import Prompts, load_prompts
 from clipad.published import Protocol, protocol
@@ -162,7 +162,7 @@ def experiment(
     open_clip tag, a checkpoint file, or ``random``. ``output_dir``: empty for
     ``outputs/<preset>-<dataset>`` of the checkout.
 
-    Raises ValueError or FileNotFoundError for anything that cannot work, before anything long starts.
+    Raises ValueError or OSError for anything that cannot work, before anything long starts.
     """
     if preset not in PRESETS:
         near = get_close_matches(str(preset), PRESETS, n=1)
@@ -177,9 +177,12 @@ def experiment(
         raise ValueError(
             f"model={chosen['model']!r} needs pretrained: an open_clip tag, a checkpoint file, or 'random'"
         )
-    # The data first: a wrong path shall not wait for a model to load.
+    # The data and the folder first: a wrong path shall not wait for a model to load.
     data = load_dataset(chosen["dataset"], data_root or None, categories or None)
     own_prompts = load_prompts(prompts or None)
+    outputs = Path(__file__).resolve().parents[1] / "outputs"
+    folder = Path(output_dir) if output_dir else outputs / f"{preset}-{chosen['dataset']}"
+    require_writable(folder)
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (libraries that notebooks call draw from the global generator)
     random.seed(seed)
@@ -190,8 +193,6 @@ def experiment(
         image_size=image_size or None,
         seed=seed,
     )
-    outputs = Path(__file__).resolve().parents[1] / "outputs"
-    folder = Path(output_dir) if output_dir else outputs / f"{preset}-{chosen['dataset']}"
     return Experiment(
         notebook=notebook,
         parameters={

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +25,22 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def require_writable(folder: Path) -> None:
+    """Make the folder and see that it takes files: before the work whose results shall go there.
+
+    Raises OSError that names the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        message = (
+            f"the output folder {folder} cannot be written ({error.strerror}): choose another output_dir"
+        )
+        raise OSError(error.errno, message) from error
 
 
 # What decides numbers; figures, notebooks and the command line do not.

@@ -131,8 +131,8 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
     path = Path(path)
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not a YAML file ({str(error).splitlines()[0]})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML file in UTF-8 ({str(error).splitlines()[0]})") from None
     keys = {"normal", "anomalous", "templates", "object_names"}
     if not isinstance(found, dict) or not set(found) <= keys or not found:
         what = sorted(found) if isinstance(found, dict) else type(found).__name__

@@ -98,7 +98,7 @@ def test_depth_without_quarters_is_refused():
 
 
 def test_images_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"B x 3 x 32 x 32, found \(1, 3, 48, 48\)"):
+    with pytest.raises(ValueError, match=r"B x 3 x 32 x 32 with B >= 1, found \(1, 3, 48, 48\)"):
         staged_features(tiny_clip().visual, torch.zeros(1, 3, 48, 48))
 
 
