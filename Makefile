@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test lint lab notebooks benchmark demo-model gpu doctor clean
+.PHONY: help install reproduce test lint lab notebooks book benchmark demo-model gpu doctor clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ lab: install  ## open the notebooks in JupyterLab
 
 notebooks: install  ## execute the notebooks and store their outputs in the repository
 	$(BIN)/clipad notebooks store
+
+book: install  ## the notebooks that `make reproduce` executed as an offline HTML site, book/index.html
+	$(BIN)/clipad book
 
 benchmark: install  ## speed and memory against reference forms, as ratios within one run
 	$(BIN)/python -m benchmarks
