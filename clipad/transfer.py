@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 
 from clipad.bootstrap import draw_counts, interval, resampled_metrics
 from clipad.datasets import Dataset
-from clipad.detectors import SDP, Detector, Direct, Features, Prediction, SDPPlus
+from clipad.detectors import SDP, Detector, Direct, Features, LayersAlone, Prediction, SDPPlus
 from clipad.dual_path import project, staged_features
-from clipad.evaluation import load_images, published_image_score, read_masks
+from clipad.evaluation import fingerprint, load_images, published_image_score, read_masks
+from clipad.experiments import Experiment
 from clipad.files import code_version
 from clipad.fine_tuning import LinearLayers, Training, load_layers, train
 from clipad.metrics import image_metrics, pixel_metrics
+from clipad.phenomena import change, count_phenomena, ground_truth, rates
+from clipad.published import protocol
 from clipad.surgery import smooth
 
 METRICS = (
@@ -95,6 +97,71 @@ def hold(sdp: SDP, dataset: Dataset, batch_size: int = 16) -> Held:
         )
     masks = read_masks(list(dataset.samples), backbone.image_size) if dataset.has_masks else None
     return Held(dataset, Features.cat(parts), masks, np.array([s.label for s in dataset]))
+
+
+@dataclass
+class Direction:
+    """One way between two data sets: detectors as the protocol sets them up for ``test``, and its features in memory.
+
+    ``trained_on`` names the data set of the layers; ``per_category`` images are held (:func:`thinned`).
+    """
+
+    run: Experiment
+    test: Dataset
+    trained_on: str
+    per_category: int = 40
+    allow_overlap: bool = False
+
+    def __post_init__(self):
+        self.sdp = SDP(self.run.backbone, **rvs_options(self.run, self.test))
+        self.direct = Direct(self.run.backbone, **rvs_options(self.run, self.test))
+        self.few = thinned(self.test, self.per_category)
+        self.held = hold(self.sdp, self.few)
+
+    def __str__(self):
+        return f"{self.trained_on} → {self.test.name}"
+
+    def build(self, layers: LinearLayers, kinds=(SDPPlus, LayersAlone), **changed) -> list[SDPPlus]:
+        """SDP+ and its controls with these layers; ``changed`` options win over the protocol's."""
+        smoothing = protocol(self.test.name).smoothing_240_sdp_plus / 240 * self.run.backbone.image_size
+        options = rvs_options(self.run, self.test)
+        options |= {"smoothing": smoothing, "allow_overlap": self.allow_overlap} | changed
+        return [kind(self.run.backbone, layers, **options) for kind in kinds]
+
+    def phenomena(self, layers: LinearLayers, seed: int = 0) -> tuple[pd.DataFrame, pd.Series]:
+        """Opposite predictions and irrelevant highlights (notebook 02) of Direct, SDP, SDP+ and the layers alone.
+
+        Mean rates over categories, a row per method, on unsmoothed maps; and what changes from SDP to SDP+, a row per
+        phenomenon with ``difference``, ``low`` and ``high``. Raises ValueError for data without masks.
+        """
+        truth = ground_truth(self.few, self.run.backbone.image_size)
+        at = [i for i, s in enumerate(self.few) if s.label == 1 and s.mask_path is not None]
+        unsmoothed = [
+            kind(self.run.backbone, smoothing=0, **rvs_options(self.run, self.test)) for kind in (Direct, SDP)
+        ]
+        unsmoothed += self.build(layers, smoothing=0)
+        frames = {d.name: count_phenomena(self.held.maps(d)[at], truth) for d in unsmoothed}
+        place = "off_object" if frames["SDP"]["off_object"].notna().any() else "off_defect"
+        columns = ["opposite", "opposite_regions", place, f"{place}_chance"]
+        table = pd.DataFrame({n: f.groupby("category")[columns].mean().mean() for n, f in frames.items()}).T
+        changed = rates(change(frames["SDP"], frames[unsmoothed[2].name]), columns[:3], seed=seed)
+        return table, changed.loc["mean"].unstack().rename(columns={"rate": "difference"}).loc[columns[:3]]
+
+
+def rvs_options(run: Experiment, dataset: Dataset) -> dict:
+    """Prompts and representative vectors of the protocol for one data set, in training as in testing."""
+    chosen = protocol(dataset.name)
+    return {"prompts": run.prompts, "rvs": chosen.rvs, "rvs_options": chosen.rvs_options}
+
+
+def in_words(row: pd.Series) -> str:
+    """A difference with its interval, in points.
+
+    >>> in_words(pd.Series({"difference": 0.031, "low": 0.012, "high": 0.05}))
+    '+3.1 [+1.2, +5.0], above 0'
+    """
+    side = "above 0" if row["low"] > 0 else "below 0" if row["high"] < 0 else "0 lies within"
+    return f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}], {side}"
 
 
 # Scores ---------------------------------------------------------------------------------------------------------
@@ -212,33 +279,26 @@ def by_defect(maps: Mapping[str, np.ndarray], held: Held) -> pd.DataFrame:
 # Training and what it grows with --------------------------------------------------------------------------------
 
 
-def train_for(run, dataset: Dataset, **options) -> Training:
-    """:func:`clipad.fine_tuning.train` in a folder of its own under the run's, named by all that decides the weights,
-    so that a finished training is read back and a stopped one continues."""
-    key = [run.backbone.weights_hash, run.backbone.device.type, code_version(), dataset.name, len(dataset)]
-    key += [[s.image_path.name for s in dataset], {k: v for k, v in options.items() if k != "epochs"}]
-    name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:10]
-    return train(run.backbone, dataset, run.output_dir / "training" / f"{dataset.name}-{name}", **options)
+def train_for(run: Experiment, dataset: Dataset, epochs: int, **options) -> Training:
+    """:func:`clipad.fine_tuning.train` with the protocol's text for ``dataset``, in a folder of its own under the
+    run's, named by all that decides the weights: a finished training is read back and a stopped one continues."""
+    options = rvs_options(run, dataset) | options
+    key = [run.backbone.weights_hash, run.backbone.device.type, code_version(), fingerprint(dataset)]
+    name = hashlib.sha256(json.dumps([*key, options], sort_keys=True, default=str).encode()).hexdigest()[:10]
+    folder = run.output_dir / "training" / f"{dataset.name}-{name}"
+    return train(run.backbone, dataset, folder, epochs=epochs, **options)
 
 
-Build = Callable[[LinearLayers], Sequence[Detector]]
-"""from layers to the detectors that shall be scored with them"""
-
-
-def over_epochs(training: Training, held: Held, build: Build) -> pd.DataFrame:
+def over_epochs(direction: Direction, training: Training) -> pd.DataFrame:
     """Scores after every epoch: a row per epoch and method, columns ``METRICS``."""
-    steps = zip(training.log["epoch"], training.log["loss"], training.checkpoints, strict=True)
+    steps = zip(training.log["epoch"], training.checkpoints, strict=True)
     return pd.DataFrame(
-        [
-            {"epoch": epoch, "loss": loss} | row
-            for epoch, loss, path in steps
-            for row in _scored(build(load_layers(path)), held)
-        ]
+        [{"epoch": epoch} | row for epoch, path in steps for row in _scored(direction, load_layers(path))]
     )
 
 
 def over_images(
-    run, dataset: Dataset, held: Held, build: Build, per_category: Sequence[int], epochs: int, **training
+    direction: Direction, dataset: Dataset, per_category: Sequence[int], epochs: int, **training
 ) -> pd.DataFrame:
     """The same after trainings on ever more images of each category, a row per number of images and method.
 
@@ -248,13 +308,13 @@ def over_images(
     for count in per_category:
         few = thinned(dataset, count)
         equal = max(1, round(epochs * len(dataset) / len(few)))
-        layers = train_for(run, few, epochs=equal, progress=False, **training).layers
-        rows += [{"images": len(few)} | row for row in _scored(build(layers), held)]
+        layers = train_for(direction.run, few, equal, progress=False, **training).layers
+        rows += [{"images": len(few)} | row for row in _scored(direction, layers)]
     return pd.DataFrame(rows)
 
 
-def _scored(detectors: Sequence[Detector], held: Held) -> list[dict]:
-    return [{"method": detector.name} | mean_metrics(detector, held) for detector in detectors]
+def _scored(direction: Direction, layers: LinearLayers) -> list[dict]:
+    return [{"method": d.name} | mean_metrics(d, direction.held) for d in direction.build(layers)]
 
 
 # What the layers change -----------------------------------------------------------------------------------------
@@ -353,25 +413,20 @@ class Summands:
     smoothing: float
 
     def table(self) -> pd.DataFrame:
-        """Per summand: mean on the defects and off them; ``spread``, the standard deviation of all pixels;
-        ``between images``, that of the images' means; and ``rank correlation`` (Spearman) with their sum, in the
-        pixels where the layers are silent and in the others."""
-        rng = np.random.default_rng(0)
-        total = self.sdp + self.layers
-        silent = self.layers < SATURATED
+        """Rows SDP, layers and their sum: mean on the defects and off them; ``spread``, the standard deviation of all
+        pixels; and how well it ranks defect pixels above others (AUROC, all images together) in all pixels, in those
+        where the layers are silent, and in those where they speak."""
+        truth, silent = self.held.masks, self.layers < SATURATED
         rows = {}
-        for name, values in (("SDP", self.sdp), ("layers", self.layers)):
-            row = {
-                "on defects": values[self.held.masks].mean(dtype=float),
-                "off defects": values[~self.held.masks].mean(dtype=float),
+        for name, values in (("SDP", self.sdp), ("layers", self.layers), ("sum", self.sdp + self.layers)):
+            rows[name] = {
+                "on defects": values[truth].mean(dtype=float),
+                "off defects": values[~truth].mean(dtype=float),
                 "spread": values.std(dtype=float),
-                "between images": values.mean(axis=(1, 2), dtype=float).std(),
             }
-            for where, pixels in (("layers silent", silent), ("layers speak", ~silent)):
-                own, sums = values[pixels], total[pixels]
-                some = rng.integers(len(own), size=min(20_000, len(own)))
-                row[f"rank correlation, {where}"] = spearmanr(own[some], sums[some]).statistic
-            rows[name] = row
+            for where, pixels in (("all", slice(None)), ("silent", silent), ("speaking", ~silent)):
+                found = image_metrics(values[pixels].ravel(), truth[pixels].ravel().astype(int))
+                rows[name][f"AUROC, {where}"] = found["auroc"]
         return pd.DataFrame.from_dict(rows, orient="index")
 
     @property
