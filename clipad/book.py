@@ -164,7 +164,8 @@ _INDEX = """<!doctype html>
 <h1>clipad: CLIP-AD step by step</h1>
 <p>Zero-shot anomaly detection with a language-guided staged dual path (arXiv 2311.00453), reproduced in notebooks.</p>
 <table tabindex="0">
-<thead><tr><th scope="col">notebook</th><th scope="col">by the end you will have shown</th><th scope="col">run</th></tr></thead>
+<thead><tr><th scope="col">notebook</th><th scope="col">by the end you will have shown</th>
+<th scope="col">run</th></tr></thead>
 <tbody>{rows}</tbody>
 </table>
 </main>

@@ -31,9 +31,9 @@ def source(tmp_path):
     )
     bar = nbformat.v4.new_output("stream", name="stderr", text="50%|#####     |")
     code = nbformat.v4.new_code_cell("plot(x)  # draw", outputs=[figure, widget, bar], execution_count=1)
-    text = nbformat.v4.new_markdown_cell(
-        "## Next\n\n$$m_n = \\sum_j \\tfrac12 w^j \\cos(f_n, t_1)$$\n\n[next](01_second.ipynb)\n\n| a | b |\n|---|---|\n| 1 | 2 |"
-    )
+    formula = "$$m_n = \\sum_j \\tfrac12 w^j \\cos(f_n, t_1)$$"
+    table = "| a | b |\n|---|---|\n| 1 | 2 |"
+    text = nbformat.v4.new_markdown_cell(f"## Next\n\n{formula}\n\n[next](01_second.ipynb)\n\n{table}")
     nbformat.write(notebook("00 · First <one>", text, code), folder / "00_first.ipynb")
     nbformat.write(notebook("01 · Second"), folder / "01_second.ipynb")
     (folder / "runs.json").write_text('{"00_first": {"status": "ok", "seconds": 90, "reason": ""}}')
