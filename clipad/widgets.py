@@ -442,7 +442,7 @@ class _Row:
     """The controls of one row of the figure: what two settings may differ in."""
 
     def __init__(self, explorer: Explorer, title: str, first: Settings):
-        wide = {"layout": w.Layout(width="97%"), "style": {"description_width": "8.5em"}}
+        wide = {"layout": w.Layout(width="97%"), "style": {"description_width": "10em"}}
         size = explorer.backbone.image_size
         late = {"continuous_update": False}
         self.object_name = w.Combobox(
@@ -461,7 +461,7 @@ class _Row:
             description="stages (blocks)",
             options=range(1, explorer.depth + 1),
             value=first.stages,
-            rows=4,
+            rows=min(explorer.depth, 12),
             **wide,
         )
         self.smoothing = w.FloatSlider(
@@ -512,7 +512,7 @@ class Controls:
     ):
         self.explorer, self.base, self.uploads = explorer, dict(base or {}), Path(uploads)
         self._held = False
-        style = {"style": {"description_width": "8.5em"}}
+        style = {"style": {"description_width": "10em"}}
         late = {"continuous_update": False}
         sample = explorer.samples.get(settings.image)
         category = sample.category if sample else explorer.dataset.categories[0]
@@ -521,7 +521,7 @@ class Controls:
         )
         self.image = w.Dropdown(description="image", **style)
         self.upload = w.FileUpload(
-            accept="image/*", description="Upload an image", layout=w.Layout(width="12em")
+            accept="image/*", description="Upload an image", layout=w.Layout(width="14em")
         )
         self.threshold = w.FloatSlider(
             description="threshold", min=0.01, max=1, step=0.01, value=settings.threshold, **late, **style
@@ -542,10 +542,11 @@ class Controls:
         for widget in (*common, *(widget for row in self.rows for widget in row.widgets.values())):
             widget.observe(self.update, "value")
         self.panel = Panel([
+            self.message, self.figure,
             w.HBox([self.category, self.image, self.upload, self.compare], layout=w.Layout(flex_flow="row wrap")),
             w.HBox([self.threshold, self.row, self.column], layout=w.Layout(flex_flow="row wrap")),
             w.HBox([row.box for row in self.rows]),
-            self.message, self.figure, self.command,
+            self.command,
         ])  # fmt: skip
         self.update()
 
@@ -566,7 +567,7 @@ class Controls:
             for settings in wanted:
                 self.explorer.check(settings)
         except (ValueError, OSError) as error:
-            self._say(f"{error}. The figure below still shows the last settings that could be shown.")
+            self._say(f"{error}. The figure still shows the last settings that could be shown.")
             return
         with self._told():
             self.message.value = "<em>Computing …</em>"
@@ -633,4 +634,5 @@ class Controls:
 
 def _img(png: bytes, alt: str) -> str:
     """As HTML, because the image widget has no alternative text."""
-    return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return f'<img alt="{html.escape(alt, quote=True)}" src="{source}" style="max-width: 100%; height: auto">'

@@ -178,6 +178,11 @@ def test_a_user_moves_a_slider_uploads_an_image_and_makes_a_mistake(lab, page, r
     assert page.locator(".jp-RenderedImage img").count() == 1  # the static figure, above the controls
     figure.scroll_into_view_if_needed()
     page.screenshot(path=SHOTS / "1-controls.png")
+    cut_off = """() => [...document.querySelectorAll('.jupyter-widgets .widget-label, .jupyter-widgets button')]
+        .filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"""
+    assert page.evaluate(cut_off) == []
+    room = figure.evaluate("e => e.closest('.jp-OutputArea-output').getBoundingClientRect().right")
+    assert figure.bounding_box()["x"] + figure.bounding_box()["width"] <= room
 
     page.set_default_timeout(60_000)
 
@@ -187,10 +192,10 @@ def test_a_user_moves_a_slider_uploads_an_image_and_makes_a_mistake(lab, page, r
     handle = page.locator(".widget-slider", has_text="threshold").get_by_role("slider")
     for _ in range(10):
         handle.press("ArrowRight")
-    waited = changed_from(before, "2-threshold")
     page.wait_for_function(
         "() => document.querySelector('.jupyter-widgets pre').innerText.includes('threshold 0.6')"
     )
+    changed_from(before, "2-threshold")
     assert pixels(png()) != pixels(first)
 
     # another slider, timed from one key press to the new figure in the page
@@ -199,9 +204,7 @@ def test_a_user_moves_a_slider_uploads_an_image_and_makes_a_mistake(lab, page, r
     page.locator(".widget-slider", has_text="smoothing").first.get_by_role("slider").press("ArrowRight")
     changed_from(before, "3-smoothing")
     record_property("seconds_slider_to_figure", time.perf_counter() - start)
-    print(
-        f"slider to figure {time.perf_counter() - start:.2f} s with screenshot; first change {waited:.2f} s"
-    )
+    print(f"from key press to figure and screenshot: {time.perf_counter() - start:.2f} s")
 
     # an upload
     before, second = source(), png()
