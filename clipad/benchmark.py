@@ -5,13 +5,15 @@ Shapes: N images of a category, S x S pixels, R bootstrap resamples.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,13 +21,20 @@ import torch
 from sklearn.metrics import precision_recall_curve, roc_curve
 from tqdm import tqdm
 
+from clipad.backbone import load_backbone
 from clipad.bootstrap import draw_counts, interval, resampled_metrics
-from clipad.datasets import EXPECTED, Dataset
+from clipad.datasets import EXPECTED, Dataset, Sample, load_dataset
+from clipad.detectors import SDP, ClipSurgery, Direct, SDPPlus
 from clipad.evaluation import fingerprint, load_images, predict_halving, published_image_score, read_masks
 from clipad.files import code_version, write_atomically
+from clipad.fine_tuning import load_layers
 from clipad.metrics import PRO_LIMIT, pro_200_thresholds, pro_curve
-from clipad.published import published_results
-from clipad.transfer import METRICS, Comparison
+from clipad.phenomena import untrained
+from clipad.plots import METRIC_NAMES
+from clipad.published import protocol, published_results
+from clipad.text import METHODS
+from clipad.transfer import METRICS, Comparison, hold, mean_metrics, train_for, within_image
+from clipad.winclip import WinCLIP
 
 RATES = np.concatenate([np.linspace(0, 0.05, 51), np.linspace(0.06, 1, 95)])
 """where curves are read: false positive rates (dense where few are allowed) and recalls"""
@@ -204,15 +213,115 @@ def _read(path: Path | None) -> dict | None:
         return None
 
 
+def in_words(differences: Mapping[str, pd.DataFrame], metrics: Sequence[str]) -> dict[str, str]:
+    """Method -> its differences in points with the wide interval, and what that interval says.
+
+    ``differences``: method -> :meth:`clipad.transfer.Comparison.difference`.
+    """
+
+    def said(row):
+        verdict = "higher" if row["low_both"] > 0 else "lower" if row["high_both"] < 0 else "not told apart"
+        low, high = 100 * row["low_both"], 100 * row["high_both"]
+        return f"{100 * row['difference']:+.1f} [{low:+.1f}, {high:+.1f}] ({verdict})"
+
+    return {
+        name: ", ".join(f"{METRIC_NAMES[m]} {said(table.loc[m])}" for m in metrics if m in table.index)
+        for name, table in differences.items()
+    }
+
+
+# The methods, and what else can be varied -----------------------------------------------------------------------
+
+
+def methods(run, layers: str | Path = "", dataset: str = "") -> dict[str, Any]:
+    """Direct, CLIP Surgery, WinCLIP, SDP and, where there are layers for it, SDP+, for a data set by its name.
+
+    ``run``: the :class:`clipad.Experiment`; ``dataset``: empty for the run's own. ``layers``: a checkpoint; without
+    one the demo trains them in seconds on its other collection, and other data sets go without SDP+. WinCLIP has
+    prompts of its own unless the run was given some.
+    """
+    rule = protocol(dataset or run.dataset.name)
+    found = [
+        Direct(run.backbone, **run.rvs),
+        ClipSurgery(run.backbone, **run.rvs),
+        WinCLIP(run.backbone, run.prompts if run.parameters["prompts"] else None),
+        SDP(run.backbone, **run.rvs),
+    ]
+    trained = load_layers(layers) if layers else None
+    if trained is None and rule.dataset in ("demo", "demo_aux"):
+        trained = train_for(
+            run, load_dataset(rule.trained_on), epochs=rule.epochs, learning_rate=rule.learning_rate,
+            batch_size=rule.batch_size, rvs=rule.rvs, rvs_options=rule.training_rvs_options, progress=False,
+        ).layers  # fmt: skip
+    if trained is not None:
+        sigma = rule.smoothing_240_sdp_plus / 240 * run.backbone.image_size
+        found.append(SDPPlus(run.backbone, trained, smoothing=sigma, **run.rvs))
+    return {detector.name: detector for detector in found}
+
+
+def by_representative_vector(run, dataset: Dataset) -> pd.DataFrame:
+    """SDP with each of the five representative vectors: a row each, ``METRICS`` averaged over categories.
+
+    The features are computed once and held in memory (:func:`clipad.transfer.hold`).
+    """
+    held = hold(SDP(run.backbone, **run.rvs), dataset)
+    own = {run.protocol.rvs: run.protocol.rvs_options}
+    rows = {m: mean_metrics(SDP(run.backbone, run.prompts, m, own.get(m)), held) for m in METHODS}
+    return pd.DataFrame.from_dict(rows, orient="index").dropna(axis=1, how="all")
+
+
+def by_backbone(run, dataset: Dataset, further: Sequence[str] = ()) -> pd.DataFrame:
+    """SDP with other backbones: a row each, the means of :func:`clipad.evaluate`.
+
+    ``further``: open_clip models as "name" (random weights) or "name/tag". The demo model is also tried at 72 and 120
+    pixels. The last row is a control: an image encoder that was never trained.
+    """
+    device = run.backbone.device.type
+    backbones = [run.backbone, *(load_backbone(*name.split("/", 1), device=device) for name in further)]
+    if run.backbone.name == "demo":
+        backbones += [load_backbone("demo", device=device, image_size=size) for size in (72, 120)]
+    rows = {}
+    for backbone in [*backbones, untrained(run.backbone, run.seed)]:
+        table = run.evaluate(SDP(backbone, **run.rvs), dataset, progress=False).table
+        rows[f"{backbone.name}, {backbone.pretrained}, {backbone.image_size} px"] = table.loc["mean"]
+    return pd.DataFrame.from_dict(rows, orient="index").dropna(axis=1, how="all")
+
+
+def typical(detectors: Mapping[str, Any], dataset: Dataset) -> tuple[list[Sample], dict[str, np.ndarray]]:
+    """One anomalous image per category and its maps by every detector.
+
+    By rule: the median of SDP, ranked by the pixel AUROC inside the image, or by the maximum of the map without masks.
+    """
+    chosen, maps = [], {name: [] for name in detectors}
+    sdp = detectors["SDP"]
+    for category in dataset.categories:
+        own = [s for s in dataset if s.category == category and s.label == 1]
+        if not own:
+            continue
+        images = torch.cat(list(load_images(own, sdp.backbone.preprocess, 16)))
+        found = torch.cat([sdp.predict(part, category).maps for part in images.split(16)]).numpy()
+        rank = found.max(axis=(1, 2))
+        if dataset.has_masks:
+            rank = within_image(found, read_masks(own, sdp.backbone.image_size))
+        pick = int(np.argsort(rank)[len(rank) // 2])
+        chosen.append(own[pick])
+        for name, detector in detectors.items():
+            maps[name].append(detector.predict(images[[pick]], category).maps[0].numpy())
+    return chosen, {name: np.stack(values) for name, values in maps.items()}
+
+
 # Speed and memory -----------------------------------------------------------------------------------------------
 
 
-def costs(detectors: Sequence, images: torch.Tensor, category: str, repeats: int = 5) -> pd.DataFrame:
-    """Per method, for a batch B x 3 x S x S: ``ms per image`` (median of runs that take turns), ``relative`` to the
-    fastest, and ``peak MB``: what a prediction needs beyond what is held before it.
+def costs(detectors: Sequence, dataset: Dataset, batch_size: int = 16, repeats: int = 5) -> pd.DataFrame:
+    """Per method, for the first images of the first category: ``ms per image`` (median of runs that take turns),
+    ``relative`` to the fastest, and ``peak MB``: what predicting the batch needs beyond what is held before it.
 
     Memory is that of the GPU where there is one, else of the process (Linux; NaN where the system does not tell).
     """
+    category = dataset.categories[0]
+    samples = list(dataset.select(category))[:batch_size]
+    images = next(iter(load_images(samples, detectors[0].backbone.preprocess, batch_size)))
     for detector in detectors:
         detector.predict(images, category)
     seconds: dict[str, list[float]] = {detector.name: [] for detector in detectors}
@@ -235,11 +344,12 @@ def _peak_megabytes(detector, images: torch.Tensor, category: str) -> float:
         detector.predict(images, category)
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # else the prediction finds room in what earlier ones gave back
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
         before = _status("VmRSS")
         detector.predict(images, category)
         return (_status("VmHWM") - before) / 1e6
-    except OSError:
+    except (OSError, AttributeError, TypeError):  # not Linux, or another C library
         return float("nan")
 
 

@@ -93,6 +93,14 @@ def min_max(maps: np.ndarray, per_image: bool) -> np.ndarray:
     return (maps - low) / np.maximum(high - low, 1e-12)
 
 
+def extremes(maps: np.ndarray, labels: Sequence[int]) -> list[int]:
+    """The normal, then the anomalous images with the lowest, median and highest maximum of the map."""
+    maxima, labels = maps.max(axis=(1, 2)), np.asarray(labels)
+    order = np.argsort(maxima, kind="stable")
+    rows = [order[labels[order] == label] for label in (0, 1)]
+    return [int(row[at]) for row in rows if len(row) for at in (0, len(row) // 2, -1)]
+
+
 def vanished(dataset: Dataset, shrink: Sequence[float]) -> pd.DataFrame:
     """Ground truth after the published resize (bilinear, threshold 0.5), per factor by which the longer side shrinks.
 

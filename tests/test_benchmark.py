@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from test_evaluation import make_folder
 
-from clipad.benchmark import RATES, benchmark, beside_published, costs, curves_of
+from clipad.benchmark import RATES, benchmark, beside_published, costs, curves_of, in_words, typical
 from clipad.detectors import SDP, Direct
 from clipad.evaluation import evaluate
 from clipad.metrics import pixel_metrics
@@ -122,8 +122,8 @@ def test_nothing_is_published_for_a_folder(result, data):
     assert beside_published(result, data).empty
 
 
-def test_costs(detectors):
-    table = costs(detectors, torch.randn(2, 3, 32, 32), "bolt", repeats=2)
+def test_costs(detectors, data):
+    table = costs(detectors, data, batch_size=2, repeats=2)
     assert table["relative"].min() == 1
     assert (table["ms per image"] > 0).all()
     assert table.loc["WinCLIP", "relative"] > 1
@@ -134,3 +134,22 @@ def test_wrong_calls_are_refused(detectors, data):
         benchmark([detectors[0], detectors[0]], data)
     with pytest.raises(ValueError, match="2 resamples"):
         benchmark(detectors, data, n_resamples=1)
+
+
+def test_one_typical_image_per_category(detectors, data):
+    chosen, maps = typical({d.name: d for d in detectors}, data)
+    assert [s.category for s in chosen] == list(data.categories)
+    assert all(s.label == 1 for s in chosen)
+    assert {name: values.shape for name, values in maps.items()} == dict.fromkeys(maps, (2, 32, 32))
+
+
+def test_words_follow_the_interval():
+    table = pd.DataFrame(
+        {"difference": [0.1, -0.1, 0.1], "low_both": [0.05, -0.2, -0.1], "high_both": [0.2, -0.05, 0.2]}
+    )
+    table.index = ["pixel_auroc", "pixel_pro", "image_auroc"]
+    said = in_words({"A": table}, ["pixel_auroc", "pixel_pro", "image_auroc", "pixel_ap"])["A"]
+    assert said == (
+        "pixel AUROC +10.0 [+5.0, +20.0] (higher), PRO -10.0 [-20.0, -5.0] (lower), "
+        "image AUROC +10.0 [-10.0, +20.0] (not told apart)"
+    )

@@ -4,7 +4,7 @@ import pytest
 from test_evaluation import make_folder
 
 from clipad.prompts import CLIP_AD
-from clipad.released import angles_to_mean, min_max, vanished, without_one
+from clipad.released import angles_to_mean, extremes, min_max, vanished, without_one
 
 
 def test_a_selection_that_keeps_everything_is_the_mean(tiny_backbone):
@@ -42,6 +42,12 @@ def test_min_max_of_each_image_lights_up_a_flat_map():
     assert min_max(maps, per_image=False)[0].max() == pytest.approx(0.1)
     assert min_max(maps, per_image=True)[0].max() == 1
     assert np.isfinite(min_max(np.zeros((2, 3, 3)), per_image=True)).all()
+
+
+def test_extremes_are_chosen_by_the_map():
+    maps = np.arange(7)[:, None, None] * np.ones((7, 2, 2))
+    assert extremes(maps, [1, 0, 1, 0, 1, 0, 0]) == [1, 5, 6, 0, 2, 4]
+    assert extremes(maps[:2], [1, 1]) == [0, 1, 1]
 
 
 def test_thin_defects_vanish(tmp_path):

@@ -123,11 +123,13 @@ def _curves(ax, result: Benchmark, kind: str, low: bool = False) -> None:
     sns.despine(ax=ax)
 
 
-def intervals(differences: Mapping[str, pd.DataFrame], metrics: Sequence[str], baseline: str) -> Figure:
+def intervals(
+    differences: Mapping[str, pd.DataFrame], metrics: Sequence[str], baseline: str, names: Sequence[str]
+) -> Figure:
     """Differences of every method to one baseline in points, a panel per metric; no difference is at 0.
 
-    ``differences``: method -> :meth:`clipad.transfer.Comparison.difference`. Thick: other images; thin: other
-    categories as well.
+    ``differences``: method -> :meth:`clipad.transfer.Comparison.difference`; ``names``: all methods in their order,
+    which gives each its colour. Thick: other images; thin: other categories as well.
     """
     shown = [m for m in metrics if all(m in table.index for table in differences.values())]
     figure, axes = plt.subplots(
@@ -136,8 +138,8 @@ def intervals(differences: Mapping[str, pd.DataFrame], metrics: Sequence[str], b
     )  # fmt: skip
     for ax, metric in zip(axes[0], shown, strict=True):
         ax.axvline(0, color="0.35", linewidth=1, linestyle="--", zorder=0)
-        for y, table in enumerate(differences.values()):
-            colour, marker, _ = _STYLES[y % len(_STYLES)]
+        for y, (name, table) in enumerate(differences.items()):
+            colour, marker, _ = styles(names)[name]
             row = 100 * table.loc[metric]
             ax.plot([row["low_both"], row["high_both"]], [y, y], color=colour, linewidth=1.1)
             ax.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=3.6, solid_capstyle="butt")
@@ -178,7 +180,7 @@ def quality_against_cost(table: pd.DataFrame, metric: str) -> Figure:
         ax.tick_params(labelsize=8, which="both")
         sns.despine(ax=ax)
     axes[0].set_ylabel(f"{METRIC_NAMES[metric]}, percent", fontsize=9)
-    axes[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes[0].legend(fontsize=8, frameon=False, loc="lower right")
     return figure
 
 
