@@ -297,15 +297,14 @@ def over_epochs(direction: Direction, training: Training) -> pd.DataFrame:
     )
 
 
-def over_images(
-    direction: Direction, dataset: Dataset, per_category: Sequence[int], epochs: int, **training
-) -> pd.DataFrame:
-    """The same after trainings on ever more images of each category, a row per number of images and method.
+def over_images(direction: Direction, dataset: Dataset, epochs: int, **training) -> pd.DataFrame:
+    """The same after trainings on ever more images of each category: 1/16, 1/8, 1/4, half and all of them (at least 2).
 
     Each training takes as many steps as ``epochs`` over the whole data set, so that only the images differ.
     """
+    most = max(sum(s.category == c for s in dataset) for c in dataset.categories)
     rows = []
-    for count in per_category:
+    for count in sorted({max(2, most // part) for part in (16, 8, 4, 2, 1)}):
         few = thinned(dataset, count)
         equal = max(1, round(epochs * len(dataset) / len(few)))
         layers = train_for(direction.run, few, equal, progress=False, **training).layers
@@ -425,15 +424,19 @@ class Summands:
                 "spread": values.std(dtype=float),
             }
             for where, pixels in (("all", slice(None)), ("silent", silent), ("speaking", ~silent)):
-                found = image_metrics(values[pixels].ravel(), truth[pixels].ravel().astype(int))
-                rows[name][f"AUROC, {where}"] = found["auroc"]
+                own, labels = values[pixels].ravel(), truth[pixels].ravel().astype(int)
+                rows[name][f"AUROC, {where}"] = image_metrics(own, labels)["auroc"] if len(own) else np.nan
         return pd.DataFrame.from_dict(rows, orient="index")
 
-    @property
-    def silent(self) -> tuple[float, float]:
-        """Share of the pixels where the layers' sum is below ``SATURATED``: of all, and of the defects'."""
-        silent = self.layers < SATURATED
-        return float(silent.mean()), float(silent[self.held.masks].mean())
+    def in_words(self) -> str:
+        """Where the layers are silent, and whether SDP knows more of those pixels."""
+        silent, ranked = self.layers < SATURATED, self.table()["AUROC, silent"]
+        helps = "more" if ranked["SDP"] > ranked["layers"] else "no more"
+        return (
+            f"the layers are silent in {silent.mean():.0%} of all pixels and in {silent[self.held.masks].mean():.0%} "
+            f"of the defects'; there SDP ranks {helps} correctly than the layers' remainder "
+            f"(AUROC {ranked['SDP']:.2f} against {ranked['layers']:.2f})"
+        )
 
     def weighted(self, weights: Sequence[float]) -> pd.DataFrame:
         """Pixel metrics of weight * SDP + layers, smoothed; 0 is the layers alone, 1 is SDP+, infinity SDP."""
