@@ -59,7 +59,6 @@ class Timing:
 
 def clocked(form: Callable, calls: int = 1) -> tuple[float, float]:
     """(wall, processor) seconds of one call, the mean of several; the collector is kept out of it."""
-    gc.collect()
     gc.disable()
     try:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -78,6 +77,7 @@ def interleaved(forms: dict[str, Callable], calls: int = 1) -> dict[str, Timing]
     """
     for form in forms.values():  # the first call fills caches
         form()
+    gc.collect()
     found = {name: Timing([], []) for name in forms}
     for repeat in range(REPEATS):
         # Every other round backwards: no form always runs in the wake of the same other one.
