@@ -489,7 +489,8 @@ class _Row:
         self.rvs.disabled = self.smoothing.disabled = self.detector.value == "winclip"
 
     def values(self) -> dict:
-        return {name: widget.value for name, widget in self.widgets.items() if name != "block"}
+        found = {name: widget.value for name, widget in self.widgets.items() if name != "block"}
+        return found | {"smoothing": round(self.smoothing.value, 2)}  # a browser sends 3.3000000000000003
 
 
 class Controls:

@@ -347,6 +347,11 @@ def test_each_control_changes_the_figure(explorer, start, controls, move, change
     assert image_of(controls) == view.png(view.panels([explorer.show(replace(start, **change))])) != before
 
 
+def test_a_slider_s_rounding_error_does_not_reach_the_command(controls):
+    controls.rows[0].smoothing.value = 3.3000000000000003
+    assert "smoothing 3.3 " in controls.command.value
+
+
 def test_patch_and_block(start, controls):
     controls.row.value, controls.column.value, controls.rows[0].block.value = 4, 1, 2
     assert controls.settings()[0].look == (4, 1, 2)
