@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
 import traceback
@@ -150,7 +151,7 @@ def _evaluation(values: dict) -> Run:
     from clipad.text import check_method
 
     values = {name: runner._checked(EVALUATION[name], value) for name, value in values.items()}
-    values |= _model_and_data(values)
+    values |= _model_and_data(values) | {"detectors": values["detectors"] or "sdp"}
     if values["detectors"] != "winclip":
         rules = protocol(values["dataset"])
         published = rules.rvs_options if values["rvs"] in ("", rules.rvs) else {}
@@ -314,9 +315,6 @@ def sweep(
 
     Raises OSError when the cluster does not answer; what goes wrong inside a run is told by its record.
     """
-    from distributed import as_completed
-    from tqdm import tqdm
-
     output_dir = Path(output_dir).expanduser().resolve()
     (output_dir / "runs").mkdir(parents=True, exist_ok=True)
     records = {run.address: _read(run, output_dir) for run in runs}
@@ -325,28 +323,9 @@ def sweep(
             shutil.rmtree(output_dir / "runs" / address)
             records[address] = None
     todo = [run for run in runs if not records[run.address]]
-    bar = tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run")
     try:
-        with bar, _client(workers, scheduler, len(todo)) if todo else contextlib.nullcontext() as client:
-            futures = client.map(execute, todo, output_dir=str(output_dir)) if todo else []
-            run_of = dict(zip(futures, todo, strict=True))
-            for future in as_completed(futures) if todo else ():
-                run = run_of[future]
-                if (
-                    future.status != "finished"
-                ):  # its workers died (often: out of memory), or could not start it
-                    reason = f"{future.exception()}".strip().partition(". ")[0]
-                    found = {"status": "failed", "reason": reason, "results": [], "seconds": 0.0}
-                    attempts = sorted(
-                        (output_dir / "unfinished").glob(f"{run.address}-*"), key=os.path.getmtime
-                    )
-                    _publish(run, attempts[-1] if attempts else _new_folder(run, output_dir), found)
-                records[run.address] = record = _read(run, output_dir)
-                if record["status"] == "failed":
-                    bar.write(
-                        f"{run.name} failed: {record['reason']}; see {output_dir / 'runs' / run.address}"
-                    )
-                bar.update()
+        if todo:
+            _compute(todo, records, output_dir, workers, scheduler)
     finally:
         done = [record for record in records.values() if record]
         _write_results(done, len(runs), output_dir)
@@ -354,6 +333,36 @@ def sweep(
         if rest.name.partition("-")[0] in records:
             shutil.rmtree(rest)
     return done
+
+
+def _compute(todo: list[Run], records: dict, output_dir: Path, workers, scheduler) -> None:
+    """Fills ``records`` as the runs end."""
+    from distributed import as_completed
+    from tqdm import tqdm
+
+    with (
+        _client(workers, scheduler, len(todo)) as client,
+        tqdm(total=len(records), initial=len(records) - len(todo), unit="run") as bar,
+    ):
+        futures = client.map(execute, todo, output_dir=str(output_dir))
+        run_of = dict(zip(futures, todo, strict=True))
+        for future in as_completed(futures):
+            run = run_of[future]
+            if future.status != "finished":
+                _publish_failure(run, output_dir, future.exception())
+            records[run.address] = record = _read(run, output_dir)
+            if record["status"] == "failed":
+                place = output_dir / "runs" / run.address
+                bar.write(f"{run.name} failed: {record['reason']}; see {place}", file=sys.stderr)
+            bar.update()
+
+
+def _publish_failure(run: Run, output_dir: Path, error) -> None:
+    """For a run that could not do it itself: its workers died (often: out of memory), or could not start it."""
+    attempts = sorted((output_dir / "unfinished").glob(f"{run.address}-*"), key=os.path.getmtime)
+    folder = attempts[-1] if attempts else _new_folder(run, output_dir)
+    reason = str(error).strip().partition(". ")[0]
+    _publish(run, folder, {"status": "failed", "reason": reason, "results": [], "seconds": 0.0})
 
 
 @contextlib.contextmanager
@@ -391,41 +400,54 @@ def _write_results(records: list[dict], planned: int, output_dir: Path) -> None:
     """The table, one row per run and number (a run without numbers: one row without), and the index page."""
     import pandas as pd
 
-    rows, lines, first = [], [], ["run", "name", "status", "seconds"]
-    names = dict.fromkeys(name for record in records for name in record["parameters"])
-    texts = {n: [json.dumps(r["parameters"].get(n, ""), ensure_ascii=False) for r in records] for n in names}
-    for i, record in enumerate(records):
-        # lists and mappings as JSON, so that a column has one type
+    if not records:
+        return
+    # lists and mappings as JSON, so that a column has one type
+    rows = []
+    for record in records:
         values = {
-            n: texts[n][i] if isinstance(v, list | dict) else v for n, v in record["parameters"].items()
+            k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in record["parameters"].items()
         }
-        values = {name: record[name] for name in first} | values
-        rows += [values | result for result in record["results"] or [{"category": ""}]]
-        files = (f"{record['name']}.ipynb", "table.csv", "images.csv", "traceback.txt", "run.json")
-        there = [f for f in files if (output_dir / "runs" / record["run"] / f).is_file()]
-        shown = {n: texts[n][i] for n in names if len(set(texts[n])) > 1}
-        line = {"run": record["name"]} | shown
-        line |= {"status": record["status"], "reason": record["reason"], "seconds": record["seconds"]}
-        line = {name: html.escape(str(value)) for name, value in line.items()}
-        lines.append(line | {"files": " ".join(f'<a href="runs/{record["run"]}/{f}">{f}</a>' for f in there)})
-    table = pd.DataFrame(rows).convert_dtypes()
+        rows.append({k: record[k] for k in ("run", "name", "status", "reason", "seconds")} | values)
+    runs = pd.DataFrame(rows)
+    numbers = [{"run": record["run"]} | result for record in records for result in record["results"]]
+    numbers = pd.DataFrame(numbers, columns=["run", "category", "metric", "value"])
+    table = runs.merge(numbers, on="run", how="left").convert_dtypes()
+    mixed = table.select_dtypes(
+        "object"
+    ).columns  # text in one block and a number in another: Parquet has one type
+    table[mixed] = table[mixed].map(str, na_action="ignore")
     write_atomically(output_dir / "table.csv", table.to_csv(index=False))
     write_atomically(output_dir / "table.parquet", table.to_parquet(index=False))
-    same = {name: texts[name][0] for name in names if len(set(texts[name])) == 1}
-    failed = sum(record["status"] == "failed" for record in records)
+
+    shown = ["name", "status", "reason", "seconds"]
+    same = {name: column[0] for name, column in runs.items() if column.nunique(dropna=False) == 1}
+    page = runs.drop(columns=[name for name in same if name not in shown])
+    page = page.map(lambda value: "" if pd.isna(value) else html.escape(str(value)))
+    page["files"] = [_links(record, output_dir) for record in records]
     with pd.option_context("display.max_colwidth", None):
-        body = pd.DataFrame(lines).to_html(index=False, escape=False, border=0)
-    page = f"""<!doctype html>
+        body = page.drop(columns="run", errors="ignore").to_html(index=False, escape=False, border=0)
+    settings = ", ".join(f"{name} = {value}" for name, value in same.items() if name not in ["run", *shown])
+    failed = int((runs["status"] == "failed").sum())
+    text = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>clipad sweep</title>
 <style>
 body {{ font: 1rem/1.5 system-ui, sans-serif; margin: 2rem }}
 table {{ border-collapse: collapse }}
 th, td {{ padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #ccc }}
 </style>
-<h1>Sweep: {len(records)} of {planned} runs finished, {failed} of them failed</h1>
+<h1>Sweep: {len(records)} of {planned} runs ended, {failed} of them failed</h1>
 <p>All numbers: <a href="table.csv">table.csv</a>, <a href="table.parquet">table.parquet</a>.
-In every run: {html.escape(", ".join(f"{name} = {text}" for name, text in same.items()))}.</p>
+In every run: {html.escape(settings)}.</p>
 {body}
 </html>
 """
-    write_atomically(output_dir / "index.html", page)
+    write_atomically(output_dir / "index.html", text)
+
+
+def _links(record: dict, output_dir: Path) -> str:
+    names = (f"{record['name']}.ipynb", "table.csv", "images.csv", "traceback.txt", "run.json")
+    there = [name for name in names if (output_dir / "runs" / record["run"] / name).is_file()]
+    return " ".join(
+        f'<a href="runs/{record["run"]}/{html.escape(name)}">{html.escape(name)}</a>' for name in there
+    )

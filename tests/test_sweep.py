@@ -163,6 +163,24 @@ def test_the_first_of_two_attempts_is_the_result(plan, notebook, tmp_path):
     assert not list((tmp_path / "unfinished").iterdir())
 
 
+def test_runs_of_different_kinds_share_one_table(tmp_path):
+    common = {"notebook": "", "content": {}, "seconds": 1.0}
+    number = {"category": "nut", "metric": "image_auroc", "value": 0.5}
+    first = {"run": "a", "name": "evaluate", "status": "ok", "reason": "", "results": [number]}
+    second = {"run": "b", "name": "00_work", "status": "failed", "reason": "x < <b>", "results": []}
+    first["parameters"] = {"categories": ["nut"], "seed": 0, "share": 1, "other": 1}
+    second["parameters"] = {"seed": 1, "share": 0.5, "other": "text"}
+    sweeps._write_results([first | common, second | common], 3, tmp_path)
+    table = pd.read_parquet(tmp_path / "table.parquet")
+    assert table["categories"].tolist()[0] == '["nut"]'
+    assert table["value"].isna().tolist() == [False, True]
+    assert table["seed"].tolist() == [0, 1]
+    page = (tmp_path / "index.html").read_text()
+    assert "2 of 3 runs ended, 1 of them failed" in page
+    assert "x &lt; &lt;b&gt;" in page
+    assert "<b>" not in page
+
+
 # --- the whole, with processes that die ---
 
 
