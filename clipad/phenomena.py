@@ -420,10 +420,11 @@ def linear_probe_auroc(features: np.ndarray, labels: np.ndarray, groups: Sequenc
     return image_metrics(scores, labels)["auroc"]
 
 
-def what_patches_know(found: Probe, seed: int = 0) -> pd.DataFrame:
+def what_patches_know(found: Probe, blind: Probe, seed: int = 0) -> pd.DataFrame:
     """AUROC for defect against normal patches among the picked ones, for either attention in all blocks (columns).
 
-    By the text direction; by a linear probe tested on other images; by the same probe with shuffled labels.
+    By the text direction; by a linear probe tested on other images; and as controls by the same linear probe on what an
+    untrained encoder sees (``blind``, from :func:`probe` with the same labels and seed) and with shuffled labels.
     """
     image, patch = found.picked.T
     labels = found.labels[image, patch]
@@ -433,6 +434,9 @@ def what_patches_know(found: Probe, seed: int = 0) -> pd.DataFrame:
             kind: {
                 "text direction": patch_auroc(found.cosines[kind, last][image, patch], labels),
                 "linear probe, other images": linear_probe_auroc(features, labels, image),
+                "linear probe, untrained encoder": linear_probe_auroc(
+                    blind.features[kind, last], labels, image
+                ),
                 "linear probe, shuffled labels": linear_probe_auroc(features, shuffled, image),
             }
             for (kind, last), features in found.features.items()

@@ -389,6 +389,11 @@ def test_block_attention_has_rows_that_sum_to_one(tiny_backbone):
 
 def test_what_patches_know_is_a_table_of_aurocs(collection, tiny_backbone, text):
     truth = ground_truth(collection, 32)
-    table = phenomena.what_patches_know(probe(tiny_backbone, truth.samples, text, truth.patches(4)))
+    found, blind = (
+        probe(backbone, truth.samples, text, truth.patches(4))
+        for backbone in (tiny_backbone, untrained(tiny_backbone, 7))
+    )
+    np.testing.assert_array_equal(found.picked, blind.picked)
+    table = phenomena.what_patches_know(found, blind)
     assert list(table.columns) == ["q-k", "v-v"]
     assert ((table >= 0) & (table <= 1)).all(axis=None)

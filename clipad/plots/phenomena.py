@@ -529,25 +529,27 @@ def words_of_scales(effects: Mapping[str, Mapping[str, float]]) -> str:
     ) + "."  # fmt: skip
 
 
-def words_of_knowledge(knows: pd.DataFrame, before: float, closed: float) -> str:
-    """Whether the features know more than the text reads, and what closing the gap does to opposite predictions."""
-    asked, known = knows.loc[["text direction", "linear probe, other images"], "q-k"]
-    told = (
-        "the last block's patches know more of defects than the text direction reads from them: informed, not aligned."
-        if known > max(0.6, asked + 0.1)
-        else "the probe finds little that the text direction does not: misalignment is not the reason here."
-    )
-    rest = (
-        "so the offset between the modalities is the smaller part of it."
-        if closed - 0.5 > 0.5 * (before - 0.5) > 0
-        else "so the offset between the modalities is the larger part of it."
-        if before > 0.5
-        else "but there was no excess over 50% to explain."
-    )
-    return (
-        f"Linear probe {known:.1%}, text direction {asked:.1%}: {told} "
-        f"With the gap closed, opposite predictions go from {before:.0%} to {closed:.0%} (chance is 50%), {rest}"
-    )
+def words_of_knowledge(knows: pd.DataFrame, before: pd.Series, closed: float) -> str:
+    """Whether the features know more than the text reads, and what closing the gap does to opposite predictions.
+
+    ``knows``: :func:`clipad.phenomena.what_patches_know`; ``before``: the direct map's row of rates.
+    """
+    asked, known, blind = knows["q-k"].iloc[:3]
+    if known > max(asked, blind) + 0.05:
+        told = "the patches know more of defects than the text reads from them: they are informed, but not aligned."
+    elif known > asked + 0.05:
+        told = "the probe beats the text, but finds as much in an untrained encoder: this says nothing of training."
+    else:
+        told = "the probe finds no more than the text reads: misalignment is not the reason here."
+    rest = f"With the gap closed, opposite predictions go from {before['rate']:.0%} to {closed:.0%}"
+    if phenomena.against(before, 0.5) != "above":
+        rest += "; there was no excess over chance (50%) to explain."
+    else:
+        share = min(1, max(0, (before["rate"] - closed) / (before["rate"] - 0.5)))
+        rest += (
+            f": the offset between the modalities accounts for {share:.0%} of the excess over chance (50%)."
+        )
+    return f"Linear probe {known:.1%}, text {asked:.1%}, probe of an untrained encoder {blind:.1%}: {told} {rest}"
 
 
 def words_of_layers(gaps: pd.Series, tables: Mapping[tuple, pd.DataFrame]) -> str:
