@@ -280,8 +280,10 @@ def by_backbone(run, dataset: Dataset, further: Sequence[str] = ()) -> pd.DataFr
     backbones = [run.backbone, *(load_backbone(*name.split("/", 1), device=device) for name in further)]
     if run.backbone.name == "demo":
         backbones += [load_backbone("demo", device=device, image_size=size) for size in (72, 120)]
+    sentences = [text for c in dataset.categories for state in run.prompts.sentences(c) for text in state]
     rows = {}
     for backbone in [*backbones, untrained(run.backbone, run.seed)]:
+        backbone.expect_words(backbone.unknown_words(sentences))  # the run said so at its start
         table = run.evaluate(SDP(backbone, **run.rvs), dataset, progress=False).table
         rows[f"{backbone.name}, {backbone.pretrained}, {backbone.image_size} px"] = table.loc["mean"]
     return pd.DataFrame.from_dict(rows, orient="index").dropna(axis=1, how="all")

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from clipad.benchmark import RATES, Benchmark
 from clipad.metrics import PRO_LIMIT
@@ -87,9 +88,7 @@ def benchmark_curves(result: Benchmark) -> Figure:
             elif kind == "pr":
                 share = result.prevalence[level]
                 ax.axhline(share, color="0.6", linewidth=0.8, linestyle=":")
-                ax.text(
-                    1, share + 0.015, f"prevalence {100 * share:.1f} %", fontsize=7, ha="right", color="0.35"
-                )
+                ax.text(0.03, share + 0.02, f"prevalence {100 * share:.1f} %", fontsize=7, color="0.35")
                 ax.set(xlabel="recall", ylabel="precision")
             else:
                 ax.set(
@@ -161,7 +160,7 @@ def quality_against_cost(table: pd.DataFrame, metric: str) -> Figure:
     ``table``: :func:`clipad.benchmark.costs` with the metric as a further column.
     """
     figure, axes = plt.subplots(1, 2, figsize=(8, 2.9), sharey=True, layout="constrained")
-    labels = {"ms per image": "milliseconds per image (log)", "peak MB": "peak memory of a batch, MB (log)"}
+    labels = {"ms per image": "milliseconds per image (log)", "peak MB": "peak memory of a batch, MB"}
     for ax, (column, label) in zip(axes, labels.items(), strict=True):
         for name, (colour, marker, _) in styles(table.index).items():
             if table.loc[name, column] > 0:
@@ -173,7 +172,13 @@ def quality_against_cost(table: pd.DataFrame, metric: str) -> Figure:
                     markersize=8,
                     label=name,
                 )
-        ax.set_xscale("log")
+        if column == "ms per image":
+            ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter("")
+        else:
+            ax.set_xlim(left=0)
         ax.set_xlabel(label, fontsize=9)
         ax.grid(color="0.92")
         ax.set_axisbelow(True)
