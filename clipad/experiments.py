@@ -177,6 +177,8 @@ def experiment(
         raise ValueError(
             f"model={chosen['model']!r} needs pretrained: an open_clip tag, a checkpoint file, or 'random'"
         )
+    if chosen["model"] == "demo" and chosen["pretrained"] == "random":
+        raise ValueError("the demo model takes its shipped weights or a file: random ones need another model")
     # The data and the folder first: a wrong path shall not wait for a model to load.
     data = load_dataset(chosen["dataset"], data_root or None, categories or None)
     own_prompts = load_prompts(prompts or None)

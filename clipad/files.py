@@ -45,27 +45,8 @@ def require_writable(folder: Path) -> None:
 
 # What decides numbers; figures, notebooks and the command line do not.
 _COMPUTES = (
-    *(
-        "prompts",
-        "published",
-        "datasets",
-        "metrics",
-        "backbone",
-        "dual_path",
-        "text",
-        "surgery",
-        "fine_tuning",
-    ),
-    *(
-        "detectors",
-        "winclip",
-        "bootstrap",
-        "benchmark",
-        "evaluation",
-        "phenomena",
-        "distribution",
-        "ablation",
-    ),
+    "prompts published datasets metrics backbone dual_path text surgery fine_tuning detectors winclip bootstrap "
+    "evaluation benchmark phenomena distribution ablation transfer"
 )
 
 
@@ -73,7 +54,7 @@ _COMPUTES = (
 def code_version() -> str:
     """Twelve hex digits over the modules that decide numbers: results of other code are never taken for this one's."""
     digest = hashlib.sha256()
-    for name in _COMPUTES:
+    for name in _COMPUTES.split():
         path = Path(__file__).with_name(f"{name}.py")
         digest.update(name.encode() + (path.read_bytes() if path.is_file() else b""))
     return digest.hexdigest()[:12]
