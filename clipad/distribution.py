@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.spatial import procrustes
-from sklearn import config_context
 from sklearn.cluster import DBSCAN, MeanShift
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, silhouette_score
@@ -292,7 +291,12 @@ def umap_layout(e: np.ndarray, seed: int = 0) -> np.ndarray:
     """
     if len(e) < 10:
         raise ValueError(f"a layout of {len(e)} sentences says nothing: at least 10 are needed")
-    from umap import UMAP  # late: compiling takes seconds, and the rest of the module does without it
+    # Late: compiling takes seconds, and the rest of the module does without it. By default numba takes torch's and
+    # scikit-learn's OpenMP pool and changes its number of threads, after which both can be many times slower.
+    import numba
+
+    numba.config.THREADING_LAYER = "workqueue"
+    from umap import UMAP
 
     options = UMAP_OPTIONS | {"n_neighbors": min(UMAP_OPTIONS["n_neighbors"], len(e) - 1)}
     return UMAP(**options, random_state=seed, n_jobs=1).fit_transform(e.astype(np.float32))
@@ -344,10 +348,7 @@ def choose(e: np.ndarray, method: str, **options) -> Choice:
     elif method != "mean":
         cluster = DBSCAN if method == "dbscan" else MeanShift
         defaults = {"eps": 0.5, "min_samples": 15} if method == "dbscan" else {"bandwidth": 2.0}
-        # scikit-learn's compiled path limits threads at every call, and mean shift makes thousands: once UMAP (numba)
-        # is loaded that costs twenty times the work itself.
-        with config_context(enable_cython_pairwise_dist=False):
-            labels = cluster(**defaults | options).fit_predict(e)
+        labels = cluster(**defaults | options).fit_predict(e)
         largest = np.bincount(labels[labels >= 0], minlength=1).argmax()
         weights = (labels == largest).astype(float)
     vector = weights @ rows if weights.any() else e.mean(axis=0)
