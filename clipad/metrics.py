@@ -148,14 +148,21 @@ def _counts(scores: np.ndarray, anomalous: np.ndarray, weights: np.ndarray | Non
     normal = scores[~anomalous]
     normal.sort()  # a copy, so in place; of float32, where NumPy has a vectorised sort
     found = scores[anomalous]
-    order = np.argsort(found)[::-1]
+    order = np.argsort(found)
     found = found[order]
-    last = np.flatnonzero(np.append(found[1:] != found[:-1], True))  # the last of each run of equal scores
-    thresholds = found[last]
-    overlap = last if weights is None else np.cumsum(weights[order])[last]
-    normal_at = normal.size - np.searchsorted(normal, thresholds, side="left")
-    normal_above = normal.size - np.searchsorted(normal, thresholds, side="right")
-    return _Counts(last + 1, normal_at, normal_above, overlap, normal.size)
+    first = np.flatnonzero(np.append(True, found[1:] != found[:-1]))  # the first of each run of equal scores
+    thresholds = found[first]  # rising, because a search in the order of memory is faster
+    anomalous_at = found.size - first
+    overlap = anomalous_at if weights is None else np.cumsum(weights[order[::-1]])[anomalous_at - 1]
+    below = np.searchsorted(normal, thresholds, side="left")
+    not_above = below.copy()
+    # Only a threshold that is also a normal score needs the second search.
+    tied = np.flatnonzero(normal[np.minimum(below, normal.size - 1)] == thresholds)
+    not_above[tied] = np.searchsorted(normal, thresholds[tied], side="right")
+    falling = (
+        values[::-1] for values in (anomalous_at, normal.size - below, normal.size - not_above, overlap)
+    )
+    return _Counts(*falling, normal.size)
 
 
 def _ranking_metrics(counts: _Counts) -> dict[str, float]:
@@ -196,9 +203,11 @@ def _region_weights(masks: np.ndarray) -> np.ndarray:
     weights, n_regions = [], 0
     for mask in masks:
         if mask.any():
+            rows = np.flatnonzero(mask.any(axis=1))
+            cut = mask[rows[0] : rows[-1] + 1]  # labelling is slow, and the rest is empty
             # SciPy's default would be 4-connected.
-            regions, n = ndimage.label(mask, structure=np.ones((3, 3)))
-            own_region = regions[mask]
+            regions, n = ndimage.label(cut, structure=np.ones((3, 3)))
+            own_region = regions[cut]
             weights.append(1 / np.bincount(own_region)[own_region])
             n_regions += n
     return np.concatenate(weights) / n_regions
