@@ -10,7 +10,6 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
 from sklearn.decomposition import PCA
 
 from clipad import phenomena
@@ -23,8 +22,6 @@ NAMES = {
     "off_object": "highlight off the object",
     "off_defect": "highlight off the defect",
 }
-LEVELS = plt.get_cmap(MAP, 32)
-"""the map in fewer steps: figures of many small panels stay small files"""
 DIVERGING = "PuOr_r"
 """purple: less of it, orange: more"""
 
@@ -43,7 +40,7 @@ def steps(
     reach = np.abs(anomalous - normal).max()
     figure, axes = plt.subplots(1, 5, figsize=(8.8, 2.45), layout="constrained")
     panels = [
-        ("image", _thumbnail(image), {}),
+        ("image", image, {}),
         ("cos with 'normal'", normal, {"cmap": "cividis", **limits}),
         ("cos with 'anomalous'", anomalous, {"cmap": "cividis", **limits}),
         ("difference", anomalous - normal, {"cmap": DIVERGING, "vmin": -reach, "vmax": reach}),
@@ -77,7 +74,7 @@ def two_scales(
     ``rows``: per category a triple (image S x S x 3, map S x S, mask S x S) for each of ``columns``.
     """
     count = len(columns)
-    figure = plt.figure(figsize=(2.05 * count + 0.3, 0.68 * len(rows) + 0.9))
+    figure = plt.figure(figsize=(2.5 * count + 0.3, 0.82 * len(rows) + 0.9))
     height = figure.get_figheight()
     grid = figure.add_gridspec(
         len(rows),
@@ -92,12 +89,11 @@ def two_scales(
     )
     for row, (category, cells) in enumerate(rows.items()):
         for column, (image, values, mask) in enumerate(cells):
-            size, values = values.shape[0], _small(values)
-            shared, own = {"cmap": LEVELS, "vmin": 0, "vmax": 1}, {"cmap": LEVELS}
-            panels = [(_thumbnail(image), {}), (values, shared), (values, own)]
+            shared, own = {"cmap": MAP, "vmin": 0, "vmax": 1}, {"cmap": MAP}
+            panels = [(image, {}), (values, shared), (values, own)]
             for place, (panel, options) in enumerate(panels):
                 ax = figure.add_subplot(grid[row, 4 * column + place])
-                ax.imshow(panel, extent=(0, size, size, 0), interpolation="nearest", **options)
+                ax.imshow(panel, **options)
                 contour(ax, mask)
                 _bare(ax)
                 if row == 0:
@@ -114,7 +110,7 @@ def two_scales(
                 if column == place == 0:
                     ax.set_ylabel(category, fontsize=8)
     bar = figure.add_axes([0.36, 0.16 / height, 0.28, 0.07 / height])
-    figure.colorbar(plt.cm.ScalarMappable(cmap=LEVELS), cax=bar, orientation="horizontal", ticks=[0, 0.5, 1])
+    figure.colorbar(plt.cm.ScalarMappable(cmap=MAP), cax=bar, orientation="horizontal", ticks=[0, 0.5, 1])
     bar.tick_params(labelsize=7, pad=1)
     return figure
 
@@ -138,13 +134,13 @@ def flawless(
     )
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for column, (image, title) in enumerate(zip(images, titles, strict=True)):
-        axes[0, column].imshow(_thumbnail(image), interpolation="nearest")
+        axes[0, column].imshow(image)
         axes[0, column].set_title(title, fontsize=8.5)
         for row, (values, (low, high)) in enumerate(maps.values()):
             axes[1 + 2 * row, column].imshow(
-                _small(values[column]), LEVELS, interpolation="nearest", vmin=low, vmax=high
+                values[column], MAP, interpolation="nearest", vmin=low, vmax=high
             )
-            axes[2 + 2 * row, column].imshow(_small(values[column]), LEVELS, interpolation="nearest")
+            axes[2 + 2 * row, column].imshow(values[column], MAP)
     names = ["image", *(f"{name},\n{scale}" for name in maps for scale in ("shared scale", "as released"))]
     for ax, name in zip(axes[:, 0], names, strict=True):
         ax.set_ylabel(name, fontsize=8.5, rotation=0, ha="right", va="center")
@@ -388,7 +384,7 @@ def attention(
     )
     for row, (name, patch) in enumerate(queries.items()):
         corner = (patch % grid * step, patch // grid * step)
-        panels = [_thumbnail(image), *(w[1 + patch, 1:].reshape(grid, grid) for w in weights)]
+        panels = [image, *(w[1 + patch, 1:].reshape(grid, grid) for w in weights)]
         for ax, panel in zip(axes[row], panels, strict=True):
             shown = ax.imshow(panel, extent=(0, size, size, 0), cmap=MAP, vmin=0, interpolation="nearest")
             if mask is not None:
@@ -465,19 +461,6 @@ def controls(
     axes[0, 0].invert_yaxis()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
-
-
-def _thumbnail(image: np.ndarray) -> np.ndarray:
-    """At most 48 x 48 pixels in 32 colours: noise of a photograph that nobody sees would fill the file."""
-    small = Image.fromarray((255 * image).astype(np.uint8))
-    small.thumbnail((48, 48))
-    return np.asarray(small.quantize(32, dither=Image.Dither.NONE).convert("RGB"))
-
-
-def _small(values: np.ndarray) -> np.ndarray:
-    """A map S x S at about 48 x 48, for the same reason."""
-    step = max(1, values.shape[0] // 48)
-    return values[step // 2 :: step, step // 2 :: step]
 
 
 def _bare(ax) -> None:
