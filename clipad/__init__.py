@@ -15,9 +15,22 @@ _HOME = {
     "dual_path": ["StagedFeatures", "staged_features"],
     "text": ["representative_vector", "representative_vectors"],
     "surgery": ["feature_surgery", "similarity_map"],
-    "detectors": ["ClipSurgery", "Direct", "Features", "Prediction", "SDP"],
+    "detectors": ["ClipSurgery", "Direct", "Features", "Prediction", "SDP", "SDPPlus"],
+    "winclip": ["WinCLIP"],
+    "fine_tuning": ["LinearLayers", "load_layers", "train"],
     "evaluation": ["Result", "evaluate"],
-    "experiments": ["Experiment", "experiment"],
+    "experiments": ["Experiment", "experiment", "make_detector"],
+    "detection": ["calibrate", "detect"],
+}
+_FOR_NOTEBOOKS = {
+    "plots",
+    "distribution",
+    "phenomena",
+    "ablation",
+    "transfer",
+    "benchmark",
+    "bootstrap",
+    "widgets",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)
@@ -27,7 +40,7 @@ __version__ = "0.1.0"
 def __getattr__(name):
     if name in _MODULE_OF:
         return getattr(import_module(f"clipad.{_MODULE_OF[name]}"), name)
-    if name in _HOME or name in {"plots", "distribution", "phenomena", "ablation", "fine_tuning", "widgets"}:
+    if name in _HOME or name in _FOR_NOTEBOOKS:
         return import_module(f"clipad.{name}")
     raise AttributeError(f"module 'clipad' has no attribute {name!r}")
 
