@@ -24,7 +24,7 @@ def made_maps(images: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     maps = np.empty((images, side, side), dtype=np.float32)
     for i in range(images):
         for _ in range(i % 3):  # a third of the images is normal
-            height, width = rng.integers(side // 8, side // 4, 2)
+            height, width = rng.integers(side // 10, side // 4, 2)
             y, x = rng.integers(0, side - height), rng.integers(0, side - width)
             masks[i, y : y + height, x : x + width] = True
         noise = ndimage.gaussian_filter(rng.normal(size=(side, side)), side / 40)
