@@ -354,7 +354,7 @@ def difference_intervals(differences: pd.DataFrame, metrics: Sequence[str]) -> F
     for ax, metric in zip(axes[0], metrics, strict=True):
         rows = differences[differences["metric"] == metric].set_index("method")
         for y, method in enumerate(methods):
-            row = 100 * rows.loc[method].drop("metric").astype(float)
+            row = 100 * rows.loc[method].drop(["metric", "verdict"]).astype(float)
             colour, marker = METHOD_STYLE.get(method, ("black", "o"))
             ax.hlines(y, row["both_low"], row["both_high"], color=colour, linewidth=1.2)
             ax.hlines(y, row["sentences_low"], row["sentences_high"], color=colour, linewidth=5, alpha=0.45)
