@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import threading
 import time
@@ -14,10 +15,10 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import Row, largest_difference, seconds
+from benchmarks.measure import REPEATS, Row, largest_difference, seconds
 from clipad.backbone import Backbone, load_backbone
 from clipad.detectors import SDP
-from clipad.evaluation import evaluate, load_images
+from clipad.evaluation import PART, evaluate, load_images
 from tests.conftest import tiny_clip
 from tests.test_evaluation import files_of, make_folder
 
@@ -68,14 +69,20 @@ def _memory(folder: Path, quick: bool) -> Iterator[Row]:
     predict = detector.predict
     seen: list[tuple[int, int]] = []
 
+    done = 0
+
     def watched(images, category):
-        seen.append((seen[-1][0] + len(images) if seen else 0, memory.now()))
+        nonlocal done
+        if done % PART == 0:  # always at the same point of a part, whose buffers come and go
+            seen.append((done, memory.now()))
+        done += len(images)
         return predict(images, category)
 
     detector.predict = watched
     peaks = {}
     for count in (1, 2, 4):  # the first so that the allocator has its pools
         seen.clear()
+        done = 0
         with Memory() as memory:
             evaluate(detector, data.select(names[:count]), progress=False)
         peaks[count] = memory.peak
@@ -97,19 +104,21 @@ def _loading(folder: Path, quick: bool) -> Row:
     """A stand-in for a device: it needs for an image as long as one thread needs to read it, and no processor."""
     data = make_folder(folder, ["bolt"], normal=16 if quick else 128, anomalous=0, side=400)
     samples, preprocess = list(data), load_backbone("demo", device="cpu").preprocess
-    start = time.perf_counter()
-    for _ in load_images(samples[:16], preprocess, batch_size=1, workers=1):
-        pass
-    each = (time.perf_counter() - start) / 16
-    start, busy = time.perf_counter(), 0.0
-    for images in load_images(samples, preprocess, batch_size=8):
-        began = time.perf_counter()
-        time.sleep(each * len(images))
-        busy += time.perf_counter() - began
-    share = 1 - busy / (time.perf_counter() - start)
+    shares, each = [], 0.0
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        for _ in load_images(samples[:16], preprocess, batch_size=1, workers=1):
+            pass
+        each = (time.perf_counter() - start) / 16
+        start, busy = time.perf_counter(), 0.0
+        for images in load_images(samples, preprocess, batch_size=8):
+            began = time.perf_counter()
+            time.sleep(each * len(images))
+            busy += time.perf_counter() - began
+        shares.append(1 - busy / (time.perf_counter() - start))
     return Row(
         "P12", "share of the time that a device as fast as one reading thread waits for images, four workers",
-        share, "", 0.1, note=f"{seconds(each)} an image; without overlap it would be 0.5",
+        statistics.median(shares), "", 0.1, note=f"{seconds(each)} an image; without overlap it would be 0.5",
     )  # fmt: skip
 
 

@@ -182,7 +182,7 @@ def predict_halving(detector, images: torch.Tensor, category: str) -> tuple[torc
 
 def _run_category(detector, category, samples, dataset, folder, batch_size, workers, bar):
     has_masks = any(s.mask_path is not None for s in samples) and all(s.label >= 0 for s in samples)
-    parts = []
+    parts, maps = [], None
     for number, start in enumerate(range(0, len(samples), PART)):
         group = samples[start : start + PART]
         path = folder / "parts" / f"{_slug(category)}-{number:04d}.npz" if folder else None
@@ -193,10 +193,12 @@ def _run_category(detector, category, samples, dataset, folder, batch_size, work
                 write_atomically(path, _npz_bytes(part))
         else:
             bar.update(len(group))
-        # With a folder the maps wait on disk until the whole category is there.
-        parts.append(
-            part if path is None else {k: v for k, v in part.items() if k != "maps"} | {"path": path}
-        )
+        if has_masks:
+            found = part.pop("maps")
+            if maps is None:  # once for the whole category: to put parts together later would hold them twice
+                maps = np.empty((len(samples), *found.shape[1:]), dtype=np.float32)
+            maps[start : start + len(group)] = found
+        parts.append(part)
 
     probabilities = np.concatenate([part["probabilities"] for part in parts])
     map_maxima = np.concatenate([part["map_maxima"] for part in parts])
@@ -218,12 +220,6 @@ def _run_category(detector, category, samples, dataset, folder, batch_size, work
         metrics |= {f"image_{k}": v for k, v in image_metrics(score, labels).items()}
         metrics |= {f"class_{k}": v for k, v in image_metrics(probabilities, labels).items()}
     if has_masks:
-        maps = np.empty((len(samples), *_map_shape(parts)), dtype=np.float32)
-        for number, part in enumerate(parts):
-            maps[number * PART : (number + 1) * PART] = (
-                part["maps"] if "maps" in part else np.load(part["path"])["maps"]
-            )
-        parts.clear()
         masks = read_masks(samples, maps.shape[-1], workers)
         metrics |= {f"pixel_{k}": v for k, v in pixel_metrics(maps, masks).items()}
 
@@ -330,11 +326,6 @@ def _npz_bytes(arrays: dict) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return buffer.getvalue()
-
-
-def _map_shape(parts) -> tuple[int, int]:
-    first = parts[0]["maps"] if "maps" in parts[0] else np.load(parts[0]["path"])["maps"]
-    return first.shape[1:]
 
 
 def _relative(path: Path, dataset: Dataset) -> str:
