@@ -674,7 +674,8 @@ def differences(measured: pd.DataFrame, baseline: str = "mean", level: float = 0
     rows = []
     for metric in metric_columns(means):
         wide = means.pivot(index=["draw", "images"], columns="value", values=metric)
-        gap = wide.drop(columns=baseline).sub(wide[baseline], axis=0)
+        order = [name for name in means["value"].unique() if name != baseline]
+        gap = wide[order].sub(wide[baseline], axis=0)
         for method in gap:
             row = {"method": method, "metric": metric, "difference": gap.loc[(0, "all"), method]}
             for name, images in (("sentences", "all"), ("both", "resampled")):

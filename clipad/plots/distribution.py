@@ -281,15 +281,15 @@ def eps_curves(
         fontsize=9,
         loc="left",
     )
-    axes[2].set(xlabel="eps (largest possible distance of unit vectors: 2)", xlim=(0, eps.max()))
+    axes[2].set(xlabel="eps (largest possible distance of unit vectors: 2)", xlim=(0, 1.04 * eps.max()))
     for ax in axes:
         for value in published:
             ax.axvline(value, color="black", linewidth=1.2, linestyle=":")
         sns.despine(ax=ax)
     for value, label in published.items():
         axes[1].annotate(
-            label, (value, 1), (4, -4), xycoords=axes[1].get_xaxis_transform(), textcoords="offset points",
-            fontsize=8, va="top",
+            label, (value, 1), (-4, -4), xycoords=axes[1].get_xaxis_transform(), textcoords="offset points",
+            fontsize=8, va="top", ha="right",
         )  # fmt: skip
     return figure
 
@@ -326,7 +326,7 @@ def method_heatmap(measured: pd.DataFrame, metrics: Sequence[str]) -> Figure:
     methods = list(full["value"].unique())
     count = full["category"].nunique() + 1
     figure, axes = plt.subplots(
-        1, len(metrics), figsize=(1.2 + 2.8 * len(metrics), 0.33 * count + 1.3), sharey=True, layout="constrained",
+        1, len(metrics), figsize=(1.2 + 2.2 * len(metrics), 0.33 * count + 1.3), sharey=True, layout="constrained",
         squeeze=False,
     )  # fmt: skip
     for ax, metric in zip(axes[0], metrics, strict=True):
@@ -340,7 +340,7 @@ def method_heatmap(measured: pd.DataFrame, metrics: Sequence[str]) -> Figure:
         ax.set_title(metric_name(metric), fontsize=9)
         ax.set(xlabel="", ylabel="")
         ax.tick_params(length=0, labelsize=8)
-        ax.set_yticks(ax.get_yticks(), ax.get_yticklabels(), rotation=0)
+    axes[0, 0].tick_params(axis="y", rotation=0)
     return figure
 
 
@@ -348,7 +348,7 @@ def difference_intervals(differences: pd.DataFrame, metrics: Sequence[str]) -> F
     """Method minus mean in points, with the paired intervals: thick over sentences, thin over sentences and images."""
     methods = list(differences["method"].unique())
     figure, axes = plt.subplots(
-        1, len(metrics), figsize=(1.2 + 2.8 * len(metrics), 0.5 * len(methods) + 1.6), sharey=True,
+        1, len(metrics), figsize=(1.2 + 2.2 * len(metrics), 0.5 * len(methods) + 1.6), sharey=True,
         layout="constrained", squeeze=False,
     )  # fmt: skip
     for ax, metric in zip(axes[0], metrics, strict=True):
@@ -367,6 +367,10 @@ def difference_intervals(differences: pd.DataFrame, metrics: Sequence[str]) -> F
         ax.tick_params(labelsize=8)
         ax.grid(axis="x", linewidth=0.4)
         sns.despine(ax=ax)
+    figure.suptitle(
+        "method minus mean, 95 % intervals; thick: over sentences, thin: over sentences and images",
+        fontsize=9,
+    )
     return figure
 
 
@@ -393,7 +397,7 @@ def enough(experiments: Mapping[str, pd.DataFrame], full: pd.Series, metrics: Se
         column[-1].set_xlabel(name)
     for ax, metric in zip(axes[:, 0], metrics, strict=True):
         ax.set_ylabel(metric_name(metric))
-        ax.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+        ax.yaxis.set_major_formatter(PercentFormatter(decimals=1))
     figure.suptitle("line: mean of the draws; area: smallest to largest; dashed: all sentences", fontsize=9)
     return figure
 
