@@ -62,7 +62,7 @@ class Memory:
 
 
 def _memory(folder: Path, quick: bool) -> Iterator[Row]:
-    half, side = (32, 60) if quick else (192, 240)
+    half, side = (PART, 60) if quick else (192, 240)
     names = ("bolt", "gear", "nut", "pin")
     data = make_folder(folder, names, normal=half, anomalous=half, side=30)
     detector = _tiny(side)
