@@ -190,8 +190,9 @@ def separability(sentences: Sentences, draws: int = 10, seed: int = 0) -> pd.Dat
     """How well the state can be told from a sentence's embedding, beside a control.
 
     Rows: silhouette (cosine distance; 1 = far apart, 0 = overlapping), and linear probes that hold out templates
-    (variants in the article together), state words, and, with more than one category, objects. The control gives the
-    *state words* random states, ``draws`` times, so a sentence keeps its neighbours and only the meaning goes.
+    (variants in the article together), state words, phrasing (words with "with" or "without" against the others, so
+    that the word "without" alone cannot give the state away), and, with more than one category, objects. The control
+    gives the *state words* random states, ``draws`` times: a sentence keeps its neighbours, only the meaning goes.
 
     Columns: ``state``, ``control`` (mean), ``control_low``, ``control_high`` (smallest and largest of the draws).
     """
@@ -202,6 +203,9 @@ def separability(sentences: Sentences, draws: int = 10, seed: int = 0) -> pd.Dat
     held_out = {
         "probe, held-out templates": table["template"].map(without_articles),
         "probe, held-out state words": position,
+        "probe, held-out phrasing": table["word"]
+        .str.split()
+        .map(lambda w: bool({"with", "without"} & set(w))),
     }
     if table["category"].nunique() > 1:
         held_out["probe, held-out objects"] = table["category"]

@@ -127,6 +127,23 @@ def test_separability_tells_a_state_from_mere_words():
     # Random words without a common state: a template held out is easy, whatever the labels; a word held out is not.
     assert words.loc["probe, held-out templates", "control"] > 0.95
     assert words.loc["probe, held-out state words", "state"] < 0.7
+    # One vector for all of "with" and one for all of "without": form, not meaning, and another phrasing shows it.
+    form = {
+        w: "without" if "without" in w else "with" if "with" in w.split() else w
+        for w in CLIP_AD.normal + CLIP_AD.anomalous
+    }
+    sentences = made(("word",), prompts=Prompts(CLIP_AD.normal, CLIP_AD.anomalous, SMALL.templates), c=256)
+    same = sentences.table["word"].map(form)
+    e = sentences.embeddings[[same.eq(f).idxmax() for f in same]]  # a word's vector is that of its form
+    noise = np.random.default_rng(0).normal(scale=1e-3, size=e.shape)
+    shared = D.separability(D.Sentences(sentences.table, e + noise), draws=1)
+    assert (
+        shared.loc["probe, held-out state words", "state"]
+        > 0.6
+        > shared.loc["probe, held-out state words", "control"]
+    )
+    assert shared.loc["probe, held-out phrasing", "state"] < 0.6
+    assert true.loc["probe, held-out phrasing", "state"] > 0.9
     assert "probe, held-out objects" not in D.separability(made().of("nut")).index
     single = Prompts(("fine {}",), ("bad {}",), SMALL.templates)
     assert np.isnan(D.separability(made(prompts=single)).loc["probe, held-out state words", "state"])
