@@ -162,7 +162,7 @@ def _measure(detector, part: Dataset, category: str, masks, counts, batch_size: 
         metrics |= {f"pixel_{k}": v for k, v in resampled_metrics(maps, masks, counts).items()}
         curves |= {f"pixel_{k}": v for k, v in curves_of(maps, masks).items()}
         prevalence[1] = masks.mean()
-        # The released program has its PRO commented out and prints 0.0 in its place (PERFORMANCE.md).
+        # The released program has its PRO commented out and prints 0.0 in its place.
         heavy = np.exp(2 * (maps - maps.mean()) / maps.std())
         pro = [
             metrics["pixel_pro"][0],
