@@ -47,7 +47,7 @@ def test_pages(source, tmp_path):
     assert "ok, 1.5 min" in contents
     page = (tmp_path / "book" / "00_first.html").read_text(encoding="utf-8")
     assert "First &lt;one&gt;" in page
-    assert re.search(r'<img [^>]*alt=.a dot &amp; ', page)
+    assert re.search(r"<img [^>]*alt=.a dot &amp; ", page)
     assert 'href="01_second.html"' in page
     assert 'rel="next"' in page
     assert "<math" in page

@@ -15,8 +15,8 @@ COLUMNS = ["image_auroc", "pixel_auroc", "pixel_f1_max", "pixel_ap", "pixel_pro"
 
 def recorded(stem):
     notebook = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
-    bundles = [o["data"][RESULT_MIME] for c in notebook.cells for o in c.get("outputs", []) if RESULT_MIME in o.get("data", {})]
-    return bundles[-1]["results"]
+    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [data[RESULT_MIME] for data in outputs if RESULT_MIME in data][-1]["results"]
 
 
 def test_the_table_is_that_of_notebook_05():
