@@ -250,8 +250,9 @@ def run_notebook(path, parameters=None, output_dir=None, timeout=None, progress_
     try:
         with _neutral_environment():
             papermill.execute_notebook(
-                read_notebook(path),  # the node, and braces doubled: papermill would format braces in a path
-                str(output_path).replace("{", "{{").replace("}", "}}"),
+                # Paths, because papermill keeps a whole notebook in the copy's metadata if it is given one;
+                # braces doubled, because it formats paths.
+                *(str(p).replace("{", "{{").replace("}", "}}") for p in (path, output_path)),
                 parameters=values,
                 kernel_name="python3",
                 cwd=path.parent,

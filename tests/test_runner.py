@@ -390,3 +390,15 @@ def test_a_file_that_is_no_notebook(tmp_path):
     path.write_text("not JSON")
     with pytest.raises(ValueError, match="is no Jupyter notebook"):
         runner.inspect_parameters(path)
+
+
+def test_stored_outputs_do_not_travel_in_the_metadata(tmp_path):
+    """papermill keeps what it was given as input; a notebook with stored figures must not count twice."""
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    source = new_notebook(metadata={"kernelspec": kernel})
+    cell = new_code_cell("1 + 1", outputs=[new_output("stream", text="x" * 100_000)])
+    source.cells = [new_code_cell("n: int = 1", metadata={"tags": ["parameters"]}), cell]
+    path = tmp_path / "00_big.ipynb"
+    nbformat.write(source, path)
+    done = runner.run_notebook(path, output_dir=tmp_path / "out", progress_bar=False)
+    assert done.output_path.stat().st_size < 20_000
