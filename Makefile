@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test lint lab notebooks book benchmark demo-model gpu doctor clean
+.PHONY: help install reproduce test exercises lint lab notebooks book benchmark demo-model gpu doctor clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -22,7 +22,10 @@ reproduce: install  ## execute every notebook on the shipped model and images, o
 	$(BIN)/clipad run --all --preset demo
 
 test: install  ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not notebook"
+
+exercises: install  ## solve every notebook's exercises with the folded solutions (executes all notebooks again)
+	$(BIN)/python -m pytest -m notebook
 
 lint: install  ## style and common mistakes
 	$(BIN)/ruff check .
