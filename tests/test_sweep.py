@@ -203,6 +203,8 @@ class Sweep:
             text=True,
             env=environment,
             start_new_session=True,
+            # A shell starts its background jobs with SIGINT ignored, and the tests may run in one.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def end(self):
