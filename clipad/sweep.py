@@ -26,7 +26,6 @@ import traceback
 import uuid
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 
@@ -34,14 +33,10 @@ from clipad import runner
 from clipad.files import code_version, write_atomically
 from clipad.runner import Parameter
 
-DETECTORS = {
-    "sdp": "detectors.SDP",
-    "direct": "detectors.Direct",
-    "clip_surgery": "detectors.ClipSurgery",
-    "winclip": "winclip.WinCLIP",
-}
+# Names of experiments.DETECTORS, without importing torch; sdp_plus needs layers, so it is swept by its notebook.
+DETECTORS = ("sdp", "direct", "clip_surgery", "winclip")
 _PARAMETERS = (
-    Parameter("detectors", "str", "sdp", "the detector", choices=tuple(DETECTORS)),
+    Parameter("detectors", "str", "sdp", "the detector", choices=DETECTORS),
     Parameter("rvs", "str", "", "representative vector; the published one if empty"),
     Parameter("rvs_options", "dict", {}, "its options; the published ones if empty"),
     Parameter("preset", "str", "demo", "model and data", choices=("demo", "paper")),
@@ -247,16 +242,16 @@ def execute(run: Run, output_dir: str) -> None:
 def _run_evaluation(run: Run, folder: Path) -> dict:
     from clipad.datasets import load_dataset
     from clipad.evaluation import evaluate
+    from clipad.experiments import make_detector
     from clipad.prompts import load_prompts
 
     values = run.parameters
     backbone = _backbone(*_which_weights(values), device=values["device"])
     if backbone.weights_hash != run.content["weights"]:
         raise ValueError("the worker has other weights than the machine that planned")
-    module, _, name = DETECTORS[values["detectors"]].partition(".")
     options = {"prompts": load_prompts(values["prompts"]) if values["prompts"] else None}
     options |= {"rvs": values["rvs"], "rvs_options": values["rvs_options"]} if values["rvs"] else {}
-    detector = getattr(import_module(f"clipad.{module}"), name)(backbone, **options)
+    detector = make_detector(values["detectors"], backbone, **options)
     dataset = load_dataset(values["dataset"], values["data_root"] or None, values["categories"])
     table = evaluate(detector, dataset, folder, progress=False).table.drop(index="mean")
     long = table.reset_index().melt("category", var_name="metric").dropna()
