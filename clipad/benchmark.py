@@ -23,17 +23,16 @@ from tqdm import tqdm
 
 from clipad.backbone import load_backbone
 from clipad.bootstrap import draw_counts, interval, resampled_metrics
-from clipad.datasets import EXPECTED, Dataset, Sample, load_dataset
+from clipad.datasets import EXPECTED, Dataset, Sample
 from clipad.detectors import SDP, ClipSurgery, Direct, SDPPlus
 from clipad.evaluation import fingerprint, load_images, predict_halving, published_image_score, read_masks
 from clipad.files import code_version, write_atomically
-from clipad.fine_tuning import load_layers
 from clipad.metrics import PRO_LIMIT, pro_200_thresholds, pro_curve
 from clipad.phenomena import untrained
 from clipad.plots import METRIC_NAMES
 from clipad.published import protocol, published_results
 from clipad.text import METHODS
-from clipad.transfer import METRICS, Comparison, hold, mean_metrics, train_for, within_image
+from clipad.transfer import METRICS, Comparison, hold, layers_for, mean_metrics, within_image
 from clipad.winclip import WinCLIP
 
 RATES = np.concatenate([np.linspace(0, 0.05, 51), np.linspace(0.06, 1, 95)])
@@ -236,25 +235,19 @@ def in_words(differences: Mapping[str, pd.DataFrame], metrics: Sequence[str]) ->
 def methods(run, layers: str | Path = "", dataset: str = "") -> dict[str, Any]:
     """Direct, CLIP Surgery, WinCLIP, SDP and, where there are layers for it, SDP+, for a data set by its name.
 
-    ``run``: the :class:`clipad.Experiment`; ``dataset``: empty for the run's own. ``layers``: a checkpoint; without
-    one the demo trains them in seconds on its other collection, and other data sets go without SDP+. WinCLIP has
-    prompts of its own unless the run was given some.
+    ``run``: the :class:`clipad.Experiment`; ``dataset``: empty for the run's own. ``layers``: a checkpoint,
+    see :func:`clipad.transfer.layers_for`. WinCLIP has prompts of its own unless the run was given some.
     """
-    rule = protocol(dataset or run.dataset.name)
     found = [
         Direct(run.backbone, **run.rvs),
         ClipSurgery(run.backbone, **run.rvs),
         WinCLIP(run.backbone, run.prompts if run.parameters["prompts"] else None),
         SDP(run.backbone, **run.rvs),
     ]
-    trained = load_layers(layers) if layers else None
-    if trained is None and rule.dataset in ("demo", "demo_aux"):
-        trained = train_for(
-            run, load_dataset(rule.trained_on), epochs=rule.epochs, learning_rate=rule.learning_rate,
-            batch_size=rule.batch_size, rvs=rule.rvs, rvs_options=rule.training_rvs_options, progress=False,
-        ).layers  # fmt: skip
+    dataset = dataset or run.dataset.name
+    trained = layers_for(run, dataset, layers)
     if trained is not None:
-        sigma = rule.smoothing_240_sdp_plus / 240 * run.backbone.image_size
+        sigma = protocol(dataset).smoothing_240_sdp_plus / 240 * run.backbone.image_size
         found.append(SDPPlus(run.backbone, trained, smoothing=sigma, **run.rvs))
     return {detector.name: detector for detector in found}
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from clipad.bootstrap import draw_counts, interval, resampled_metrics
-from clipad.datasets import Dataset
+from clipad.datasets import Dataset, load_dataset
 from clipad.detectors import SDP, Detector, Direct, Features, LayersAlone, Prediction, SDPPlus
 from clipad.dual_path import project, staged_features
 from clipad.evaluation import fingerprint, load_images, published_image_score, read_masks
@@ -287,6 +288,20 @@ def train_for(run: Experiment, dataset: Dataset, epochs: int, **options) -> Trai
     name = hashlib.sha256(json.dumps([*key, options], sort_keys=True, default=str).encode()).hexdigest()[:10]
     folder = run.output_dir / "training" / f"{dataset.name}-{name}"
     return train(run.backbone, dataset, folder, epochs=epochs, **options)
+
+
+def layers_for(run: Experiment, dataset: str, checkpoint: str | Path = "") -> LinearLayers | None:
+    """The layers with which SDP+ is tested on the named data set: those of the checkpoint; without one the demo trains
+    them, in seconds, on its other collection, and other data sets go without (None)."""
+    if checkpoint:
+        return load_layers(checkpoint)
+    if dataset not in ("demo", "demo_aux"):
+        return None
+    rule = protocol(dataset)
+    return train_for(
+        run, load_dataset(rule.trained_on), epochs=rule.epochs, learning_rate=rule.learning_rate,
+        batch_size=rule.batch_size, rvs=rule.rvs, rvs_options=rule.training_rvs_options, progress=False,
+    ).layers  # fmt: skip
 
 
 def over_epochs(direction: Direction, training: Training) -> pd.DataFrame:
