@@ -318,6 +318,18 @@ def test_never_defective_categories_are_shown_whole_only(monkeypatch):
     assert defective == set(CATEGORIES) - set(renderer.NEVER_DEFECTIVE)
 
 
+def test_twins_are_alike_but_for_the_defect(monkeypatch):
+    seen = []
+    draw = training.render
+    monkeypatch.setattr(training, "render", lambda *a: seen.append(draw(*a)) or seen[-1])
+    training.Batches(training.Settings(batch_size=32, categories_per_batch=16))[0]
+    for whole, other in zip(seen[::2], seen[1::2], strict=True):
+        assert whole.facts.defect is None
+        if other.facts.defect:
+            difference = np.abs(whole.image[~other.mask].astype(float) - other.image[~other.mask])
+            assert np.median(difference) < 12  # the camera's noise
+
+
 def test_true_captions_of_other_images_are_no_negatives():
     generator = torch.Generator().manual_seed(0)
     images, texts = (F.normalize(torch.randn(3, 4, generator=generator), dim=-1) for _ in range(2))
@@ -335,7 +347,7 @@ def test_true_captions_of_other_images_are_no_negatives():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 10, "categories_per_batch": 4}, "cannot hold 4 categories"),
+        ({"batch_size": 10, "categories_per_batch": 4}, "cannot hold twins of 4 categories"),
         ({"width": 100}, "no multiple of 32"),
         ({"patch_dropout": 1.0}, "share from 0"),
         ({"steps": 0}, "must be positive"),

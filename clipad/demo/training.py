@@ -44,7 +44,7 @@ MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 CONTEXT_LENGTH = 32  # tokens; the longest caption has 21
 HEAD_WIDTH = 32
 WARM_UP = 0.04  # share of the steps in which the learning rate rises
-WHOLE_IMAGES = 0.2  # share of the steps, at the end, without patch dropout
+WHOLE_IMAGES = 0.12  # share of the steps, at the end, without patch dropout
 WEIGHT_DECAY = 0.05
 TRAINING_STREAM = 1  # first number of every training seed: keeps it apart from the collections' seeds
 FILE_LIMIT = 15e6  # bytes of the exported weights
@@ -67,13 +67,12 @@ class Settings:
             raise ValueError(
                 f"steps, batch size and learning rate must be positive, the seed at least 0: {self}"
             )
-        if (
-            not 1 <= self.categories_per_batch <= len(CATEGORIES)
-            or self.batch_size % self.categories_per_batch
+        if not 1 <= self.categories_per_batch <= len(CATEGORIES) or self.batch_size % (
+            2 * self.categories_per_batch
         ):
             raise ValueError(
-                f"a batch of {self.batch_size} cannot hold {self.categories_per_batch} categories in equal parts; "
-                f"choose at most {len(CATEGORIES)} categories, and a multiple of their number as batch size"
+                f"a batch of {self.batch_size} cannot hold twins of {self.categories_per_batch} categories in equal "
+                f"parts; choose at most {len(CATEGORIES)} categories, and a multiple of twice their number"
             )
         if self.width < HEAD_WIDTH or self.width % HEAD_WIDTH:
             raise ValueError(
@@ -115,7 +114,8 @@ def normalised(images: torch.Tensor) -> torch.Tensor:
 
 class Batches(Dataset):
     """Item `step` is that step's batch: images B x S x S x 3 uint8, tokens B x 32, B x B bool (caption j is true of
-    image i). Half of a category's pictures have a defect, save where no defect is ever shown."""
+    image i). Pictures come as twins, one without and one with a defect and else alike: their captions differ in the
+    state alone, so no other trait of the picture explains them. Where no defect is ever shown, both are normal."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -126,14 +126,17 @@ class Batches(Dataset):
         rng = np.random.default_rng([TRAINING_STREAM, s.seed, step])
         images, facts = [], []
         for category in rng.choice(list(CATEGORIES), s.categories_per_batch, replace=False):
-            for index in range(s.batch_size // s.categories_per_batch):
-                defect = None
-                if index % 2 and category not in NEVER_DEFECTIVE:
-                    defect = list(DEFECTS)[rng.integers(len(DEFECTS))]
-                rendering = render(rng, category, defect, draw_attribute(rng))
-                turned = np.rot90(rendering.image, rng.integers(4))
-                images.append(turned[:, ::-1] if rng.random() < 0.5 else turned)
-                facts.append(rendering.facts)
+            for _ in range(s.batch_size // s.categories_per_batch // 2):
+                twins, other = rng.integers(2**63, size=2)
+                attribute, turns, mirrored = draw_attribute(rng), rng.integers(4), rng.random() < 0.5
+                pair = [(twins, None), (twins, list(DEFECTS)[rng.integers(len(DEFECTS))])]
+                if category in NEVER_DEFECTIVE:
+                    pair[1] = (other, None)
+                for seed, defect in pair:
+                    rendering = render(np.random.default_rng(seed), category, defect, attribute)
+                    turned = np.rot90(rendering.image, turns)
+                    images.append(turned[:, ::-1] if mirrored else turned)
+                    facts.append(rendering.facts)
         captions = [caption(rng, f) for f in facts]
         tokens = self.tokenizer([c.text for c in captions])
         return torch.from_numpy(np.stack(images)), tokens, torch.from_numpy(truth_matrix(facts, captions))
@@ -203,15 +206,22 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.learning_rate * (0.02 + 0.98 * cosine)
 
 
-def make_optimizer(model) -> torch.optim.Optimizer:
-    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
-    chosen = {id(p) for p in decayed}
+def make_optimizers(model) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW with CLIP's betas for everything else (embeddings, projections, vectors).
+
+    With Muon, 400 steps came as far in loss and accuracy as 600 with AdamW alone. Its steps are scaled to AdamW's
+    size, so that one learning rate serves both.
+    """
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "resblocks" in name]
+    chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6)
+    return [
+        torch.optim.Muon(matrices, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0),
+    ]
 
 
-def train_step(model, optimizer, batch, step: int, settings: Settings) -> torch.Tensor:
+def train_step(model, optimizers, batch, step: int, settings: Settings) -> torch.Tensor:
     """One update of the weights; returns loss and accuracy (share of images whose nearest caption is true)."""
     images, tokens, true = batch
     model.train()
@@ -219,17 +229,18 @@ def train_step(model, optimizer, batch, step: int, settings: Settings) -> torch.
     if settings.patch_dropout:
         whole = step >= (1 - WHOLE_IMAGES) * settings.steps
         model.visual.patch_dropout.prob = 0.0 if whole else settings.patch_dropout
-    for group in optimizer.param_groups:
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = learning_rate(step, settings)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
         image_features = model.encode_image(normalised(images), normalize=True)
         text_features = model.encode_text(tokens, normalize=True)
     image_features, text_features = image_features.float(), text_features.float()
     loss = contrastive_loss(image_features, text_features, model.logit_scale.exp(), true)
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     with torch.no_grad():
         model.logit_scale.clamp_(0, math.log(100))
         nearest = (image_features @ text_features.T).argmax(1, keepdim=True)
@@ -310,12 +321,13 @@ def train(
         raise ValueError(
             f"width {settings.width} makes a file of {size / 1e6:.1f} MB, more than 15: choose a smaller one"
         )
-    optimizer = make_optimizer(model)
+    optimizers = make_optimizers(model)
     state = load_state(output_dir / "state.pt", settings, device)
     log, first, seconds_before = [], 0, 0.0
     if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         log, first, seconds_before = state["log"], state["step"], state["seconds"]
     output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -354,7 +366,7 @@ def train(
             "seconds": row["seconds"],
             "log": log,
             "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         }
         write_atomically(output_dir / "state.pt", lambda path: torch.save(state, path))
         write_atomically(output_dir / "log.csv", lambda path: pd.DataFrame(log).to_csv(path, index=False))
@@ -364,7 +376,7 @@ def train(
     with tqdm(total=settings.steps, initial=first, unit="step") as bar:
         step = first
         for index, batch in steps_until(deadline, batches, first):
-            recent.append(train_step(model, optimizer, [part.to(device) for part in batch], index, settings))
+            recent.append(train_step(model, optimizers, [part.to(device) for part in batch], index, settings))
             step = index + 1
             bar.update()
             if step % validate_every == 0 and step < settings.steps:
