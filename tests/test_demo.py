@@ -327,7 +327,7 @@ def test_twins_are_alike_but_for_the_defect(monkeypatch):
         assert whole.facts.defect is None
         if other.facts.defect:
             difference = np.abs(whole.image[~other.mask].astype(float) - other.image[~other.mask])
-            assert np.median(difference) < 12  # the camera's noise
+            assert np.median(difference) < 20  # of 255: the noise of the camera and shading of a dent
 
 
 def test_true_captions_of_other_images_are_no_negatives():
