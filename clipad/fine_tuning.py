@@ -79,7 +79,12 @@ class LinearLayers(nn.Module):
                 f"the layers are {found[0]} of {found[1]} -> {found[2]}, but {backbone.name} with stages "
                 f"{tuple(stages)} needs {len(stages)} of {width} -> {joint_width}: use layers trained for it"
             )
-        used = {"weights": backbone.weights_hash, "stages": list(stages), "as_released": as_released}
+        used = {
+            "image_size": backbone.image_size,  # first: another size also has other position embeddings
+            "weights": backbone.weights_hash,
+            "stages": list(stages),
+            "as_released": as_released,
+        }
         for key, value in used.items():
             if self.settings.get(key, value) != value:
                 raise ValueError(

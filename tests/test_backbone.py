@@ -6,12 +6,16 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import clipad.backbone
 from clipad.backbone import Backbone, load_backbone
+from clipad.detectors import SDP, ClipSurgery, Direct
+from clipad.dual_path import staged_features
 from clipad.published import data_dir
+from clipad.winclip import WinCLIP
 
 MODEL = data_dir() / "demo" / "model"
 
@@ -148,15 +152,70 @@ def test_random_weights_say_so_and_follow_the_seed(small):
     assert "random weights (seed 1)" in repr(a)
 
 
-@pytest.mark.parametrize("size", [224, 240, 336, 448])
-def test_other_image_sizes_interpolate_the_position_embedding(small, tmp_path, size):
+SIZES = pytest.mark.parametrize("size", [224, 240, 336, 448])
+
+
+@pytest.fixture
+def at_size(small, tmp_path):
+    """Size -> the small model from a checkpoint file at that image size."""
     name, state = small
     save_file(state, tmp_path / "w.safetensors")
-    backbone = load_backbone(name, pretrained=tmp_path / "w.safetensors", device="cpu", image_size=size)
+    return lambda size: load_backbone(name, tmp_path / "w.safetensors", device="cpu", image_size=size)
+
+
+@SIZES
+def test_other_image_sizes_interpolate_the_position_embedding(small, at_size, size):
+    backbone, given = at_size(size), small[1]["visual.positional_embedding"]
+    grid = size // 16
     assert backbone.image_size == size
-    assert len(backbone.visual.positional_embedding) == (size // 16) ** 2 + 1
-    if size == 240:
-        torch.testing.assert_close(backbone.visual.positional_embedding, state["visual.positional_embedding"])
+    assert backbone.visual.grid_size == (grid, grid)
+    expected = F.interpolate(
+        given[None, 1:].unflatten(1, (15, 15)).permute(0, 3, 1, 2), (grid, grid),
+        mode="bicubic", antialias=True, align_corners=False,
+    ).flatten(2)[0].T  # fmt: skip
+    found = backbone.visual.positional_embedding
+    torch.testing.assert_close(found[:1], given[:1], atol=0, rtol=0)
+    torch.testing.assert_close(found[1:], expected, atol=1e-6, rtol=0)
+
+
+def test_the_native_size_asked_for_changes_nothing(at_size):
+    assert at_size(240).weights_hash == at_size(None).weights_hash != at_size(224).weights_hash
+
+
+@SIZES
+def test_staged_features_at_other_sizes_are_open_clips(small, at_size, size, tmp_path):
+    model = open_clip.create_model(
+        small[0], pretrained=str(tmp_path / "w.safetensors"), force_image_size=size
+    ).eval()
+    images = torch.randn(2, 3, size, size)
+    found = staged_features(at_size(size).visual, images, as_released=False)
+    with torch.no_grad():
+        torch.testing.assert_close(found.image_embedding, model.encode_image(images), atol=1e-5, rtol=1e-5)
+        blocks = model.visual.forward_intermediates(
+            images, indices=[2, 5, 8, 11], output_fmt="NLC", intermediates_only=True
+        )["image_intermediates"]
+    for stage, block in zip(found.ordinary, blocks, strict=True):
+        torch.testing.assert_close(stage[:, 1:], block, atol=1e-4, rtol=1e-5)
+    assert all(stage.shape == (2, (size // 16) ** 2 + 1, 32) for stage in found.surgery)
+
+
+@SIZES
+@pytest.mark.parametrize("kind", [Direct, SDP, ClipSurgery, WinCLIP])
+def test_maps_and_smoothing_follow_the_image_size(at_size, size, kind):
+    detector = kind(at_size(size))
+    text = F.normalize(torch.randn(32, 2), dim=0)
+    found = detector.score_with(detector.features(torch.randn(1, 3, size, size)), text)
+    assert found.maps.shape == (1, size, size)
+    assert detector.smoothing == pytest.approx(0 if kind is WinCLIP else 8 * size / 240)
+
+
+@pytest.mark.parametrize(("name", "size", "near"), [("ViT-B-32", 240, 256), ("ViT-B-16", 225, 224)])
+def test_sizes_that_patches_do_not_fill_are_refused_before_a_model_is_built(name, size, near, monkeypatch):
+    monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: pytest.fail("built"))
+    with pytest.raises(
+        ValueError, match=rf"image_size={size} is no multiple .* of {name[-2:]} pixels; {near}"
+    ):
+        load_backbone(name, image_size=size, device="cpu")
 
 
 def test_demo_at_another_size():

@@ -315,6 +315,11 @@ def test_layers_of_another_backbone_are_refused(tiny_backbone, collection):
         SDPPlus(other, layers)
     with pytest.raises(ValueError, match="trained with as_released=True"):
         SDPPlus(tiny_backbone, layers, as_released=False)
+    larger = Backbone(
+        tiny_clip(image_size=48), None, name="larger", pretrained="", mean=(0, 0, 0), std=(1, 1, 1)
+    )
+    with pytest.raises(ValueError, match="trained with image_size=32, but are used with 48"):
+        SDPPlus(larger, layers)
     tiny_backbone.__dict__["weights_hash"] = "something else"
     with pytest.raises(ValueError, match="trained with weights="):
         SDPPlus(tiny_backbone, layers)
