@@ -51,8 +51,10 @@ DATA_ROOT ?= data
 gpu: install  ## the paper's protocol: make gpu DATASETS="mvtec visa" DATA_ROOT=/where/they/are
 	$(BIN)/clipad doctor
 	for name in $(DATASETS); do \
+	  other=$$($(BIN)/python -c "import clipad; print(clipad.protocol('$$name').trained_on)"); \
 	  $(BIN)/clipad data check $$name --root $(DATA_ROOT)/$$name && \
-	  $(BIN)/clipad run --all --preset paper -p dataset $$name -p data_root $(DATA_ROOT)/$$name || failed=1; \
+	  $(BIN)/clipad run --all --preset paper -p dataset $$name -p data_root $(DATA_ROOT)/$$name \
+	    -p train_root $(DATA_ROOT)/$$other || failed=1; \
 	done; test -z "$$failed"
 
 doctor: install  ## check versions, device, weights and data

@@ -232,11 +232,11 @@ def in_words(differences: Mapping[str, pd.DataFrame], metrics: Sequence[str]) ->
 # The methods, and what else can be varied -----------------------------------------------------------------------
 
 
-def methods(run, layers: str | Path = "", dataset: str = "") -> dict[str, Any]:
+def methods(run, layers: str | Path = "", train_root: str | Path = "", dataset: str = "") -> dict[str, Any]:
     """Direct, CLIP Surgery, WinCLIP, SDP and, where there are layers for it, SDP+, for a data set by its name.
 
-    ``run``: the :class:`clipad.Experiment`; ``dataset``: empty for the run's own. ``layers``: a checkpoint,
-    see :func:`clipad.transfer.layers_for`. WinCLIP has prompts of its own unless the run was given some.
+    ``run``: the :class:`clipad.Experiment`; ``dataset``: empty for the run's own. ``layers``, ``train_root``: see
+    :func:`clipad.transfer.layers_for`. WinCLIP has prompts of its own unless the run was given some.
     """
     found = [
         Direct(run.backbone, **run.rvs),
@@ -245,7 +245,7 @@ def methods(run, layers: str | Path = "", dataset: str = "") -> dict[str, Any]:
         SDP(run.backbone, **run.rvs),
     ]
     dataset = dataset or run.dataset.name
-    trained = layers_for(run, dataset, layers)
+    trained = layers_for(run, dataset, layers, train_root)
     if trained is not None:
         sigma = protocol(dataset).smoothing_240_sdp_plus / 240 * run.backbone.image_size
         found.append(SDPPlus(run.backbone, trained, smoothing=sigma, **run.rvs))

@@ -280,27 +280,30 @@ def by_defect(maps: Mapping[str, np.ndarray], held: Held) -> pd.DataFrame:
 # Training and what it grows with --------------------------------------------------------------------------------
 
 
-def train_for(run: Experiment, dataset: Dataset, epochs: int, **options) -> Training:
+def train_for(run: Experiment, dataset: Dataset, epochs: int, progress: bool = True, **options) -> Training:
     """:func:`clipad.fine_tuning.train` with the protocol's text for ``dataset``, in a folder of its own under the
     run's, named by all that decides the weights: a finished training is read back and a stopped one continues."""
     options = rvs_options(run, dataset) | options
     key = [run.backbone.weights_hash, run.backbone.device.type, code_version(), fingerprint(dataset)]
     name = hashlib.sha256(json.dumps([*key, options], sort_keys=True, default=str).encode()).hexdigest()[:10]
     folder = run.output_dir / "training" / f"{dataset.name}-{name}"
-    return train(run.backbone, dataset, folder, epochs=epochs, **options)
+    return train(run.backbone, dataset, folder, epochs=epochs, progress=progress, **options)
 
 
-def layers_for(run: Experiment, dataset: str, checkpoint: str | Path = "") -> LinearLayers | None:
-    """The layers with which SDP+ is tested on the named data set: those of the checkpoint; without one the demo trains
-    them, in seconds, on its other collection, and other data sets go without (None)."""
+def layers_for(
+    run: Experiment, dataset: str, checkpoint: str | Path = "", train_root: str | Path = ""
+) -> LinearLayers | None:
+    """The layers with which SDP+ is tested on the named data set: those of the checkpoint; without one they are trained
+    as published on the data set at ``train_root`` (read back where notebook 04 has done it). The demo has that data
+    set, its other collection; without checkpoint and root other data sets go without (None)."""
     if checkpoint:
         return load_layers(checkpoint)
-    if dataset not in ("demo", "demo_aux"):
+    if not train_root and dataset not in ("demo", "demo_aux"):
         return None
     rule = protocol(dataset)
     return train_for(
-        run, load_dataset(rule.trained_on), epochs=rule.epochs, learning_rate=rule.learning_rate,
-        batch_size=rule.batch_size, rvs=rule.rvs, rvs_options=rule.training_rvs_options, progress=False,
+        run, load_dataset(rule.trained_on, train_root or None), rule.epochs, progress=False,
+        learning_rate=rule.learning_rate, shuffle=rule.shuffle, seed=run.seed,
     ).layers  # fmt: skip
 
 

@@ -1,13 +1,17 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from test_fine_tuning import OPTIONS, make_collection
 
+from clipad import transfer
 from clipad.datasets import load_dataset
 from clipad.detectors import SDP, Direct, LayersAlone, LogitFusion, SDPPlus
 from clipad.evaluation import evaluate
-from clipad.fine_tuning import LinearLayers, train
+from clipad.fine_tuning import LinearLayers, load_layers, train
 from clipad.metrics import pixel_metrics
+from clipad.prompts import CLIP_AD
 from clipad.transfer import (
     Direction,
     Held,
@@ -15,9 +19,11 @@ from clipad.transfer import (
     compare,
     hold,
     joint_space,
+    layers_for,
     mean_metrics,
     summands,
     thinned,
+    train_for,
 )
 
 
@@ -158,3 +164,18 @@ def test_a_direction_takes_the_settings_of_the_data_set_that_is_tested(tiny_back
     assert list(table.index) == ["Direct", "SDP", "SDP+", "layers alone"]
     expected = table.loc["SDP+", "opposite"] - table.loc["SDP", "opposite"]
     assert changed.loc["opposite", "difference"] == pytest.approx(expected)
+
+
+def test_layers_come_from_the_protocols_other_data_set_and_are_those_of_notebook_04(
+    tiny_backbone, dataset, tmp_path, monkeypatch
+):
+    run = SimpleNamespace(backbone=tiny_backbone, prompts=CLIP_AD, output_dir=tmp_path / "out", seed=3)
+    assert layers_for(run, "mvtec") is None
+    asked = []
+    monkeypatch.setattr(transfer, "load_dataset", lambda name, root: asked.append((name, root)) or dataset)
+    found = layers_for(run, "mvtec", train_root="data/visa")
+    assert asked == [("visa", "data/visa")]
+    # As notebook 04 trains, with an epoch more
+    again = train_for(run, dataset, 6, False, learning_rate=1e-4, shuffle=False, seed=3)
+    assert load_layers(again.checkpoints[4]).hash == found.hash
+    assert len(list((tmp_path / "out" / "training").iterdir())) == 1
