@@ -25,6 +25,11 @@ def test_results_of_one_method_on_one_data_set():
     assert published_results("WinCLIP", "mvtec")["value"].iloc[0] == 0.918
 
 
+def test_misspelt_method_is_refused():
+    with pytest.raises(ValueError, match="'WinClip', only of .*WinCLIP"):
+        published_results("WinClip")
+
+
 @pytest.mark.parametrize("call", [protocol, lambda name: published_results(dataset=name)])
 def test_unknown_data_set_names_the_nearest(call):
     with pytest.raises(ValueError, match="'mvtec'"):
