@@ -26,7 +26,7 @@ def test_results_of_one_method_on_one_data_set():
 
 
 def test_misspelt_method_is_refused():
-    with pytest.raises(ValueError, match="'WinClip', only of .*WinCLIP"):
+    with pytest.raises(ValueError, match=r"'WinClip', only of .*WinCLIP"):
         published_results("WinClip")
 
 
