@@ -24,7 +24,7 @@ reproduce: install  ## execute every notebook on the shipped model and images, o
 test: install  ## the test suite
 	$(BIN)/python -m pytest -m "not notebook"
 
-exercises: install  ## solve every notebook's exercises with the folded solutions (executes all notebooks again)
+exercises: install  ## solve the notebooks' exercises by the folded solutions, and compare two runs of each notebook
 	$(BIN)/python -m pytest -m notebook
 
 lint: install  ## style and common mistakes
@@ -51,10 +51,11 @@ DATA_ROOT ?= data
 gpu: install  ## the paper's protocol: make gpu DATASETS="mvtec visa" DATA_ROOT=/where/they/are
 	$(BIN)/clipad doctor
 	for name in $(DATASETS); do \
-	  other=$$($(BIN)/python -c "import clipad; print(clipad.protocol('$$name').trained_on)"); \
+	  other=$(DATA_ROOT)/$$($(BIN)/python -c "import clipad; print(clipad.protocol('$$name').trained_on)"); \
+	  train=; test ! -d $$other || train="-p train_root $$other"; \
 	  $(BIN)/clipad data check $$name --root $(DATA_ROOT)/$$name && \
-	  $(BIN)/clipad run --all --preset paper -p dataset $$name -p data_root $(DATA_ROOT)/$$name \
-	    -p train_root $(DATA_ROOT)/$$other || failed=1; \
+	  $(BIN)/clipad run --all --preset paper -p device cuda \
+	    -p dataset $$name -p data_root $(DATA_ROOT)/$$name $$train || failed=1; \
 	done; test -z "$$failed"
 
 doctor: install  ## check versions, device, weights and data

@@ -37,6 +37,7 @@ METRIC_NAMES = {
     "pixel_f1_max": "pixel F1-max",
     "pixel_ap": "pixel AP",
     "pixel_pro": "PRO",
+    "map_auroc": "AUROC of map maximum",
 }
 
 

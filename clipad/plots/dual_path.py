@@ -237,7 +237,7 @@ def ablation_forest(
         ax.text(
             1.0, -0.1, "mean, %", transform=ax.get_yaxis_transform(), fontsize=7.5, ha="right", color="0.3"
         )
-        ax.set_title(METRIC_NAMES.get(metric, "AUROC of map maximum"), fontsize=10)
+        ax.set_title(METRIC_NAMES[metric], fontsize=10)
         ax.set_xlabel(f"difference to {baseline}, points", fontsize=8)
         ax.grid(axis="x", color="0.92")
         ax.set_axisbelow(True)
@@ -267,7 +267,7 @@ def in_words(
             row = 100 * table.loc[name]
             low, high = row[f"difference_low_{kind}"], row[f"difference_high_{kind}"]
             verdict = "higher" if low > 0 else "lower" if high < 0 else "not told apart"
-            label = METRIC_NAMES.get(metric, "AUROC of map maximum")
+            label = METRIC_NAMES[metric]
             said.append(f"{label} {row['difference']:+.1f} [{low:+.1f}, {high:+.1f}] {verdict}")
         lines.append(f"* **{name}** against {baseline}: {'; '.join(said)}")
     return "\n".join(lines)

@@ -111,7 +111,7 @@ def differences(tables: Mapping[str, pd.DataFrame]) -> Figure:
         ax.set_yticks(places, [METRIC_NAMES[m] for m in table.index])
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("difference in points")
-    axes[0, -1].legend(fontsize=7, loc="lower right")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=2)
     sns.despine(figure)
     return figure
 
