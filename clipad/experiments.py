@@ -122,8 +122,9 @@ class Experiment:
         )
         return (
             f"model **{self.backbone.name}** ({self.backbone.pretrained}, {self.backbone.image_size} px, "
-            f"{self.backbone.device}) on **{data.name}**: {len(data)} images in {len(data.categories)} categories"
-            f" ({kinds or 'no labels'})" + self._unknown_words()
+            f"{self.backbone.device}) on **{data.name}**: {len(data)} images in {len(data.categories)} "
+            f"categor{'y' if len(data.categories) == 1 else 'ies'} ({kinds or 'no labels'})"
+            + self._unknown_words()
         )
 
     __repr__ = __str__  # no path of the machine in a stored notebook

@@ -449,10 +449,15 @@ class Summands:
     def in_words(self) -> str:
         """Where the layers are silent, and whether SDP knows more of those pixels."""
         silent, ranked = self.layers < SATURATED, self.table()["AUROC, silent"]
+        said = (
+            f"the layers are silent in {silent.mean():.0%} of all pixels and in {silent[self.held.masks].mean():.0%} "
+            "of the defects'"
+        )
+        if ranked[["SDP", "layers"]].isna().any():  # none are silent, or of one state only
+            return said
         helps = "more" if ranked["SDP"] > ranked["layers"] else "no more"
         return (
-            f"the layers are silent in {silent.mean():.0%} of all pixels and in {silent[self.held.masks].mean():.0%} "
-            f"of the defects'; there SDP ranks {helps} correctly than the layers' remainder "
+            f"{said}; there SDP ranks {helps} correctly than the layers' remainder "
             f"(AUROC {ranked['SDP']:.2f} against {ranked['layers']:.2f})"
         )
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -111,6 +112,8 @@ def test_the_summands_add_up_to_sdp_plus(tiny_backbone, held, layers):
         pixel_metrics(parts.sdp + parts.layers, held.masks)["auroc"]
     )
     assert "of all pixels" in parts.in_words()
+    nowhere = replace(parts, layers=parts.layers + 1).in_words()
+    assert nowhere == "the layers are silent in 0% of all pixels and in 0% of the defects'"
 
 
 def test_training_aligns_the_difference_of_patches_with_that_of_the_texts(tiny_backbone, held, tmp_path):
