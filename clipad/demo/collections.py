@@ -16,7 +16,7 @@ from tqdm import tqdm
 from clipad.demo.renderer import CATEGORIES, DEFECTS, Rendering, draw_attribute, render
 from clipad.published import data_dir
 
-# Two disjoint groups of 3 textures and 5 objects, each with one texture and one object that the first model never
+# Two disjoint groups of 3 textures and 5 objects, each with one texture and three objects that the model never
 # saw defective. The group whose names are nearly all MVTec-AD's (7 of 8) is the test collection.
 GROUPS = {
     "demo": ("carpet", "leather", "wood", "bottle", "capsule", "nut", "screw", "button"),

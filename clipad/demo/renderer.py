@@ -39,7 +39,7 @@ BACKGROUNDS = ("white", "grey", "black", "blue", "brown")
 ATTRIBUTES = ("cropped", "close-up", "bright", "dark", "jpeg", "blurry", "large", "small")
 PLAIN_SHARE = 0.45  # share of pictures without any attribute
 
-# Half of each group, for the next training: no picture with a defect is shown of these. Textures and objects in
+# Half of each group: in training no picture with a defect is shown of these. Textures and objects in
 # equal proportion; each has a relative that is shown defective (capsule: pill, washer: nut, tile: grid, ...).
 NEVER_DEFECTIVE = ("leather", "capsule", "screw", "button", "tile", "gear", "hazelnut", "washer")
 

@@ -1,10 +1,10 @@
 """Training of the demo model: a small CLIP on pictures of the demo world and true captions about them.
 
-    # two cores, some hours
+    # two cores, two hours
     python -m clipad.demo.training --output-dir outputs/demo-model --workers 1
     # a GPU and 16 cores, 9 minutes at a time
     python -m clipad.demo.training --output-dir outputs/demo-model --device cuda --workers 15 --stop-after 9 \\
-        --steps 20000 --batch-size 256 --categories-per-batch 8 --width 128 --patch-dropout 0 --validate-every 1000
+        --steps 20000 --batch-size 256 --categories-per-batch 8 --width 128 --patch-dropout 0
 
 The same command continues where the last one stopped; a broken and resumed training ends with the weights of an
 unbroken one. Model and tokenizer are open_clip's. Every batch is rendered anew by worker processes, from the seed and
@@ -54,7 +54,7 @@ FILE_LIMIT = 15e6  # bytes of the exported weights
 class Settings:
     """What decides the weights. The defaults suit two cores; for a GPU see the module's docstring."""
 
-    steps: int = 20_000
+    steps: int = 8_000
     batch_size: int = 64
     categories_per_batch: int = 4  # few, so that captions differ in the state and not only in the object
     learning_rate: float = 1e-3
@@ -298,7 +298,7 @@ def train(
     output_dir: str | Path,
     device: str = "cpu",
     workers: int = 0,
-    validate_every: int = 500,
+    validate_every: int = 1000,
     stop_after: float = math.inf,
 ) -> pd.DataFrame:
     """Train, or continue a training, and return the log (a row per validation; fractions).
@@ -412,7 +412,7 @@ def main() -> None:
     add(
         "--validate-every",
         type=int,
-        default=500,
+        default=1000,
         help="steps between validations and saved states; %(default)s",
     )
     add(
