@@ -27,7 +27,7 @@ class _Renderer(IPythonRenderer):
     """Markdown to HTML with formulas as MathML."""
 
     def block_math(self, body: str) -> str:
-        return f'<div class="formula">{_mathml(body, "block")}</div>'
+        return f'<div class="formula" tabindex="0">{_mathml(body, "block")}</div>'
 
     def inline_math(self, body: str) -> str:
         return _mathml(body, "inline")
@@ -77,9 +77,8 @@ def build_book(source: str | Path, output_dir: str | Path) -> Path:
     for number, page in enumerate(pages):
         body, _ = exporter.from_notebook_node(_static(notebooks[page.path]))
         body = re.sub(r'href="([0-9]{2}_\w+)\.ipynb"', r'href="\1.html"', body)
-        body = re.sub(
-            r"<table(?![^>]*tabindex)", '<table tabindex="0"', body
-        )  # wide ones scroll, also by keyboard
+        # What is too wide scrolls, by keyboard, too.
+        body = re.sub(r"<(table|pre)\b(?![^>]*tabindex)", r'<\1 tabindex="0"', body)
         before = pages[number - 1] if number else None
         after = pages[number + 1] if number + 1 < len(pages) else None
         links = [
@@ -182,6 +181,7 @@ h1, h2, h3 { line-height: 1.25; margin-top: 1.6em }
 .status { color: #555; font-size: .9rem }
 .formula { overflow-x: auto; padding: .4rem 0 }
 pre { font: 14px/1.45 ui-monospace, monospace; overflow-x: auto; margin: .4rem 0 }
+.output_text pre { white-space: pre-wrap }
 .input_area pre { background: #f4f4f4; padding: .7rem .9rem; border-radius: 4px }
 .prompt { display: none }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .93rem; margin: .8rem 0 }

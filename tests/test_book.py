@@ -30,7 +30,8 @@ def source(tmp_path):
         {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "IntSlider()"},
     )
     bar = nbformat.v4.new_output("stream", name="stderr", text="50%|#####     |")
-    code = nbformat.v4.new_code_cell("plot(x)  # draw", outputs=[figure, widget, bar], execution_count=1)
+    wide = "plot(x)  # " + 40 * "wider than the page "
+    code = nbformat.v4.new_code_cell(wide, outputs=[figure, widget, bar], execution_count=1)
     formula = "$$m_n = \\sum_j \\tfrac12 w^j \\cos(f_n, t_1)$$"
     table = "| a | b |\n|---|---|\n| 1 | 2 |"
     text = nbformat.v4.new_markdown_cell(f"## Next\n\n{formula}\n\n[next](01_second.ipynb)\n\n{table}")
