@@ -115,7 +115,7 @@ def _page(path: Path, notebook, run: dict | None) -> Page:
         status = f"{run['status']}, {run['seconds'] / 60:.1f} min" + (
             f": {run['reason']}" if run["reason"] else ""
         )
-    return Page(path, title, claims[0].strip() if claims else "", status)
+    return Page(path, title, claims[0].strip(", \n") if claims else "", status)
 
 
 def _static(notebook):
