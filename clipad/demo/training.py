@@ -311,7 +311,9 @@ def train(
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch sees no GPU: train on the cpu")
     if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"training needs torch 2.9 or newer for its optimizer Muon, found {torch.__version__}")
+        raise ValueError(
+            f"training needs torch 2.9 or newer for its optimizer Muon, found {torch.__version__}"
+        )
     started = time.monotonic()
     output_dir = Path(output_dir)
     torch.manual_seed(settings.seed)
