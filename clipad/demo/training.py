@@ -17,20 +17,20 @@ rendering (`clipad.demo.collections`), never on the shipped collections. What co
 """
 
 import argparse
+import io
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pandas as pd
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -38,6 +38,7 @@ from tqdm import tqdm
 from clipad.demo.captions import caption, truth_matrix
 from clipad.demo.collections import GROUPS, VALIDATION_SEED, render_category
 from clipad.demo.renderer import CATEGORIES, DEFECTS, NEVER_DEFECTIVE, SIZE, draw_attribute, render
+from clipad.files import write_atomically
 from clipad.prompts import CLIP_AD
 
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -129,10 +130,9 @@ class Batches(Dataset):
             for _ in range(s.batch_size // s.categories_per_batch // 2):
                 twins, other = rng.integers(2**63, size=2)
                 attribute, turns, mirrored = draw_attribute(rng), rng.integers(4), rng.random() < 0.5
-                pair = [(twins, None), (twins, list(DEFECTS)[rng.integers(len(DEFECTS))])]
-                if category in NEVER_DEFECTIVE:
-                    pair[1] = (other, None)
-                for seed, defect in pair:
+                defective = twins, list(DEFECTS)[rng.integers(len(DEFECTS))]
+                second = (other, None) if category in NEVER_DEFECTIVE else defective
+                for seed, defect in ((twins, None), second):
                     rendering = render(np.random.default_rng(seed), category, defect, attribute)
                     turned = np.rot90(rendering.image, turns)
                     images.append(turned[:, ::-1] if mirrored else turned)
@@ -229,8 +229,9 @@ def train_step(model, optimizers, batch, step: int, settings: Settings) -> torch
     if settings.patch_dropout:
         whole = step >= (1 - WHOLE_IMAGES) * settings.steps
         model.visual.patch_dropout.prob = 0.0 if whole else settings.patch_dropout
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = learning_rate(step, settings)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
         image_features = model.encode_image(normalised(images), normalize=True)
         text_features = model.encode_text(tokens, normalize=True)
@@ -247,12 +248,6 @@ def train_step(model, optimizers, batch, step: int, settings: Settings) -> torch
         return torch.stack([loss, true.gather(1, nearest).float().mean()])
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
-
-
 def export(model, settings: Settings, row: dict, folder: Path) -> None:
     """Write the three files that make a shipped model."""
     weights = {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
@@ -264,10 +259,9 @@ def export(model, settings: Settings, row: dict, folder: Path) -> None:
         "never_defective": NEVER_DEFECTIVE,
         "torch": torch.__version__,
     }
-    write_atomically(folder / "model.safetensors", lambda path: save_file(weights, path))
+    write_atomically(folder / "model.safetensors", safetensors.torch.save(weights))
     for name, content in (("open_clip_config.json", config), ("training.json", training)):
-        text = json.dumps(content, indent=2) + "\n"
-        write_atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        write_atomically(folder / name, json.dumps(content, indent=2) + "\n")
 
 
 def load_state(path: Path, settings: Settings, device: str) -> dict | None:
@@ -372,8 +366,9 @@ def train(
             "model": model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         }
-        write_atomically(output_dir / "state.pt", lambda path: torch.save(state, path))
-        write_atomically(output_dir / "log.csv", lambda path: pd.DataFrame(log).to_csv(path, index=False))
+        torch.save(state, buffer := io.BytesIO())
+        write_atomically(output_dir / "state.pt", buffer.getvalue())
+        write_atomically(output_dir / "log.csv", pd.DataFrame(log).to_csv(index=False))
         bar.set_postfix(loss=f"{loss:.2f}", image_auroc=f"{row['image_auroc']:.3f}")
 
     deadline = started + 60 * stop_after
