@@ -415,9 +415,12 @@ def style(notebook) -> list[str]:
     words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
     if words > 2500:
         problems.append(f"{words} words, the limit is 2,500")
-    if (size := len(_as_text(notebook).encode())) >= 1_500_000:
-        problems.append(f"the file has {size / 1e6:.1f} MB, the limit is 1.5 MB")
-    return problems
+    return problems + _too_large(notebook)
+
+
+def _too_large(notebook) -> list[str]:
+    size = len(_as_text(notebook).encode())
+    return [f"the file has {size / 1e6:.1f} MB, the limit is 1.5 MB"] if size >= 1_500_000 else []
 
 
 def _output_problems(output, notebook, tags) -> list[str]:
@@ -511,7 +514,8 @@ def stored_in_step(path) -> bool:
 def update_stored(path, executed_path) -> None:
     """Writes the outputs of an executed copy into the stored notebook; nothing of when, where or how long stays.
 
-    The copy has to come from the present sources with default parameters (ValueError otherwise). Cell ids stay,
+    The copy has to come from the present sources with default parameters, and the file to stay under 1.5 MB
+    (ValueError otherwise, and the last good outputs stay). Cell ids stay,
     execution counts become 1..n, progress bars go, widgets get ids that are the same in every run.
     """
     path = Path(path)
@@ -540,7 +544,10 @@ def update_stored(path, executed_path) -> None:
     if "widgets" in executed.metadata:
         stored.metadata.widgets = executed.metadata.widgets
     stored.metadata.clipad = {"source_hash": source_hash(stored)}
-    write_notebook(_with_stable_widget_ids(stored), path)
+    stored = _with_stable_widget_ids(stored)
+    if problems := _too_large(stored):
+        raise ValueError(f"{path.name} is not stored: {problems[0]}")
+    write_notebook(stored, path)
 
 
 def _own_cells(notebook) -> list:

@@ -363,6 +363,15 @@ def test_stored_outputs_follow_the_sources(make):
         runner.update_stored(path, again.output_path)
 
 
+def test_outputs_that_are_too_large_are_not_stored(make):
+    path = make("00_a", "print('x' * 1_500_000)")
+    before, done = path.read_bytes(), run(path)
+    assert done.status == "ok"
+    with pytest.raises(ValueError, match=r"is not stored: the file has 1\.5 MB, the limit is 1\.5 MB"):
+        runner.update_stored(path, done.output_path)
+    assert path.read_bytes() == before
+
+
 def test_only_default_parameters_are_stored(make):
     path = make("00_a", "print(count)")
     done = run(path, {"count": 3})
