@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -254,7 +255,7 @@ def test_training_record_names_categories_of_this_world():
 
 # Training ---------------------------------------------------------------------------------------------------------
 
-TINY = training.Settings(steps=3, batch_size=8, categories_per_batch=2, width=32)
+TINY = training.Settings(steps=(3,), batch_size=8, categories_per_batch=2, width=32)
 
 
 @pytest.fixture
@@ -289,6 +290,28 @@ def test_a_resumed_training_ends_with_the_weights_of_an_unbroken_one(tmp_path, s
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_a_finished_training_goes_on_with_another_cycle(tmp_path, small_validation):
+    two_cycles = replace(TINY, steps=(3, 2))
+    at_once = training.train(two_cycles, tmp_path / "at_once", validate_every=3)
+    training.train(TINY, tmp_path / "later", validate_every=3)
+    later = training.train(two_cycles, tmp_path / "later", validate_every=3)
+
+    assert list(later["step"]) == [3, 5]
+    assert later.drop(columns="seconds").equals(at_once.drop(columns="seconds"))
+    with pytest.raises(ValueError, match=r"steps \(3, 2\) \(now \(3,\)\)"):
+        training.train(TINY, tmp_path / "later")
+
+
+def test_each_cycle_warms_up_and_ends_with_whole_images():
+    settings = training.Settings(steps=(100, 50))
+    rates = [training.learning_rate(step, settings) for step in range(150)]
+    assert rates[3] == rates[101] == settings.learning_rate
+    assert rates[99] == rates[149] == pytest.approx(0.02 * settings.learning_rate)
+    assert rates[100] == settings.learning_rate / 2
+    whole = [training.cycle_done(step, settings) > 1 - training.WHOLE_IMAGES for step in range(150)]
+    assert (whole.index(True), sum(whole[:100]), sum(whole[100:])) == (88, 12, 6)
+
+
 def test_a_training_exports_its_best_validation(tmp_path, small_validation):
     log = training.train(TINY, tmp_path, validate_every=1)
     record = json.loads((tmp_path / "training.json").read_text())
@@ -302,7 +325,7 @@ def test_a_training_exports_its_best_validation(tmp_path, small_validation):
 def test_training_with_other_settings_is_not_continued(tmp_path, small_validation):
     training.train(TINY, tmp_path, stop_after=1e-9)
     with pytest.raises(ValueError, match=r"seed 1 \(now 2\)"):
-        training.train(training.Settings(**(vars(TINY) | {"seed": 2})), tmp_path)
+        training.train(replace(TINY, seed=2), tmp_path)
 
 
 def test_never_defective_categories_are_shown_whole_only(monkeypatch):
@@ -350,7 +373,7 @@ def test_true_captions_of_other_images_are_no_negatives():
         ({"batch_size": 10, "categories_per_batch": 4}, "cannot hold twins of 4 categories"),
         ({"width": 100}, "no multiple of 32"),
         ({"patch_dropout": 1.0}, "share from 0"),
-        ({"steps": 0}, "must be positive"),
+        ({"steps": (0,)}, "must be positive"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):

@@ -7,9 +7,10 @@
         --steps 20000 --batch-size 256 --categories-per-batch 8 --width 128 --patch-dropout 0
 
 The same command continues where the last one stopped; a broken and resumed training ends with the weights of an
-unbroken one. Model and tokenizer are open_clip's. Every batch is rendered anew by worker processes, from the seed and
-the number of the step alone, so no picture is seen twice. The checkpoint is chosen by image AUROC on the validation
-rendering (`clipad.demo.collections`), never on the shipped collections. What comes out, in ``--output-dir``:
+unbroken one, and with one more number in ``--steps`` a finished one goes on. Model and tokenizer are open_clip's.
+Every batch is rendered anew by worker processes, from the seed and the number of the step alone, so no picture is seen
+twice. The checkpoint is chosen by image AUROC on the validation rendering (`clipad.demo.collections`), never on the
+shipped collections. What comes out, in ``--output-dir``:
 
 * ``model.safetensors`` (float16), ``open_clip_config.json``, ``training.json``: the best model so far and how it was
   made, ready to be copied to ``data/demo/model``;
@@ -44,8 +45,8 @@ from clipad.prompts import CLIP_AD
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 CONTEXT_LENGTH = 32  # tokens; the longest caption has 21
 HEAD_WIDTH = 32
-WARM_UP = 0.04  # share of the steps in which the learning rate rises
-WHOLE_IMAGES = 0.12  # share of the steps, at the end, without patch dropout
+WARM_UP = 0.04  # share of a cycle in which the learning rate rises
+WHOLE_IMAGES = 0.12  # share of a cycle, at its end, without patch dropout
 WEIGHT_DECAY = 0.05
 TRAINING_STREAM = 1  # first number of every training seed: keeps it apart from the collections' seeds
 FILE_LIMIT = 15e6  # bytes of the exported weights
@@ -55,7 +56,7 @@ FILE_LIMIT = 15e6  # bytes of the exported weights
 class Settings:
     """What decides the weights. The defaults suit two cores; for a GPU see the module's docstring."""
 
-    steps: int = 8_000
+    steps: tuple[int, ...] = (8_000, 6_000)  # of each cycle; in each the learning rate starts anew
     batch_size: int = 64
     categories_per_batch: int = 4  # few, so that captions differ in the state and not only in the object
     learning_rate: float = 1e-3
@@ -64,7 +65,7 @@ class Settings:
     seed: int = 1
 
     def __post_init__(self):
-        if self.steps < 1 or self.batch_size < 1 or self.learning_rate <= 0 or self.seed < 0:
+        if min(self.steps, default=0) < 1 or self.batch_size < 1 or self.learning_rate <= 0 or self.seed < 0:
             raise ValueError(
                 f"steps, batch size and learning rate must be positive, the seed at least 0: {self}"
             )
@@ -197,9 +198,22 @@ def image_aurocs(model, tokenizer, pictures: dict) -> dict[str, float]:
 # Training -------------------------------------------------------------------------------------------------------
 
 
+def cycle_done(step: int, settings: Settings) -> float:
+    """The share of its cycle that is done after a step (which counts from 0 over all cycles).
+
+    >>> [cycle_done(step, Settings(steps=(4, 2))) for step in range(6)]
+    [0.25, 0.5, 0.75, 1.0, 0.5, 1.0]
+    """
+    for length in settings.steps:
+        if step < length:
+            return (step + 1) / length
+        step -= length
+    raise IndexError("the training has fewer steps")
+
+
 def learning_rate(step: int, settings: Settings) -> float:
-    """Linear warm-up, then half a cosine down to 2 %."""
-    done, warm_up = (step + 1) / settings.steps, WARM_UP
+    """In each cycle a linear warm-up, then half a cosine down to 2 % (warm restarts: Loshchilov & Hutter 2017)."""
+    done, warm_up = cycle_done(step, settings), WARM_UP
     if done <= warm_up:
         return settings.learning_rate * done / warm_up
     cosine = 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
@@ -227,7 +241,7 @@ def train_step(model, optimizers, batch, step: int, settings: Settings) -> torch
     model.train()
     torch.manual_seed(settings.seed + step)  # so that patch dropout is the same after a resumption
     if settings.patch_dropout:
-        whole = step >= (1 - WHOLE_IMAGES) * settings.steps
+        whole = cycle_done(step, settings) > 1 - WHOLE_IMAGES
         model.visual.patch_dropout.prob = 0.0 if whole else settings.patch_dropout
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -265,14 +279,17 @@ def export(model, settings: Settings, row: dict, folder: Path) -> None:
 
 
 def load_state(path: Path, settings: Settings, device: str) -> dict | None:
-    """What a training wrote into `path`, or None. Raises ValueError if it ran with other settings."""
+    """What a training wrote into `path`, or None. Raises ValueError if it ran with other settings.
+
+    Further cycles in `settings` are no difference.
+    """
     if not path.exists():
         return None
     state = torch.load(path, map_location=device, weights_only=True)
+    before, now = state["settings"], asdict(settings)
+    comparable = now | {"steps": now["steps"][: len(before["steps"])]}
     differing = [
-        f"{name} {state['settings'].get(name)} (now {value})"
-        for name, value in asdict(settings).items()
-        if state["settings"].get(name) != value
+        f"{name} {before.get(name)} (now {now[name]})" for name in now if before.get(name) != comparable[name]
     ]
     if differing or state["never_defective"] != list(NEVER_DEFECTIVE):
         what = ", ".join(differing) or "other never-defective categories"
@@ -328,12 +345,13 @@ def train(
             optimizer.load_state_dict(saved)
         log, first, seconds_before = state["log"], state["step"], state["seconds"]
     output_dir.mkdir(parents=True, exist_ok=True)
+    last = sum(settings.steps)
 
     dataset = Batches(settings)
     batches = DataLoader(
         dataset,
         batch_size=None,
-        sampler=range(first, settings.steps),
+        sampler=range(first, last),
         num_workers=workers,
         worker_init_fn=one_thread,
     )
@@ -372,13 +390,13 @@ def train(
         bar.set_postfix(loss=f"{loss:.2f}", image_auroc=f"{row['image_auroc']:.3f}")
 
     deadline = started + 60 * stop_after
-    with tqdm(total=settings.steps, initial=first, unit="step") as bar:
+    with tqdm(total=last, initial=first, unit="step") as bar:
         step = first
         for index, batch in steps_until(deadline, batches, first):
             recent.append(train_step(model, optimizers, [part.to(device) for part in batch], index, settings))
             step = index + 1
             bar.update()
-            if step % validate_every == 0 and step < settings.steps:
+            if step % validate_every == 0 and step < last:
                 validate_and_save(step)
         if recent:
             validate_and_save(step)
@@ -394,7 +412,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--output-dir", type=Path, required=True, help="a training found there is continued")
-    add("--steps", type=int, default=defaults.steps, help="%(default)s")
+    add("--steps", type=int, nargs="+", default=defaults.steps, help="of each cycle; %(default)s")
     add("--batch-size", type=int, default=defaults.batch_size, help="%(default)s")
     add("--categories-per-batch", type=int, default=defaults.categories_per_batch, help="%(default)s")
     add("--learning-rate", type=float, default=defaults.learning_rate, help="its peak; %(default)s")
@@ -403,7 +421,7 @@ def main() -> None:
         "--patch-dropout",
         type=float,
         default=defaults.patch_dropout,
-        help="until the last fifth; %(default)s",
+        help="until the end of a cycle; %(default)s",
     )
     add("--seed", type=int, default=defaults.seed, help="%(default)s")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="%(default)s")
@@ -427,7 +445,7 @@ def main() -> None:
         for name in ("output_dir", "device", "workers", "validate_every", "stop_after")
     }
     try:
-        log = train(Settings(**arguments), **own)
+        log = train(Settings(**arguments | {"steps": tuple(arguments["steps"])}), **own)
     except ValueError as error:
         parser.error(str(error))
     best = log.loc[log["image_auroc"].idxmax()]
