@@ -104,13 +104,22 @@ def _dual_attention(block, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
     a = out_proj(softmax(q k^T / sqrt(d)) v),  s = out_proj(softmax(v v^T / sqrt(d)) v)
     """
-    attention = block.attn
-    batch, tokens, width = x.shape
-    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    q, k, v = qkv.view(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = queries_keys_values(block, x)
     heads = torch.stack([F.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(v, v, v)])
-    a, s = block.ls_1(attention.out_proj(heads.transpose(2, 3).reshape(2, batch, tokens, width)))
+    a, s = join_heads(block, heads)
     return a, s
+
+
+def queries_keys_values(block, x: torch.Tensor) -> torch.Tensor:
+    """The inputs of one block's attention: B x T x D -> 3 x B x heads x T x d."""
+    attention = block.attn
+    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    return qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def join_heads(block, heads: torch.Tensor) -> torch.Tensor:
+    """What the heads of one block found, ... x heads x T x d -> what is added to the tokens, ... x T x D."""
+    return block.ls_1(block.attn.out_proj(heads.transpose(-3, -2).flatten(-2)))
 
 
 def attention_weights(block, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,10 +127,7 @@ def attention_weights(block, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
     For pictures only; the dual path itself never builds them.
     """
-    attention = block.attn
-    batch, tokens, _ = x.shape
-    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    q, k, v = qkv.view(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = queries_keys_values(block, x)
     scale = q.shape[-1] ** -0.5
     return tuple(((left @ right.mT) * scale).softmax(dim=-1).mean(dim=1) for left, right in ((q, k), (v, v)))
 

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 
 from clipad.detectors import Detector, Features, Prediction
-from clipad.dual_path import embed_patches
+from clipad.dual_path import embed_patches, join_heads, queries_keys_values
 from clipad.prompts import WINCLIP
 from clipad.surgery import cosine, similarity_map
 
 TEMPERATURE = 0.07
 SIZES = (2, 3)
 """sides of the windows, in patches; the third scale of the paper is the whole image"""
-_TOKENS = 4096
-"""tokens that go through the transformer at once on a CPU, where memory is what counts; on a GPU 16 times as many"""
+_TOKENS = 1024
+"""tokens that go through the transformer at once on a CPU, where more gain nothing; on a GPU 64 times as many"""
 
 
 class WinCLIP(Detector):
@@ -111,26 +111,43 @@ def window_embeddings(visual, tokens: torch.Tensor, members: torch.Tensor) -> to
     """Embedding of each window, B x W x C.
 
     ``tokens``: B x (1 + N) x D from :func:`clipad.dual_path.embed_patches`, class token first; ``members``: W x M,
-    patch indices of each window.
+    patch indices of each window. Before its first attention a token is the same in every window, so queries, keys and
+    values of the first block are computed once per patch.
     """
     class_token = torch.zeros(len(members), 1, dtype=torch.long)
     index = torch.cat([class_token, 1 + members], dim=1).to(tokens.device)
-    sequences = tokens[:, index].flatten(0, 1)
-    step = max(1, _TOKENS * (16 if tokens.is_cuda else 1) // index.shape[1])
-    found = torch.cat([encode(visual, part) for part in sequences.split(step)])
-    return found.view(len(tokens), len(members), -1)
+    first, *blocks = visual.transformer.resblocks
+    x = visual.ln_pre(tokens)
+    qkv = queries_keys_values(first, x)
+    at_once = max(1, _TOKENS * (64 if tokens.is_cuda else 1) // (len(tokens) * index.shape[1]))
+    found = []
+    for part in index.split(at_once):
+        sequences = x[:, part].flatten(0, 1)
+        q, k, v = qkv[:, :, :, part].transpose(2, 3).flatten(1, 2)
+        found.append(_run(visual, blocks, _block(first, sequences, q, k, v)).unflatten(0, (len(x), -1)))
+    return torch.cat(found, dim=1)
 
 
 def encode(visual, tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens B x T x D before ``ln_pre``, class token first -> embeddings B x C, as CLIP encodes an image.
+    """Tokens B x T x D before ``ln_pre``, class token first -> embeddings B x C, as CLIP encodes an image."""
+    return _run(visual, visual.transformer.resblocks, visual.ln_pre(tokens))
 
+
+def _run(visual, blocks, x: torch.Tensor) -> torch.Tensor:
+    """Tokens B x T x D through the given blocks, the last ones of the network -> embeddings B x C.
+
+    The blocks run from their parts: on sequences as short as windows that is faster than torch's attention module.
     Only the class token is read in the end, so the last block computes nothing else (6 % of the work on windows).
     """
-    *blocks, last = visual.transformer.resblocks
-    x = visual.ln_pre(tokens)
+    *blocks, last = blocks
     for block in blocks:
-        x = block(x)
-    normed = last.ln_1(x)
-    x = x[:, :1] + last.ls_1(last.attn(normed[:, :1], normed, normed, need_weights=False)[0])
-    x = x + last.ls_2(last.mlp(last.ln_2(x)))
+        x = _block(block, x, *queries_keys_values(block, x))
+    q, k, v = queries_keys_values(last, x)
+    x = _block(last, x[:, :1], q[:, :, :1], k, v)
     return visual.ln_post(x[:, 0]) @ visual.proj
+
+
+def _block(block, x, q, k, v):
+    """One transformer block on tokens B x T x D, given the inputs of its attention, B x heads x T x d each."""
+    x = x + join_heads(block, F.scaled_dot_product_attention(q, k, v))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
