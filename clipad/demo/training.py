@@ -56,7 +56,7 @@ FILE_LIMIT = 15e6  # bytes of the exported weights
 class Settings:
     """What decides the weights. The defaults suit two cores; for a GPU see the module's docstring."""
 
-    steps: tuple[int, ...] = (8_000, 4_000)  # of each cycle; in each the learning rate starts anew
+    steps: tuple[int, ...] = (8_000,)  # of each cycle; in each the learning rate starts anew
     batch_size: int = 64
     categories_per_batch: int = 4  # few, so that captions differ in the state and not only in the object
     learning_rate: float = 1e-3
