@@ -43,7 +43,7 @@ book: install  ## the notebooks that `make reproduce` executed as an offline HTM
 benchmark: install  ## speed and memory against reference forms, as ratios within one run
 	$(BIN)/python -m benchmarks
 
-demo-model: install  ## train the demo model anew, continuing where it stopped (two hours on two cores)
+demo-model: install  ## train the demo model anew, continuing where it stopped (three to four hours on two cores)
 	$(BIN)/python -m clipad.demo.training --output-dir outputs/demo-model --workers 1
 
 DATASETS ?= mvtec

@@ -1,6 +1,6 @@
 """Training of the demo model: a small CLIP on pictures of the demo world and true captions about them.
 
-    # two cores, two hours
+    # two cores, three to four hours
     python -m clipad.demo.training --output-dir outputs/demo-model --workers 1
     # a GPU and 16 cores, 9 minutes at a time
     python -m clipad.demo.training --output-dir outputs/demo-model --device cuda --workers 15 --stop-after 9 \\
@@ -56,7 +56,7 @@ FILE_LIMIT = 15e6  # bytes of the exported weights
 class Settings:
     """What decides the weights. The defaults suit two cores; for a GPU see the module's docstring."""
 
-    steps: tuple[int, ...] = (8_000,)  # of each cycle; in each the learning rate starts anew
+    steps: tuple[int, ...] = (8_000, 4_000)  # of each cycle; in each the learning rate starts anew
     batch_size: int = 64
     categories_per_batch: int = 4  # few, so that captions differ in the state and not only in the object
     learning_rate: float = 1e-3
