@@ -137,7 +137,7 @@ def _run(visual, blocks, x: torch.Tensor) -> torch.Tensor:
     """Tokens B x T x D through the given blocks, the last ones of the network -> embeddings B x C.
 
     The blocks run from their parts: on sequences as short as windows that is faster than torch's attention module.
-    Only the class token is read in the end, so the last block computes nothing else (6 % of the work on windows).
+    Only the class token is read in the end, so the last block attends and feeds forward for nothing else.
     """
     *blocks, last = blocks
     for block in blocks:
