@@ -3,7 +3,7 @@
 anomalib 2.7 needs open_clip < 2.26.1, clipad a newer one, so anomalib runs as a child process in its own environment:
 
     python -m venv ENV; ENV/bin/pip install "anomalib==2.7.*" open_clip_torch==2.24.0
-    python benchmarks/winclip.py --anomalib ENV/bin/python [--images 2] [--repeats 5]
+    python benchmarks/winclip.py --anomalib ENV/bin/python [--images 16] [--repeats 3]
 
 The two take turns, so that whatever else runs on the machine disturbs both. Prints the ratio of the medians of wall
 clock time and of CPU time, the largest difference of scores and maps, and the share of the harmonic aggregation.
@@ -101,8 +101,8 @@ def main(arguments) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--anomalib", help="Python of the environment that has anomalib")
-    parser.add_argument("--images", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)

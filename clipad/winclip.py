@@ -9,6 +9,7 @@ Shapes: B images, N patches (a G x G grid), W = (G - k + 1)^2 windows of size k,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -22,8 +23,9 @@ from clipad.surgery import cosine, similarity_map
 TEMPERATURE = 0.07
 SIZES = (2, 3)
 """sides of the windows, in patches; the third scale of the paper is the whole image"""
-_TOKENS = 4096
-"""tokens that go through the transformer at once on a CPU, where memory is what counts; on a GPU 16 times as many"""
+_TOKENS = 2048
+"""tokens that go through the transformer at once on a CPU, whose malloc keeps arrays below 32 MB for the next block
+instead of asking the system for fresh pages; on a GPU 16 times as many"""
 
 
 class WinCLIP(Detector):
@@ -48,11 +50,10 @@ class WinCLIP(Detector):
     def _features(self, images):
         """``image_embedding`` B x C, and as ``tokens`` the embeddings of the windows, per size B x W x C."""
         visual = self.backbone.visual
-        tokens = embed_patches(visual, images)
-        return Features(
-            encode(visual, tokens),
-            [window_embeddings(visual, tokens, windows(visual.grid_size[0], k)) for k in SIZES],
-        )
+        grid = visual.grid_size[0]
+        sets = [windows(grid, k) for k in (grid, *SIZES)]  # the image is the window that holds all patches
+        whole, *per_size = window_embeddings(visual, embed_patches(visual, images), sets)
+        return Features(whole[:, 0], per_size)
 
     def score_with(self, features, text):
         text = text.to(features.image_embedding)
@@ -107,47 +108,56 @@ def _coverage(grid: int, size: int) -> torch.Tensor:
     return torch.zeros(len(members), grid * grid).scatter_(1, members, 1)
 
 
-def window_embeddings(visual, tokens: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-    """Embedding of each window, B x W x C.
+def window_embeddings(visual, tokens: torch.Tensor, sets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Embedding of each window, for each set of windows B x W x C.
 
-    ``tokens``: B x (1 + N) x D from :func:`clipad.dual_path.embed_patches`, class token first; ``members``: W x M,
+    ``tokens``: B x (1 + N) x D from :func:`clipad.dual_path.embed_patches`, class token first; each of ``sets``: W x M,
     patch indices of each window. Before its first attention a token is the same in every window, so queries, keys and
     values of the first block are computed once per patch.
     """
-    class_token = torch.zeros(len(members), 1, dtype=torch.long)
-    index = torch.cat([class_token, 1 + members], dim=1).to(tokens.device)
-    first, *blocks = visual.transformer.resblocks
+    first, *blocks, last = visual.transformer.resblocks
     x = visual.ln_pre(tokens)
     qkv = queries_keys_values(first, x)
-    at_once = max(1, _TOKENS * (16 if tokens.is_cuda else 1) // (len(tokens) * index.shape[1]))
     found = []
-    for part in index.split(at_once):
-        sequences = x[:, part].flatten(0, 1)
-        q, k, v = qkv[:, :, :, part].transpose(2, 3).flatten(1, 2)
-        found.append(_run(visual, blocks, _block(first, sequences, q, k, v)).unflatten(0, (len(x), -1)))
-    return torch.cat(found, dim=1)
-
-
-def encode(visual, tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens B x T x D before ``ln_pre``, class token first -> embeddings B x C, as CLIP encodes an image."""
-    return _run(visual, visual.transformer.resblocks, visual.ln_pre(tokens))
-
-
-def _run(visual, blocks, x: torch.Tensor) -> torch.Tensor:
-    """Tokens B x T x D through the given blocks, the last ones of the network -> embeddings B x C.
-
-    The blocks run from their parts: on sequences as short as windows that is faster than torch's attention module.
-    Only the class token is read in the end, so the last block attends and feeds forward for nothing else.
-    """
-    *blocks, last = blocks
-    for block in blocks:
-        x = _block(block, x, *queries_keys_values(block, x))
-    q, k, v = queries_keys_values(last, x)
-    x = _block(last, x[:, :1], q[:, :, :1], k, v)
-    return visual.ln_post(x[:, 0]) @ visual.proj
+    for members in sets:
+        class_token = torch.zeros(len(members), 1, dtype=torch.long)
+        index = torch.cat([class_token, 1 + members], dim=1).to(x.device)
+        at_once = max(1, _TOKENS * (16 if x.is_cuda else 1) // (len(x) * index.shape[1]))
+        parts = []
+        for part in index.split(at_once):
+            q, k, v = qkv[:, :, :, part].transpose(2, 3).flatten(1, 2)
+            sequences = _block(first, x[:, part].flatten(0, 1), q, k, v)
+            for block in blocks:
+                sequences = _block(block, sequences, *queries_keys_values(block, sequences))
+            pooled = visual.ln_post(_class_token(last, sequences)) @ visual.proj
+            parts.append(pooled.unflatten(0, (len(x), -1)))
+        found.append(torch.cat(parts, dim=1))
+    return found
 
 
 def _block(block, x, q, k, v):
-    """One transformer block on tokens B x T x D, given the inputs of its attention, B x heads x T x d each."""
-    x = x + join_heads(block, F.scaled_dot_product_attention(q, k, v))
+    """One transformer block on tokens B x T x D, given the inputs of its attention, B x heads x T x d each.
+
+    From its parts: on sequences as short as windows that is faster than torch's attention module.
+    """
+    return _feed_forward(block, x + join_heads(block, F.scaled_dot_product_attention(q, k, v)))
+
+
+def _class_token(block, x: torch.Tensor) -> torch.Tensor:
+    """What the last block makes of the class token, B x T x D -> B x D. Nothing else is read in the end.
+
+    One query a head meets T keys and values, so the query goes to the tokens n instead: q (W_k n + b_k) is (W_k^T q) n
+    plus a constant, which softmax drops; and as the weights sum to 1, W_v can project the weighted mean of the tokens.
+    """
+    n, attention = block.ln_1(x), block.attn
+    w_q, w_k, w_v = attention.in_proj_weight.unflatten(0, (3, attention.num_heads, -1))  # heads x d x D each
+    b_q, _, b_v = attention.in_proj_bias.unflatten(0, (3, attention.num_heads, -1))
+    q = torch.einsum("bn,hdn->bhd", n[:, 0], w_q) + b_q
+    q = torch.einsum("bhd,hdn->bhn", q, w_k)
+    means = F.scaled_dot_product_attention(q, n, n, scale=w_k.shape[1] ** -0.5)
+    heads = torch.einsum("bhn,hdn->bhd", means, w_v) + b_v
+    return _feed_forward(block, x[:, :1] + join_heads(block, heads[:, :, None]))[:, 0]
+
+
+def _feed_forward(block, x):
     return x + block.ls_2(block.mlp(block.ln_2(x)))
