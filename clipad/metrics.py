@@ -155,10 +155,13 @@ def _counts(scores: np.ndarray, anomalous: np.ndarray, weights: np.ndarray | Non
     anomalous_at = found.size - first
     overlap = anomalous_at if weights is None else np.cumsum(weights[order[::-1]])[anomalous_at - 1]
     below = np.searchsorted(normal, thresholds, side="left")
+    # Only a threshold that ties with several normal scores needs a second search.
+    last = normal.size - 1
+    tied = np.flatnonzero(normal[np.minimum(below, last)] == thresholds)
     not_above = below.copy()
-    # Only a threshold that is also a normal score needs the second search.
-    tied = np.flatnonzero(normal[np.minimum(below, normal.size - 1)] == thresholds)
-    not_above[tied] = np.searchsorted(normal, thresholds[tied], side="right")
+    not_above[tied] += 1
+    several = tied[normal[np.minimum(not_above[tied], last)] == thresholds[tied]]
+    not_above[several] = np.searchsorted(normal, thresholds[several], side="right")
     falling = (
         values[::-1] for values in (anomalous_at, normal.size - below, normal.size - not_above, overlap)
     )
