@@ -17,6 +17,7 @@ import seaborn as sns
 from IPython.display import Image, display
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from seaborn.utils import relative_luminance
 
 _PALETTE = sns.color_palette("colorblind")
 COLOURS = {
@@ -86,15 +87,16 @@ def gallery(
     shared by its column (given, or 1st to 99.8th percentile of what is shown) and stand in its colour bar.
     """
     rows, columns = len(images), 1 + len(maps)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.75 * columns, 1.6 * rows + 0.75), squeeze=False, layout="constrained"
-    )
+    figure = plt.figure(figsize=(1.75 * columns, 1.6 * rows + 0.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    # The colour bars have a row of their own, so that image and maps stand side by side at one size.
+    axes = figure.subplots(rows + 1, columns, squeeze=False, height_ratios=[1] * rows + [0.05])
     for row in range(rows):
         axes[row, 0].imshow(images[row])
         if titles is not None:
             axes[row, 0].set_ylabel(titles[row], fontsize=8)
     axes[0, 0].set_title("image", fontsize=9)
+    axes[rows, 0].axis("off")
     for column, (name, values) in enumerate(maps.items(), start=1):
         values = np.asarray(values)
         low, high = (limits or {}).get(name) or np.percentile(values, [1, 99.8])
@@ -103,15 +105,30 @@ def gallery(
             if masks is not None:
                 contour(axes[row, column], masks[row])
         axes[0, column].set_title(name, fontsize=9)
-        bar = figure.colorbar(shown, ax=axes[:, column], location="bottom", shrink=0.85, aspect=14, pad=0.01)
+        ticks = plt.MaxNLocator(3)
+        bar = figure.colorbar(shown, cax=axes[rows, column], orientation="horizontal", ticks=ticks)
         bar.ax.tick_params(labelsize=7)
-        bar.locator = plt.MaxNLocator(3)
-        bar.update_ticks()
-    for ax in axes.flat:
+    for ax in axes[:rows].flat:
         ax.set(xticks=[], yticks=[])
         for spine in ax.spines.values():
             spine.set_visible(False)
     return figure
+
+
+def heatmap(values: pd.DataFrame, ax, fontsize: float = 8, **options) -> None:
+    """seaborn's heat map with its numbers in black or white, whichever contrasts more with the colour below.
+
+    seaborn writes white on half of all colours, which is hard to read on the lighter ones of them.
+    """
+    default = dict(vmin=0, vmax=100, cmap="cividis", annot=True, fmt=".1f", cbar=False, linewidths=0.5)
+    sns.heatmap(values, ax=ax, annot_kws={"fontsize": fontsize}, **default | options)
+    colours = ax.collections[0]
+    shown = np.asarray(values, dtype=float)
+    for text in ax.texts:
+        column, row = (int(place) for place in text.get_position())
+        luminance = relative_luminance(colours.to_rgba(shown[row, column]))
+        text.set_color("black" if luminance > 0.18 else "white")  # 0.18: equal contrast by WCAG 2
+    ax.set(xlabel="", ylabel="")
 
 
 def metric_heatmap(tables: Mapping[str, pd.DataFrame], metrics: Sequence[str], title: str = "") -> Figure:
@@ -128,13 +145,9 @@ def metric_heatmap(tables: Mapping[str, pd.DataFrame], metrics: Sequence[str], t
     )
     for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
         values = 100 * table[metrics].rename(columns=METRIC_NAMES)
-        sns.heatmap(
-            values, ax=ax, vmin=0, vmax=100, cmap="cividis", annot=True, fmt=".1f", cbar=False, linewidths=0.5,
-            annot_kws={"fontsize": 8},
-        )  # fmt: skip
+        heatmap(values, ax)
         ax.axhline(len(values) - 1, color="white", linewidth=3)
         ax.set_title(name, fontsize=10)
-        ax.set(xlabel="", ylabel="")
         ax.tick_params(labelsize=8, length=0)
         ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=35, ha="right")
     if title:

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator
 
 from clipad.benchmark import RATES, Benchmark
 from clipad.metrics import PRO_LIMIT
-from clipad.plots import COLOURS, MAP, METRIC_NAMES, contour
+from clipad.plots import COLOURS, MAP, METRIC_NAMES, contour, heatmap
 
 _STYLES = [
     (COLOURS[c], marker, line)
@@ -42,13 +42,9 @@ def benchmark_heatmaps(result: Benchmark, metrics: Sequence[str]) -> Figure:
     )  # fmt: skip
     for ax, metric in zip(axes[0], metrics, strict=True):
         values = 100 * pd.DataFrame({name: table[metric] for name, table in tables.items()})
-        sns.heatmap(
-            values, ax=ax, vmin=0, vmax=100, cmap="cividis", annot=True, fmt=".1f", cbar=False, linewidths=0.5,
-            annot_kws={"fontsize": 7.5},
-        )  # fmt: skip
+        heatmap(values, ax, fontsize=7.5)
         ax.axhline(rows - 1, color="white", linewidth=3)
         ax.set_title(METRIC_NAMES[metric], fontsize=10)
-        ax.set(xlabel="", ylabel="")
         ax.tick_params(labelsize=8, length=0)
         ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=45, ha="right")
     return figure

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from clipad.distribution import STATES, UMAP_OPTIONS, Sentences, effective_dimension, without_articles
-from clipad.plots import ANOMALOUS, COLOURS, METRIC_NAMES, NORMAL
+from clipad.plots import ANOMALOUS, COLOURS, METRIC_NAMES, NORMAL, heatmap
 
 STATE_COLOUR = dict(zip(STATES, (NORMAL, ANOMALOUS), strict=True))
 STATE_MARKER = dict(zip(STATES, ("o", "^"), strict=True))
@@ -194,10 +194,7 @@ def cosines_and_spectrum(
 def choices(angles: pd.DataFrame, described: pd.DataFrame) -> Figure:
     """Angles between the methods' vectors, and how many of the sentences each uses per category and state."""
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.4), layout="constrained", width_ratios=(1, 1.25))
-    sns.heatmap(
-        angles, ax=axes[0], annot=True, fmt=".1f", cmap="cividis", square=True, vmin=0, cbar=False, linewidths=0.5,
-        annot_kws={"fontsize": 9},
-    )  # fmt: skip
+    heatmap(angles, axes[0], fontsize=9, square=True, vmax=None)
     axes[0].set_title("angle between the vectors, degrees", fontsize=9)
     axes[0].tick_params(length=0, labelsize=8, rotation=0)
     axes[0].set_xticks(axes[0].get_xticks(), axes[0].get_xticklabels(), rotation=30, ha="right")
@@ -332,13 +329,9 @@ def method_heatmap(measured: pd.DataFrame, metrics: Sequence[str]) -> Figure:
     for ax, metric in zip(axes[0], metrics, strict=True):
         wide = full.pivot(index="category", columns="value", values=metric)[methods]
         wide.loc["mean"] = wide.mean()
-        sns.heatmap(
-            100 * wide, ax=ax, annot=True, fmt=".1f", cmap="cividis", vmin=0, vmax=100, cbar=False, linewidths=0.5,
-            annot_kws={"fontsize": 8},
-        )  # fmt: skip
+        heatmap(100 * wide, ax)
         ax.axhline(count - 1, color="white", linewidth=3)
         ax.set_title(metric_name(metric), fontsize=9)
-        ax.set(xlabel="", ylabel="")
         ax.tick_params(length=0, labelsize=8)
     axes[0, 0].tick_params(axis="y", rotation=0)
     return figure

@@ -146,7 +146,7 @@ def _bars(ax: Axes, x: float, y: float, table) -> None:
         ax.hlines(middle + side * gap, zero, ends, colors=[colour], linewidth=min(6, 110 * gap))
     for place, (name, values) in zip(middle, table.iterrows(), strict=True):
         label = f"{name}\n{values.normal:.3f} | {values.anomalous:.3f}"
-        ax.text(x, place, label, fontsize=7, va="center", linespacing=1.05)
+        ax.text(x, place, label, fontsize=7, va="center", linespacing=1.2)
     ax.plot([zero, zero], [y, y + _SIDE], color="0.4", linewidth=0.8)
     for column, colour, place in (("normal", NORMAL, x), ("anomalous", ANOMALOUS, x + 0.45)):
         ax.text(place, y + _SIDE + 0.05, column, fontsize=7.5, va="top", color=colour, weight="bold")

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
-from clipad.plots import ANOMALOUS, COLOURS, METRIC_NAMES, NORMAL
+from clipad.plots import ANOMALOUS, COLOURS, METRIC_NAMES, NORMAL, heatmap
 from clipad.transfer import SATURATED, JointSpace, Summands
 
 LINES = {
@@ -192,8 +192,6 @@ def defects(table: pd.DataFrame) -> Figure:
     figure, ax = plt.subplots(
         figsize=(1.9 + 1.05 * values.shape[1], 0.34 * len(values) + 1.2), layout="constrained"
     )
-    sns.heatmap(values, ax=ax, vmin=0, vmax=100, cmap="cividis", annot=True, fmt=".1f", linewidths=0.5,
-        annot_kws={"fontsize": 8}, cbar_kws={"label": "pixel AUROC within the image"})  # fmt: skip
-    ax.set(xlabel="", ylabel="")
+    heatmap(values, ax, cbar=True, cbar_kws={"label": "pixel AUROC within the image"})
     ax.tick_params(labelsize=8, length=0)
     return figure

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from sklearn.decomposition import PCA
 
 from clipad import phenomena
-from clipad.plots import ANOMALOUS, COLOURS, MAP, NORMAL, contour
+from clipad.plots import ANOMALOUS, COLOURS, MAP, NORMAL, contour, heatmap
 
 NAMES = {
     "opposite": "opposite prediction",
@@ -214,21 +214,18 @@ def before_after(
     figure, ax = plt.subplots(
         figsize=(1.5 + 2.0 * len(columns), 0.46 * len(difference) + 1.5), layout="constrained"
     )
-    sns.heatmap(
+    heatmap(
         pd.DataFrame(values, difference.index, [NAMES[c] for c in columns]),
-        ax=ax,
+        ax,
         cmap=DIVERGING,
-        center=0,
         vmin=-100,
-        vmax=100,
         annot=np.array(words),
         fmt="",
-        annot_kws={"fontsize": 8},
         linewidths=1,
+        cbar=True,
         cbar_kws={"label": "change, percentage points", "shrink": 0.8},
     )
     ax.axhline(len(difference) - 1, color="black", linewidth=1.5)
-    ax.set(xlabel="", ylabel="")
     ax.set_title(f"{names[0]} → {names[1]}, percent; change with 95 % interval", fontsize=10)
     ax.tick_params(labelsize=8.5, length=0, labelrotation=0)
     return figure
