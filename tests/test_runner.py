@@ -364,7 +364,8 @@ def test_stored_outputs_follow_the_sources(make):
 
 
 def test_outputs_that_are_too_large_are_not_stored(make):
-    path = make("00_a", "print(('x' * 99 + '\\n') * 15_000)")  # in lines: nbclient takes hours over one long line
+    # In lines: nbclient takes hours over a single long one.
+    path = make("00_a", "print(('x' * 99 + '\\n') * 15_000)")
     before, done = path.read_bytes(), run(path)
     assert done.status == "ok"
     with pytest.raises(ValueError, match=r"is not stored: the file has 1\.7 MB, the limit is 1\.5 MB"):
