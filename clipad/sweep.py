@@ -85,8 +85,11 @@ def plan(path) -> list[Run]:
     from papermill.iorw import NoDatesSafeLoader
     from yaml import YAMLError, load
 
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no sweep file {path}; notebooks/sweep_example.yaml is one to start from")
     try:
-        blocks = load(Path(path).expanduser().read_text(encoding="utf-8"), Loader=NoDatesSafeLoader)
+        blocks = load(path.read_text(encoding="utf-8"), Loader=NoDatesSafeLoader)
     except YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from None
     runs = [run for block in (blocks if isinstance(blocks, list) else [blocks]) for run in _expand(block)]
@@ -312,32 +315,35 @@ def sweep(
     """
     output_dir = Path(output_dir).expanduser().resolve()
     (output_dir / "runs").mkdir(parents=True, exist_ok=True)
-    records = {run.address: _read(run, output_dir) for run in runs}
-    for address, record in records.items():
+    todo = []
+    for run in runs:
+        record = _read(run, output_dir)
         if record and record["status"] == "failed":
-            shutil.rmtree(output_dir / "runs" / address)
-            records[address] = None
-    todo = [run for run in runs if not records[run.address]]
+            shutil.rmtree(output_dir / "runs" / run.address)
+        if not record or record["status"] == "failed":
+            todo.append(run)
     try:
         if todo:
-            _compute(todo, records, output_dir, workers, scheduler)
+            _compute(todo, len(runs), output_dir, workers, scheduler)
     finally:
-        done = [record for record in records.values() if record]
-        _write_results(done, len(runs), output_dir)
+        # From the disk: a run may have ended right before the interruption, when nobody looked any more.
+        records = [record for run in runs if (record := _read(run, output_dir))]
+        _write_results(records, len(runs), output_dir)
+    addresses = {run.address for run in runs}
     for rest in (output_dir / "unfinished").glob("*"):  # what killed attempts left
-        if rest.name.partition("-")[0] in records:
+        if rest.name.partition("-")[0] in addresses:
             shutil.rmtree(rest)
-    return done
+    return records
 
 
-def _compute(todo: list[Run], records: dict, output_dir: Path, workers, scheduler) -> None:
-    """Fills ``records`` as the runs end."""
+def _compute(todo: list[Run], planned: int, output_dir: Path, workers, scheduler) -> None:
+    """Executes the runs in ``todo`` and tells of each as it ends."""
     from distributed import as_completed
     from tqdm import tqdm
 
     with (
         _client(workers, scheduler, len(todo)) as client,
-        tqdm(total=len(records), initial=len(records) - len(todo), unit="run") as bar,
+        tqdm(total=planned, initial=planned - len(todo), unit="run") as bar,
     ):
         futures = client.map(execute, todo, output_dir=str(output_dir))
         run_of = dict(zip(futures, todo, strict=True))
@@ -345,7 +351,7 @@ def _compute(todo: list[Run], records: dict, output_dir: Path, workers, schedule
             run = run_of[future]
             if future.status != "finished":
                 _publish_failure(run, output_dir, future.exception())
-            records[run.address] = record = _read(run, output_dir)
+            record = _read(run, output_dir)
             if record["status"] == "failed":
                 place = output_dir / "runs" / run.address
                 bar.write(f"{run.name} failed: {record['reason']}; see {place}", file=sys.stderr)

@@ -57,6 +57,11 @@ def plan(tmp_path):
 # --- plan ---
 
 
+def test_a_missing_file_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no sweep file .*none.yaml; notebooks/sweep_example.yaml"):
+        sweeps.plan(tmp_path / "none.yaml")
+
+
 def test_lists_are_axes(plan, notebook):
     block = {"notebook": str(notebook), "parameters": {"seed": [1, 2], "names": ["a", ["b", "c"]]}}
     points = [(run.parameters["seed"], run.parameters["names"]) for run in plan(block)]
@@ -161,6 +166,22 @@ def test_the_first_of_two_attempts_is_the_result(plan, notebook, tmp_path):
         sweeps._publish(run, folder, {"status": "ok", "results": [number]})
     assert sweeps._read(run, tmp_path)["results"] == [0]
     assert not list((tmp_path / "unfinished").iterdir())
+
+
+def test_a_run_that_ended_unseen_is_in_the_table(plan, notebook, tmp_path, monkeypatch):
+    """Ctrl-C between the end of a run in its worker and the news of it here."""
+    runs = plan({"notebook": str(notebook), "parameters": {"seed": [1, 2]}})
+
+    def stopped(todo, planned, output_dir, *_):
+        found = {"status": "ok", "reason": "", "results": [], "seconds": 1.0}
+        sweeps._publish(todo[0], sweeps._new_folder(todo[0], output_dir), found)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeps, "_compute", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sweeps.sweep(runs, tmp_path / "out")
+    assert pd.read_csv(tmp_path / "out" / "table.csv")["seed"].tolist() == [1]
+    assert "1 of 2 runs ended" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_runs_of_different_kinds_share_one_table(tmp_path):
