@@ -248,7 +248,7 @@ class Sweep:
 
 
 def test_workers_that_die_and_runs_that_fail(tmp_path, notebook):
-    sweep = Sweep(tmp_path, notebook, [1, 13, 66, 2, 3], pause=1)
+    sweep = Sweep(tmp_path, notebook, [1, 13, 66, 2, 3], pause=2)
     sweep.start()
     sweep.wait_for(lambda: 1 in dict(sweep.started()))
     os.kill(dict(sweep.started())[1], signal.SIGKILL)  # in the middle of the run with seed 1

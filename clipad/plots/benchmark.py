@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator
 
 from clipad.benchmark import RATES, Benchmark
 from clipad.metrics import PRO_LIMIT
-from clipad.plots import COLOURS, MAP, METRIC_NAMES, contour, heatmap
+from clipad.plots import COLOURS, MAP, METRIC_NAMES, contour, heatmaps
 
 _STYLES = [
     (COLOURS[c], marker, line)
@@ -32,22 +32,10 @@ def styles(names: Sequence[str]) -> dict[str, tuple]:
 
 
 def benchmark_heatmaps(result: Benchmark, metrics: Sequence[str]) -> Figure:
-    """Categories x methods in percent, one panel per metric, all on one colour scale; the last row is the mean."""
+    """Categories x methods, one panel per metric; metrics that are nowhere known are left out."""
     tables = result.tables()
-    metrics = [m for m in metrics if not all(t[m].isna().all() for t in tables.values())]
-    rows = len(next(iter(tables.values())))
-    figure, axes = plt.subplots(
-        1, len(metrics), figsize=(1.3 + 0.55 * len(tables) * len(metrics), 0.33 * rows + 1.5), squeeze=False,
-        sharey=True, layout="constrained",
-    )  # fmt: skip
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        values = 100 * pd.DataFrame({name: table[metric] for name, table in tables.items()})
-        heatmap(values, ax, fontsize=7.5)
-        ax.axhline(rows - 1, color="white", linewidth=3)
-        ax.set_title(METRIC_NAMES[metric], fontsize=10)
-        ax.tick_params(labelsize=8, length=0)
-        ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=45, ha="right")
-    return figure
+    panels = {METRIC_NAMES[m]: pd.DataFrame({n: t[m] for n, t in tables.items()}) for m in metrics}
+    return heatmaps({name: panel for name, panel in panels.items() if panel.notna().any(axis=None)})
 
 
 def benchmark_curves(result: Benchmark) -> Figure:

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from clipad.distribution import STATES, UMAP_OPTIONS, Sentences, effective_dimension, without_articles
-from clipad.plots import ANOMALOUS, COLOURS, METRIC_NAMES, NORMAL, heatmap
+from clipad.plots import ANOMALOUS, COLOURS, METRIC_NAMES, NORMAL, heatmap, heatmaps
 
 STATE_COLOUR = dict(zip(STATES, (NORMAL, ANOMALOUS), strict=True))
 STATE_MARKER = dict(zip(STATES, ("o", "^"), strict=True))
@@ -318,23 +318,15 @@ def bandwidth_curves(described: Mapping[str, pd.DataFrame], published: Mapping[s
 
 
 def method_heatmap(measured: pd.DataFrame, metrics: Sequence[str]) -> Figure:
-    """Categories x methods in percent on all sentences, a panel per metric; the last row is the mean."""
+    """Categories x methods on all sentences, one panel per metric."""
     full = measured[(measured["draw"] == 0) & (measured["images"] == "all")]
     methods = list(full["value"].unique())
-    count = full["category"].nunique() + 1
-    figure, axes = plt.subplots(
-        1, len(metrics), figsize=(1.2 + 2.2 * len(metrics), 0.33 * count + 1.3), sharey=True, layout="constrained",
-        squeeze=False,
-    )  # fmt: skip
-    for ax, metric in zip(axes[0], metrics, strict=True):
+    panels = {}
+    for metric in metrics:
         wide = full.pivot(index="category", columns="value", values=metric)[methods]
         wide.loc["mean"] = wide.mean()
-        heatmap(100 * wide, ax)
-        ax.axhline(count - 1, color="white", linewidth=3)
-        ax.set_title(metric_name(metric), fontsize=9)
-        ax.tick_params(length=0, labelsize=8)
-    axes[0, 0].tick_params(axis="y", rotation=0)
-    return figure
+        panels[metric_name(metric)] = wide
+    return heatmaps(panels)
 
 
 def difference_intervals(differences: pd.DataFrame, metrics: Sequence[str]) -> Figure:
