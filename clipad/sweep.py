@@ -224,8 +224,12 @@ def _backbone(model: str, pretrained: str, image_size: int, seed: int, device: s
 _one_at_a_time = threading.Lock()  # environment and random generators belong to a process
 
 
-def execute(run: Run, output_dir: str) -> None:
-    """Computes one run and puts it at its address, unless it is there. An exception inside the run is its result."""
+def execute(run: Run, output_dir: str) -> dict | None:
+    """Computes one run and puts it at its address, unless it is there.
+
+    A failure is returned, with its folder, for the sweep to put there: in a worker that is being closed runs fail,
+    too, and nobody waits for those any more.
+    """
     if not (Path(output_dir) / "runs").is_dir():
         raise FileNotFoundError(f"the worker does not see {output_dir}: it needs the sweep's file system")
     if _read(run, output_dir):
@@ -239,7 +243,11 @@ def execute(run: Run, output_dir: str) -> None:
     except Exception as error:
         (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
         found = {"status": "failed", "reason": f"{type(error).__name__}: {error}", "results": []}
-    _publish(run, folder, found | {"seconds": round(time.perf_counter() - start, 1)})
+    found["seconds"] = round(time.perf_counter() - start, 1)
+    if found["status"] == "failed":
+        return found | {"folder": str(folder)}
+    _publish(run, folder, found)
+    return None
 
 
 def _run_evaluation(run: Run, folder: Path) -> dict:
@@ -349,8 +357,12 @@ def _compute(todo: list[Run], planned: int, output_dir: Path, workers, scheduler
         run_of = dict(zip(futures, todo, strict=True))
         for future in as_completed(futures):
             run = run_of[future]
-            if future.status != "finished":
-                _publish_failure(run, output_dir, future.exception())
+            try:
+                failure = future.result()
+            except Exception as error:
+                failure = _without_answer(run, output_dir, error)
+            if failure:
+                _publish(run, Path(failure.pop("folder")), failure)
             record = _read(run, output_dir)
             if record["status"] == "failed":
                 place = output_dir / "runs" / run.address
@@ -358,12 +370,12 @@ def _compute(todo: list[Run], planned: int, output_dir: Path, workers, scheduler
             bar.update()
 
 
-def _publish_failure(run: Run, output_dir: Path, error) -> None:
-    """For a run that could not do it itself: its workers died (often: out of memory), or could not start it."""
+def _without_answer(run: Run, output_dir: Path, error) -> dict:
+    """The failure of a run whose workers died (often: out of memory) or could not start it."""
     attempts = sorted((output_dir / "unfinished").glob(f"{run.address}-*"), key=os.path.getmtime)
     folder = attempts[-1] if attempts else _new_folder(run, output_dir)
     reason = str(error).strip().partition(". ")[0]
-    _publish(run, folder, {"status": "failed", "reason": reason, "results": [], "seconds": 0.0})
+    return {"status": "failed", "reason": reason, "results": [], "seconds": 0.0, "folder": str(folder)}
 
 
 @contextlib.contextmanager

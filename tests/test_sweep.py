@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -150,11 +151,12 @@ def test_other_code_or_weights_on_a_worker_are_noticed(plan, tmp_path):
     (tmp_path / "runs").mkdir()
     for name, message in (("code", "another version"), ("weights", "other weights")):
         other = sweeps.Run("", run.parameters, run.content | {name: "0"})
-        sweeps.execute(other, str(tmp_path))
-        record = sweeps._read(other, tmp_path)
-        assert record["status"] == "failed"
-        assert message in record["reason"]
-        assert message in (tmp_path / "runs" / other.address / "traceback.txt").read_text()
+        failure = sweeps.execute(other, str(tmp_path))
+        assert failure["status"] == "failed"
+        assert message in failure["reason"]
+        assert message in (Path(failure["folder"]) / "traceback.txt").read_text()
+        # to publish it is for the sweep that waits, if there still is one
+        assert sweeps._read(other, tmp_path) is None
     with pytest.raises(FileNotFoundError, match="does not see"):
         sweeps.execute(run, str(tmp_path / "elsewhere"))
 
