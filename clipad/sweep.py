@@ -378,6 +378,17 @@ def _without_answer(run: Run, output_dir: Path, error) -> dict:
     return {"status": "failed", "reason": reason, "results": [], "seconds": 0.0, "folder": str(folder)}
 
 
+# In each local worker. A terminal sends Ctrl-C to every process: the one that plans ends the others, and they do it
+# in silence (Dask warns of cancelled tasks, asyncio of loops that are still open). What goes wrong in a run is told
+# by its record.
+_PRELOAD = """
+import atexit, logging, signal, sys
+signal.signal(signal.SIGINT, lambda *_: None)
+logging.getLogger("distributed").setLevel(logging.CRITICAL)
+atexit.register(setattr, sys, "unraisablehook", lambda *_: None)
+"""
+
+
 @contextlib.contextmanager
 def _client(workers: int | None, scheduler: str | None, most: int):
     import dask
@@ -402,8 +413,7 @@ def _client(workers: int | None, scheduler: str | None, most: int):
         "n_workers": workers,
         "threads_per_worker": 1,
         "memory_limit": 0,  # Dask would kill a process by a share of the memory that says nothing about torch
-        # A terminal sends Ctrl-C to every process: the one that plans ends the others.
-        "preload": "import signal; signal.signal(signal.SIGINT, lambda *_: None)",
+        "preload": _PRELOAD,
     }
     with dask.config.set(settings), LocalCluster(**local) as cluster, Client(cluster) as client:
         yield client

@@ -302,6 +302,7 @@ def test_a_stopped_and_a_killed_sweep_continue(tmp_path, notebook):
             assert code == 130
             assert "the same command continues" in said
             assert "Traceback" not in said
+            assert "WARNING" not in said
             assert len(pd.read_csv(sweep.out / "table.csv")) >= 1
         else:
             sweep.process.kill()
