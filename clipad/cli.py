@@ -70,7 +70,8 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
 
     With --all a parameter goes to the notebooks that have it, and a failure does not stop the others.
 
-    Exit code: 0 all cells ran and the output is sound (or the notebook says why it skips), 1 it failed, 2 wrong usage.
+    Exit code: 0 all cells ran and the output is sound (or the notebook says why it skips), 1 it failed, 2 wrong usage,
+    130 stopped; the same command continues.
     """
     from clipad.runner import (
         check_parameters,
@@ -136,7 +137,8 @@ def detect(path, object_name, detector, out, normal, model, pretrained, layers, 
       clipad detect photos/ --object screw --normal flawless/ --out found
       clipad detect photos/ --object pill --model ViT-B-16-plus-240 --pretrained laion400m_e31
 
-    Exit code: 0 all images were read, 1 some could not be (they are named, the others are done), 2 wrong usage.
+    Exit code: 0 all images were read, 1 some could not be (they are named, the others are done), 2 wrong usage,
+    130 stopped; the same command continues.
     """
     with one_line_errors():
         from clipad.backbone import load_backbone

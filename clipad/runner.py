@@ -556,10 +556,12 @@ def _own_cells(notebook) -> list:
 
 
 def _tidy(output):
-    """The output without lines of tqdm, which differ between any two runs, and without the folders of files that warn.
+    """The output without what differs between any two runs: lines of tqdm, folders of files that warn, addresses.
 
     None when nothing is left.
     """
+    if plain := output.get("data", {}).get("text/plain"):
+        output.data["text/plain"] = re.sub(r" at 0x[0-9a-f]+>", ">", plain)
     if output.output_type != "stream" or output.name != "stderr":
         return output
     lines = [line for line in re.split(r"(?<=[\n\r])", output.text) if not re.search(r"%\||\d+it \[", line)]

@@ -302,6 +302,11 @@ def test_gate_allows_the_warnings_that_a_cell_is_about():
     assert runner._tidy(text(warning, "stderr")).text.startswith("text.py:10: UserWarning")
 
 
+def test_addresses_are_not_stored():
+    shown = new_output("display_data", data={"text/plain": "<Styler at 0x7f>", "text/html": "<p>"})
+    assert runner._tidy(shown).data == {"text/plain": "<Styler>", "text/html": "<p>"}
+
+
 def test_gate_wants_each_cell_executed_and_a_python_kernel():
     node = executed()
     node.cells[2].execution_count = None
