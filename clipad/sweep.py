@@ -224,11 +224,11 @@ def _backbone(model: str, pretrained: str, image_size: int, seed: int, device: s
 _one_at_a_time = threading.Lock()  # environment and random generators belong to a process
 
 
-def execute(run: Run, output_dir: str) -> dict | None:
+def execute(run: Run, output_dir: str) -> tuple[Path, dict] | None:
     """Computes one run and puts it at its address, unless it is there.
 
-    A failure is returned, with its folder, for the sweep to put there: in a worker that is being closed runs fail,
-    too, and nobody waits for those any more.
+    A failure is returned, as `_publish` takes it, for the sweep to put there: in a worker that is being closed runs
+    fail, too, and nobody waits for those any more.
     """
     if not (Path(output_dir) / "runs").is_dir():
         raise FileNotFoundError(f"the worker does not see {output_dir}: it needs the sweep's file system")
@@ -245,7 +245,7 @@ def execute(run: Run, output_dir: str) -> dict | None:
         found = {"status": "failed", "reason": f"{type(error).__name__}: {error}", "results": []}
     found["seconds"] = round(time.perf_counter() - start, 1)
     if found["status"] == "failed":
-        return found | {"folder": str(folder)}
+        return folder, found
     _publish(run, folder, found)
     return None
 
@@ -328,7 +328,8 @@ def sweep(
         record = _read(run, output_dir)
         if record and record["status"] == "failed":
             shutil.rmtree(output_dir / "runs" / run.address)
-        if not record or record["status"] == "failed":
+            record = None
+        if not record:
             todo.append(run)
     try:
         if todo:
@@ -362,7 +363,7 @@ def _compute(todo: list[Run], planned: int, output_dir: Path, workers, scheduler
             except Exception as error:
                 failure = _without_answer(run, output_dir, error)
             if failure:
-                _publish(run, Path(failure.pop("folder")), failure)
+                _publish(run, *failure)
             record = _read(run, output_dir)
             if record["status"] == "failed":
                 place = output_dir / "runs" / run.address
@@ -370,12 +371,12 @@ def _compute(todo: list[Run], planned: int, output_dir: Path, workers, scheduler
             bar.update()
 
 
-def _without_answer(run: Run, output_dir: Path, error) -> dict:
+def _without_answer(run: Run, output_dir: Path, error) -> tuple[Path, dict]:
     """The failure of a run whose workers died (often: out of memory) or could not start it."""
     attempts = sorted((output_dir / "unfinished").glob(f"{run.address}-*"), key=os.path.getmtime)
     folder = attempts[-1] if attempts else _new_folder(run, output_dir)
     reason = str(error).strip().partition(". ")[0]
-    return {"status": "failed", "reason": reason, "results": [], "seconds": 0.0, "folder": str(folder)}
+    return folder, {"status": "failed", "reason": reason, "results": [], "seconds": 0.0}
 
 
 # In each local worker. A terminal sends Ctrl-C to every process: the one that plans ends the others, and they do it

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -151,10 +150,10 @@ def test_other_code_or_weights_on_a_worker_are_noticed(plan, tmp_path):
     (tmp_path / "runs").mkdir()
     for name, message in (("code", "another version"), ("weights", "other weights")):
         other = sweeps.Run("", run.parameters, run.content | {name: "0"})
-        failure = sweeps.execute(other, str(tmp_path))
+        folder, failure = sweeps.execute(other, str(tmp_path))
         assert failure["status"] == "failed"
         assert message in failure["reason"]
-        assert message in (Path(failure["folder"]) / "traceback.txt").read_text()
+        assert message in (folder / "traceback.txt").read_text()
         # to publish it is for the sweep that waits, if there still is one
         assert sweeps._read(other, tmp_path) is None
     with pytest.raises(FileNotFoundError, match="does not see"):
