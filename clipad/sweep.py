@@ -90,8 +90,8 @@ def plan(path) -> list[Run]:
         raise FileNotFoundError(f"no sweep file {path}; notebooks/sweep_example.yaml is one to start from")
     try:
         blocks = load(path.read_text(encoding="utf-8"), Loader=NoDatesSafeLoader)
-    except YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML in UTF-8: {error}") from None
     runs = [run for block in (blocks if isinstance(blocks, list) else [blocks]) for run in _expand(block)]
     if not runs:
         raise ValueError(f"{path} holds no block `evaluate:` or `notebook:`")
@@ -176,7 +176,9 @@ def _model_and_data(values: dict) -> dict:
 
 
 def _inputs(values: dict) -> dict:
-    """Hashes of code, images, weights and prompts: whoever changes one of them gets other addresses."""
+    """Hashes of code, images, weights, layers and prompts: whoever changes one of them gets other addresses."""
+    from clipad.published import protocol
+
     found = {"code": code_version()}
     if {"preset", "model", "dataset"} & values.keys():
         chosen = values | _model_and_data(values)
@@ -184,6 +186,13 @@ def _inputs(values: dict) -> dict:
             chosen["dataset"], values.get("data_root", ""), *values.get("categories", [])
         )
         found["weights"] = _weights(*_which_weights(chosen))
+        if values.get("train_root"):
+            trained_on = values.get("train_dataset") or protocol(chosen["dataset"]).trained_on
+            found["train_samples"] = _samples(trained_on, values["train_root"])
+    if values.get("layers"):
+        from clipad.fine_tuning import load_layers
+
+        found["layers"] = load_layers(values["layers"]).hash
     if values.get("prompts"):
         from clipad.prompts import load_prompts
 

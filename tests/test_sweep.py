@@ -11,9 +11,12 @@ import time
 
 import pandas as pd
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_notebook
 
 from clipad import sweep as sweeps
+from clipad.datasets import load_dataset
+from clipad.fine_tuning import LinearLayers
 from clipad.runner import write_notebook
 
 PARAMETERS = """seed: int = 0  # a number [0..99]
@@ -57,6 +60,12 @@ def plan(tmp_path):
 # --- plan ---
 
 
+def test_a_file_of_another_kind_is_named(tmp_path):
+    (tmp_path / "picture.yaml").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"picture.yaml is no YAML in UTF-8"):
+        sweeps.plan(tmp_path / "picture.yaml")
+
+
 def test_a_missing_file_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no sweep file .*none.yaml; notebooks/sweep_example.yaml"):
         sweeps.plan(tmp_path / "none.yaml")
@@ -94,6 +103,27 @@ def test_what_decides_the_result_decides_the_address(plan, tmp_path, notebook):
     before = plan({"notebook": str(notebook)})[0].address
     notebook.write_text(notebook.read_text().replace("unlucky", "lucky"))
     assert plan({"notebook": str(notebook)})[0].address != before
+
+
+def test_what_sdp_plus_is_trained_with_decides_the_address_too(plan, tmp_path):
+    def address(**values):
+        sweeps._samples.cache_clear()  # as in another process
+        return plan({"notebook": "05", "parameters": values})[0].address
+
+    checkpoint, root = tmp_path / "layers.pt", tmp_path / "demo_aux"
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        address(layers=str(checkpoint))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        address(train_root=str(root))
+    found = [address()]
+    for seed in range(2):
+        torch.save({"linear_layers": LinearLayers(96, 128, 4, seed).state_dict()}, checkpoint)
+        found.append(address(layers=str(checkpoint)))
+    shutil.copytree(load_dataset("demo_aux").root, root)
+    found.append(address(train_root=str(root)))
+    next(root.rglob("test/good/*.png")).unlink()
+    found.append(address(train_root=str(root)))
+    assert len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize(
