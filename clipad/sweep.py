@@ -189,6 +189,9 @@ def _inputs(values: dict) -> dict:
         if values.get("train_root"):
             trained_on = values.get("train_dataset") or protocol(chosen["dataset"]).trained_on
             found["train_samples"] = _samples(trained_on, values["train_root"])
+    if values.get("backbones"):  # "name" or "name/pretrained"
+        parts = (name.partition("/") for name in values["backbones"])
+        found["backbones"] = [_weights(model, pretrained, 0, 0) for model, _, pretrained in parts]
     if values.get("layers"):
         from clipad.fine_tuning import load_layers
 

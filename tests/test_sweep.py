@@ -13,8 +13,10 @@ import pandas as pd
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
+from safetensors.torch import save_file
 
 from clipad import sweep as sweeps
+from clipad.backbone import load_backbone
 from clipad.datasets import load_dataset
 from clipad.fine_tuning import LinearLayers
 from clipad.runner import write_notebook
@@ -124,6 +126,24 @@ def test_what_sdp_plus_is_trained_with_decides_the_address_too(plan, tmp_path):
     next(root.rglob("test/good/*.png")).unlink()
     found.append(address(train_root=str(root)))
     assert len(set(found)) == len(found)
+
+
+def test_weights_of_further_backbones_decide_the_address_too(plan, tmp_path):
+    checkpoint = tmp_path / "model.safetensors"
+
+    def address():
+        sweeps._weights.cache_clear()  # as in another process
+        sweeps._backbone.cache_clear()
+        return plan({"notebook": "05", "parameters": {"backbones": [f"demo/{checkpoint}"]}})[0].address
+
+    with pytest.raises(ValueError, match="is not a file"):
+        address()
+    weights = load_backbone("demo").model.state_dict()
+    save_file(weights, checkpoint)
+    before = address()
+    weights["visual.proj"] = weights["visual.proj"] + 1
+    save_file(weights, checkpoint)
+    assert address() != before
 
 
 @pytest.mark.parametrize(
