@@ -111,7 +111,9 @@ def detect(
     Raises FileNotFoundError or ValueError if there is nothing to do, an empty object name, or a folder that cannot
     be written: all before the first image.
     """
+    # Samples have absolute paths (links kept, unless `..` leads through one), so their root has to be absolute, too.
     path, output_dir = Path(path), Path(output_dir)
+    path = path.resolve() if ".." in path.parts else path.absolute()
     samples = find_images(path, object_name)
     detector.text_vectors(object_name)
     root = path if path.is_dir() else path.parent

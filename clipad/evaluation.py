@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from clipad.datasets import Dataset, MaskSizeError, Sample, native_size, read_image, read_mask
-from clipad.files import require_writable, write_atomically
+from clipad.files import content_hash, require_writable, write_atomically
 from clipad.metrics import image_metrics, pixel_metrics
 
 COLUMNS = [
@@ -132,13 +132,15 @@ def _check_masks(dataset: Dataset, workers: int) -> None:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """16 hex digits over the samples (relative paths, labels, file sizes): the same data gives the same results."""
+    """16 hex digits over the samples (relative paths, labels, content of images and masks).
+
+    The same data gives the same results; a mask that was corrected in place under its old name does not.
+    """
     digest = hashlib.sha256()
     for s in dataset:
-        size = s.image_path.stat().st_size
-        digest.update(
-            f"{_relative(s.image_path, dataset)}|{s.category}|{s.label}|{s.mask_path is not None}|{size}\n".encode()
-        )
+        files = (s.image_path, s.mask_path, s.object_mask_path)
+        content = "|".join("" if path is None else content_hash(path) for path in files)
+        digest.update(f"{_relative(s.image_path, dataset)}|{s.category}|{s.label}|{content}\n".encode())
     return digest.hexdigest()[:16]
 
 

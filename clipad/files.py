@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 
@@ -43,18 +43,26 @@ def require_writable(folder: Path) -> None:
         raise OSError(error.errno, message) from error
 
 
-# What decides numbers; figures, notebooks and the command line do not.
-_COMPUTES = (
-    "prompts published datasets metrics backbone dual_path text surgery fine_tuning detectors winclip bootstrap "
-    "evaluation benchmark phenomena distribution ablation transfer"
-)
-
-
 @cache
 def code_version() -> str:
-    """Twelve hex digits over the modules that decide numbers: results of other code are never taken for this one's."""
+    """Twelve hex digits over every module of the package: results of other code are never taken for this one's.
+
+    All of them, because a list of those that decide numbers would go out of date without a word when a file moves.
+    """
+    root = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in _COMPUTES.split():
-        path = Path(__file__).with_name(f"{name}.py")
-        digest.update(name.encode() + (path.read_bytes() if path.is_file() else b""))
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes; read again only when its size or time of change is another."""
+    status = path.stat()
+    return _content_hash(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@lru_cache(maxsize=100_000)
+def _content_hash(path: Path, *status: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

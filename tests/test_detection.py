@@ -43,6 +43,20 @@ def photos(tmp_path):
     return folder
 
 
+@pytest.mark.parametrize("typed", ["photos", "photos/", "./photos", "elsewhere/../photos", ".", "link"])
+def test_any_way_to_write_a_path(detector, calibration, photos, tmp_path, monkeypatch, typed):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(photos, target_is_directory=True)
+    monkeypatch.chdir(photos if typed == "." else tmp_path)
+    report = detect(detector, typed, "gear", tmp_path / "out", calibration, progress=False)
+    assert set(report.scores["image"]) == {
+        "wide.jpg",
+        "grey.png",
+        "see-through.png",
+        "a b/<ümlaut> & 'x'.png",
+    }
+
+
 def test_a_folder_of_anything(detector, calibration, photos, tmp_path):
     report = detect(detector, photos, "gear", tmp_path / "out", calibration, progress=False)
     assert len(report.scores) == 4

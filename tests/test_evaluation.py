@@ -13,7 +13,7 @@ from PIL import Image
 
 from clipad.datasets import load_dataset
 from clipad.detectors import SDP, Direct
-from clipad.evaluation import COLUMNS, PART, evaluate, predict_halving, published_image_score
+from clipad.evaluation import COLUMNS, PART, evaluate, fingerprint, predict_halving, published_image_score
 from clipad.winclip import WinCLIP
 
 
@@ -177,6 +177,23 @@ def test_other_settings_do_not_mix(detector, data, tmp_path):
         evaluate(SDP(detector.backbone, rvs="mean", smoothing=3), data, tmp_path, progress=False)
     with pytest.raises(ValueError, match="other settings"):
         evaluate(detector, data.select(["bolt"]), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["ground_truth", "test"])
+def test_files_changed_in_place_are_other_data(data, kind):
+    before = fingerprint(data)
+    path = next(data.root.rglob(f"{kind}/dent/*.png"))
+    pixels = np.asarray(Image.open(path))
+    Image.fromarray(np.ascontiguousarray(pixels[::-1])).save(path)
+    assert fingerprint(load_dataset("folder", data.root)) != before
+
+
+def test_corrected_masks_do_not_leave_old_metrics(detector, data, tmp_path):
+    evaluate(detector, data, tmp_path / "a", progress=False)
+    for path in data.root.rglob("*_mask.png"):
+        Image.fromarray(np.ascontiguousarray(np.asarray(Image.open(path))[::-1])).save(path)
+    with pytest.raises(ValueError, match="samples"):
+        evaluate(detector, load_dataset("folder", data.root), tmp_path / "a", progress=False)
 
 
 def test_an_output_folder_that_cannot_be_written_is_noticed_first(detector, data, tmp_path, monkeypatch):
