@@ -44,7 +44,7 @@ benchmark: install  ## speed and memory against reference forms, as ratios withi
 	$(BIN)/python -m benchmarks
 
 demo-model: install  ## train the demo model anew, continuing where it stopped (three to four hours on two cores)
-	$(BIN)/python -m clipad.demo.training --output-dir outputs/demo-model --workers 1
+	$(BIN)/python -m demo_world.training --output-dir outputs/demo-model --workers 1
 
 DATASETS ?= mvtec
 DATA_ROOT ?= data

@@ -34,7 +34,11 @@ PACKAGES = ("torch", "open_clip_torch", "numpy", "scipy", "scikit-learn")
 def machine(threads: int) -> str:
     """Everything a reader needs to judge the numbers."""
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
+    load = (
+        " ".join(f"{value:.1f}" for value in os.getloadavg())
+        if hasattr(os, "getloadavg")
+        else "unknown"
+    )
     return (
         f"{time.strftime('%Y-%m-%d')}, {platform.system()} {platform.machine()}, {_processor()}, "
         f"{os.cpu_count()} cores, load average {load}; {threads} thread{'s' if threads > 1 else ''}, float32; "
@@ -45,7 +49,9 @@ def machine(threads: int) -> str:
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or "unknown processor"
 
@@ -53,7 +59,9 @@ def _processor() -> str:
 def table(rows: list[Row], quick: bool) -> pd.DataFrame:
     def number(value: float | None, unit: str) -> str:
         return (
-            "" if value is None else f"{value:.3g}{unit if unit.startswith(' ') or not unit else ' ' + unit}"
+            ""
+            if value is None
+            else f"{value:.3g}{unit if unit.startswith(' ') or not unit else ' ' + unit}"
         )
 
     return pd.DataFrame(
@@ -83,17 +91,25 @@ def markdown(frame: pd.DataFrame) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     # Evaluation first: it looks at the memory of the process, which still is as it started.
     groups = {"evaluation": evaluation.rows, "method": method.rows, "metrics": metrics.rows}
-    parser.add_argument("--quick", action="store_true", help="small sizes; speed and memory are not judged")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes; speed and memory are not judged"
+    )
     parser.add_argument("--only", choices=groups, help="one part of the table")
     parser.add_argument(
         "--threads", type=int, default=1, help="of torch and of the linear algebra (default 1)"
     )
-    parser.add_argument("--peers-python", metavar="PATH", help="interpreter that imports anomalib and adeval")
-    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="folder of the table")
+    parser.add_argument(
+        "--peers-python", metavar="PATH", help="interpreter that imports anomalib and adeval"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/benchmarks"), help="folder of the table"
+    )
     chosen = parser.parse_args()
     if chosen.threads < 1:
         parser.error(f"--threads has to be 1 or more, found {chosen.threads}")
@@ -101,7 +117,10 @@ def main() -> int:
 
     torch.set_num_threads(chosen.threads)
     rows: list[Row] = []
-    with threadpoolctl.threadpool_limits(chosen.threads), tqdm(unit="row", disable=chosen.quick) as bar:
+    with (
+        threadpoolctl.threadpool_limits(chosen.threads),
+        tqdm(unit="row", disable=chosen.quick) as bar,
+    ):
         for name, measure in groups.items():
             if chosen.only in (None, name):
                 bar.set_description(name)
@@ -119,7 +138,10 @@ def main() -> int:
     frame.assign(machine=header).to_csv(chosen.output / "table.csv", index=False)
     wrong = [row for row in rows if row.agreement and row.verdict() == "missed"]
     for row in wrong:
-        print(f"{row.id}: {row.what} is {row.value:.3g}, expected {row.bar:.3g} at most", file=sys.stderr)
+        print(
+            f"{row.id}: {row.what} is {row.value:.3g}, expected {row.bar:.3g} at most",
+            file=sys.stderr,
+        )
     return 1 if wrong else 0
 
 

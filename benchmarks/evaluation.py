@@ -34,7 +34,9 @@ def _tiny(image_size: int) -> SDP:
     """A detector whose network costs nothing beside its maps."""
     model = tiny_clip(image_size=image_size, patch_size=image_size // 4)
     tokenizer = open_clip.SimpleTokenizer(context_length=32)
-    backbone = Backbone(model, tokenizer, name="tiny", pretrained="random", mean=(0.5,) * 3, std=(0.3,) * 3)
+    backbone = Backbone(
+        model, tokenizer, name="tiny", pretrained="random", mean=(0.5,) * 3, std=(0.3,) * 3
+    )
     return SDP(backbone, rvs="mean")
 
 
@@ -66,7 +68,8 @@ def _memory(folder: Path, quick: bool) -> Iterator[Row]:
         note="other memory was freed meanwhile" if freed else f"{count} images; the map itself is {own:.0f} KiB",
     )  # fmt: skip
     two, four = (
-        numpy_peak(lambda n=n: evaluate(detector, data.select(names[:n]), progress=False)) for n in (2, 4)
+        numpy_peak(lambda n=n: evaluate(detector, data.select(names[:n]), progress=False))
+        for n in (2, 4)
     )
     yield Row(
         "P4", "largest memory of arrays in a run over four categories / over two", four / two, "x", 1.1,
@@ -128,7 +131,9 @@ def _same_bytes(folder: Path) -> Iterator[Row]:
             run(f"stopped {batch}")
         except KeyboardInterrupt:
             finished = {
-                category for category in done if (folder / f"stopped {batch}" / f"{category}.json").is_file()
+                category
+                for category in done
+                if (folder / f"stopped {batch}" / f"{category}.json").is_file()
             }
         stop_at = None
         wrong += run(f"stopped {batch}") != whole
@@ -137,12 +142,18 @@ def _same_bytes(folder: Path) -> Iterator[Row]:
         "P13", f"runs with other bytes after a stop at each of {batches} batches and a restart",
         wrong, "", 0, agreement=True, note="tests/test_evaluation.py does the same with SIGKILL",
     )  # fmt: skip
-    yield Row("P13", "finished categories that were computed again", repeated, "", 0, agreement=True)
+    yield Row(
+        "P13", "finished categories that were computed again", repeated, "", 0, agreement=True
+    )
 
 
 def _batch_sizes(quick: bool) -> Row:
     torch.manual_seed(0)
-    model = load_backbone("demo", device="cpu") if quick else load_backbone("ViT-B-16-plus-240", device="cpu")
+    model = (
+        load_backbone("demo", device="cpu")
+        if quick
+        else load_backbone("ViT-B-16-plus-240", device="cpu")
+    )
     detector = SDP(model, rvs="mean")
     images = torch.randn(17, 3, model.image_size, model.image_size)
     text = F.normalize(torch.randn(model.visual.proj.shape[1], 2), dim=0)

@@ -41,7 +41,11 @@ class Row:
         if self.bar is None or (quick and not self.agreement):
             return "not judged"
         # NaN is in no order with the bar and so a miss.
-        return "met" if (self.value >= self.bar if self.at_least else self.value <= self.bar) else "missed"
+        return (
+            "met"
+            if (self.value >= self.bar if self.at_least else self.value <= self.bar)
+            else "missed"
+        )
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ def torch_peak(form: Callable) -> int:
 def largest_difference(a, b) -> float:
     """Largest absolute difference of two equally long sequences of numbers or tensors; NaN stays NaN."""
     differences = [
-        float((torch.as_tensor(x) - torch.as_tensor(y)).abs().max()) for x, y in zip(a, b, strict=True)
+        float((torch.as_tensor(x) - torch.as_tensor(y)).abs().max())
+        for x, y in zip(a, b, strict=True)
     ]
     return math.nan if any(map(math.isnan, differences)) else max(differences)

@@ -36,7 +36,11 @@ SURGERY_BATCH = 16
 
 def rows(quick: bool) -> Iterator[Row]:
     torch.manual_seed(0)
-    model = load_backbone("demo", device="cpu") if quick else load_backbone("ViT-B-16-plus-240", device="cpu")
+    model = (
+        load_backbone("demo", device="cpu")
+        if quick
+        else load_backbone("ViT-B-16-plus-240", device="cpu")
+    )
     with torch.no_grad():
         yield from _dual_path(model)
         yield _golden()
@@ -131,7 +135,10 @@ def _maps(quick: bool) -> Iterator[Row]:
         "P8", f"{images} maps of {side} x {side}, sigma {sigma:g}: bilinear + SciPy's Gaussian image by image / ours",
         ratio(times["plain"], times["ours"]), "x", 20, at_least=True, note=times_note(times["plain"], times["ours"]),
     )  # fmt: skip
-    ours, plain = similarity_map(values, side, sigma), references.similarity_map_plain(values, side, sigma)
+    ours, plain = (
+        similarity_map(values, side, sigma),
+        references.similarity_map_plain(values, side, sigma),
+    )
     yield Row(
         "P8",
         "largest difference of the maps (values 0 to 1)",
@@ -156,7 +163,9 @@ def _text(model: Backbone) -> Iterator[Row]:
         for start in range(REPEATS):
             part = sentences[start::REPEATS]
             forms = {
-                "ours": lambda part=part: ours.update(zip(part, model.encode_text(part), strict=True)),
+                "ours": lambda part=part: ours.update(
+                    zip(part, model.encode_text(part), strict=True)
+                ),
                 "plain": lambda part=part: plain.update(
                     zip(part, model.model.encode_text(tokenizer(part)), strict=True)
                 ),
@@ -165,9 +174,9 @@ def _text(model: Backbone) -> Iterator[Row]:
                 wall, cpu = clocked(form)
                 timing[name].wall.append(wall)
                 timing[name].cpu.append(cpu)
-        again = interleaved({"cached": lambda: model.encode_text(sentences[::REPEATS]) is None}, calls=10)[
-            "cached"
-        ]
+        again = interleaved(
+            {"cached": lambda: model.encode_text(sentences[::REPEATS]) is None}, calls=10
+        )["cached"]
     yield Row(
         "P9", f"text of a category, {len(sentences)} sentences: open_clip's encode_text / ours, nothing cached",
         ratio(timing["plain"], timing["ours"]), "x", 4, at_least=True, note=times_note(timing["plain"], timing["ours"]),

@@ -28,7 +28,9 @@ def made_maps(images: int, side: int) -> tuple[np.ndarray, np.ndarray]:
             y, x = rng.integers(0, side - height), rng.integers(0, side - width)
             masks[i, y : y + height, x : x + width] = True
         noise = ndimage.gaussian_filter(rng.normal(size=(side, side)), side / 40)
-        maps[i] = noise / noise.std() + 1.5 * ndimage.gaussian_filter(masks[i].astype(float), side / 60)
+        maps[i] = noise / noise.std() + 1.5 * ndimage.gaussian_filter(
+            masks[i].astype(float), side / 60
+        )
     # Into (0, 1), where torchmetrics does not apply a sigmoid of its own.
     return (1 / (1 + np.exp(-maps))).astype(np.float32), masks
 
@@ -55,7 +57,9 @@ class Peers:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the interpreter of the peers ended with status {self._process.wait()}")
+            raise RuntimeError(
+                f"the interpreter of the peers ended with status {self._process.wait()}"
+            )
         found = json.loads(line)
         if "error" in found:
             raise RuntimeError(found["error"])
@@ -82,7 +86,9 @@ def rows(quick: bool, peers_python: str | None) -> Iterator[Row]:
 
     forms = {"ours": lambda: pixel_metrics(scores, masks) and None, "plain": plain}
     times = interleaved(forms)
-    size = f"{len(scores)} maps of {scores.shape[1]} x {scores.shape[2]}, {masks.mean():.1%} anomalous"
+    size = (
+        f"{len(scores)} maps of {scores.shape[1]} x {scores.shape[2]}, {masks.mean():.1%} anomalous"
+    )
     yield Row(
         "P1", f"four pixel metrics, {size}: scikit-learn (three) + plain exact PRO / ours",
         ratio(times["plain"], times["ours"]), "x", 40, at_least=True, note=times_note(times["plain"], times["ours"]),
@@ -125,7 +131,9 @@ def _peer_rows(scores, masks, ours, peers_python) -> Iterator[Row]:
     if peers_python is None:
         for what, bar in peers.values():
             yield Row("P1", what, None, "x", bar, True, note="no --peers-python given")
-        yield Row("P2", "difference from anomalib's AUPRO", None, "", 1e-6, note="no --peers-python given")
+        yield Row(
+            "P2", "difference from anomalib's AUPRO", None, "", 1e-6, note="no --peers-python given"
+        )
         return
     with Peers(peers_python, scores, masks) as other:
         for name, (what, bar) in peers.items():

@@ -36,7 +36,9 @@ def exact_pro(scores: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> floa
     rate, overlap = np.append(0, rate[distinct]), np.append(0, overlap[distinct])
     end = np.searchsorted(rate, limit, side="right")
     at_limit = np.interp(limit, rate[end - 1 : end + 1], overlap[end - 1 : end + 1])
-    return float(np.trapezoid(np.append(overlap[:end], at_limit), np.append(rate[:end], limit)) / limit)
+    return float(
+        np.trapezoid(np.append(overlap[:end], at_limit), np.append(rate[:end], limit)) / limit
+    )
 
 
 def feature_surgery_long(stage_features, text: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,9 @@ def child(folder: Path) -> None:
     print("ready", flush=True)
     for _ in sys.stdin:
         found, *seconds = timed(model, images)
-        np.savez(folder / "anomalib.npz", scores=found.pred_score.numpy(), maps=found.anomaly_map.numpy())
+        np.savez(
+            folder / "anomalib.npz", scores=found.pred_score.numpy(), maps=found.anomaly_map.numpy()
+        )
         print(*seconds, flush=True)
 
 
@@ -65,7 +67,9 @@ def main(arguments) -> None:
         )
         np.save(folder / "images.npy", images.numpy())
         command = [arguments.anomalib, __file__, "--child", name]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as other:
             while other.stdout.readline().strip() != "ready":
                 if other.poll() is not None:
                     raise SystemExit("anomalib's side did not start")

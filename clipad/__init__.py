@@ -13,29 +13,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOME = {
     "prompts": ["Prompts", "load_prompts"],
-    "published": ["data_dir", "published_results", "protocol"],
-    "datasets": ["Dataset", "Sample", "load_dataset", "check_dataset", "read_image", "read_mask"],
-    "metrics": ["image_metrics", "pixel_metrics", "pro_200_thresholds", "pro_curve"],
-    "backbone": ["Backbone", "load_backbone"],
-    "dual_path": ["StagedFeatures", "staged_features"],
     "text": ["representative_vector", "representative_vectors"],
+    "dual_path": ["StagedFeatures", "staged_features"],
     "surgery": ["feature_surgery", "similarity_map"],
+    "linear_layers": ["LinearLayers"],
+    "training": ["load_layers", "train"],
     "detectors": ["ClipSurgery", "Direct", "Features", "Prediction", "SDP", "SDPPlus"],
     "winclip": ["WinCLIP"],
-    "fine_tuning": ["LinearLayers", "load_layers", "train"],
+    "backbone": ["Backbone", "load_backbone"],
+    "datasets": ["Dataset", "Sample", "load_dataset", "check_dataset", "read_image", "read_mask"],
+    "metrics": ["image_metrics", "pixel_metrics", "pro_200_thresholds", "pro_curve"],
     "evaluation": ["Result", "evaluate"],
-    "experiments": ["Experiment", "experiment", "make_detector"],
-    "detection": ["calibrate", "detect"],
-}
-_FOR_NOTEBOOKS = {
-    "plots",
-    "distribution",
-    "phenomena",
-    "ablation",
-    "transfer",
-    "benchmark",
-    "bootstrap",
-    "widgets",
+    "published": ["data_dir", "published_results", "protocol"],
+    "studies.experiments": ["Experiment", "experiment", "make_detector"],
+    "tools.detect": ["calibrate", "detect"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)
@@ -45,7 +36,7 @@ __version__ = "0.1.0"
 def __getattr__(name):
     if name in _MODULE_OF:
         return getattr(import_module(f"clipad.{_MODULE_OF[name]}"), name)
-    if name in _HOME or name in _FOR_NOTEBOOKS:
+    if name in _HOME:
         return import_module(f"clipad.{name}")
     raise AttributeError(f"module 'clipad' has no attribute {name!r}")
 

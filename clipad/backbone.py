@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from clipad.datasets import image_tensor
-from clipad.demo import seen_words, words
+from clipad.prompts import words
 from clipad.published import data_dir
 
 
@@ -60,7 +60,9 @@ class Backbone:
         digest = hashlib.sha256()
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(
+                value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
         return digest.hexdigest()[:16]
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
@@ -106,7 +108,10 @@ class Backbone:
         The text mask is causal, so what stands behind the end token cannot change it: 77 positions become about 18.
         """
         model = self.model
-        if getattr(model, "attn_mask", None) is None or getattr(model, "text_pool_type", "") != "argmax":
+        if (
+            getattr(model, "attn_mask", None) is None
+            or getattr(model, "text_pool_type", "") != "argmax"
+        ):
             return model.encode_text(tokens)
         length = int(tokens.argmax(dim=-1).max()) + 1
         tokens = tokens[:, :length]
@@ -181,7 +186,9 @@ def load_backbone(
         return _load_demo(pretrained, device, image_size)
     if name not in open_clip.list_models():
         near = get_close_matches(name, ["demo", *open_clip.list_models()], n=3)
-        raise ValueError(f"unknown model {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        raise ValueError(
+            f"unknown model {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
 
     tags = open_clip.list_pretrained_tags_by_model(name)
     path = Path(pretrained) if pretrained else None
@@ -190,7 +197,9 @@ def load_backbone(
             f"pretrained={str(pretrained)!r} is neither a file nor a tag of {name}; "
             f"its tags are {', '.join(tags) or 'none'}"
         )
-    _require_whole_patches(image_size, open_clip.get_model_config(name)["vision_cfg"].get("patch_size"))
+    _require_whole_patches(
+        image_size, open_clip.get_model_config(name)["vision_cfg"].get("patch_size")
+    )
     with torch.random.fork_rng(devices=[]), _quiet_open_clip():
         torch.manual_seed(seed)
         try:
@@ -202,13 +211,17 @@ def load_backbone(
             )
         except (RuntimeError, SafetensorError, OSError, EOFError, ValueError, KeyError) as error:
             raise ValueError(_why_not_loaded(name, pretrained, error)) from error
-        except Exception as error:  # pickle.UnpicklingError and what an archive of another kind raises
+        except (
+            Exception
+        ) as error:  # pickle.UnpicklingError and what an archive of another kind raises
             raise ValueError(_why_not_loaded(name, pretrained, error)) from error
     if path is not None:
         source = f"checkpoint file {path.name}" if path.is_file() else f"open_clip tag {pretrained}"
     else:
         source = f"random weights (seed {seed})"
-    _require_plain_vit(model.visual, name)  # before the tokenizer: those of other models need other packages
+    _require_plain_vit(
+        model.visual, name
+    )  # before the tokenizer: those of other models need other packages
     preprocess = open_clip.get_model_preprocess_cfg(model)
     return Backbone(
         _finite(model, pretrained),
@@ -251,7 +264,7 @@ def _load_demo(pretrained, device, image_size) -> Backbone:
         pretrained=shipped,
         mean=pre["mean"],
         std=pre["std"],
-        known_words=seen_words(),
+        known_words=frozenset((folder / "words.txt").read_text(encoding="utf-8").split()),
     )
 
 
@@ -294,10 +307,16 @@ def _require_plain_vit(visual, name: str) -> None:
         reason = "it pools by attention"
     elif visual.pool_type != "tok" or visual.final_ln_after_pool or visual.proj is None:
         reason = f"it pools by {visual.pool_type!r} with another projection"
-    elif not all(type(block).__name__ == "ResidualAttentionBlock" for block in visual.transformer.resblocks):
+    elif not all(
+        type(block).__name__ == "ResidualAttentionBlock" for block in visual.transformer.resblocks
+    ):
         reason = f"its blocks are {type(visual.transformer.resblocks[0]).__name__}"
-    elif visual.image_size[0] != visual.image_size[1] or visual.patch_size[0] != visual.patch_size[1]:
-        reason = f"its images are {visual.image_size} and its patches {visual.patch_size}, not square"
+    elif (
+        visual.image_size[0] != visual.image_size[1] or visual.patch_size[0] != visual.patch_size[1]
+    ):
+        reason = (
+            f"its images are {visual.image_size} and its patches {visual.patch_size}, not square"
+        )
     if reason:
         raise ValueError(
             f"{name} is not a plain CLIP vision transformer ({reason}): the staged dual path needs one, "
@@ -316,7 +335,9 @@ def _require_whole_patches(image_size: int | None, patch_size: int | None) -> No
 def _finite(model, source):
     for key, value in model.state_dict().items():
         if not torch.isfinite(value).all() and not key.endswith("attn_mask"):
-            raise ValueError(f"the weights {source} hold non-finite values in {key}: the file is damaged")
+            raise ValueError(
+                f"the weights {source} hold non-finite values in {key}: the file is damaged"
+            )
     return model
 
 

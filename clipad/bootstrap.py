@@ -33,11 +33,15 @@ def draw_counts(labels, n_resamples: int, rng: np.random.Generator) -> np.ndarra
     counts = np.ones((1 + n_resamples, len(labels)), dtype=np.int64)
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
-        counts[1:, own] = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), size=n_resamples)
+        counts[1:, own] = rng.multinomial(
+            len(own), np.full(len(own), 1 / len(own)), size=n_resamples
+        )
     return counts
 
 
-def resampled_metrics(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+def resampled_metrics(
+    scores: np.ndarray, truth: np.ndarray, counts: np.ndarray
+) -> dict[str, np.ndarray]:
     """``auroc``, ``f1_max``, ``ap`` and ``pro`` of every resample, R numbers each.
 
     ``scores`` and ``truth``: N x H x W maps and bool masks, or N image scores and labels (without ``pro``);
@@ -45,7 +49,11 @@ def resampled_metrics(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray)
     :func:`clipad.pixel_metrics`. Raises ValueError for shapes that do not fit.
     """
     scores, truth, counts = np.asarray(scores), np.asarray(truth).astype(bool), np.asarray(counts)
-    if scores.shape != truth.shape or scores.ndim not in (1, 3) or counts.shape[1:] != scores.shape[:1]:
+    if (
+        scores.shape != truth.shape
+        or scores.ndim not in (1, 3)
+        or counts.shape[1:] != scores.shape[:1]
+    ):
         raise ValueError(
             "scores and truth have to be N x H x W or N, counts R x N; "
             f"found {scores.shape}, {truth.shape} and {counts.shape}"
@@ -65,7 +73,9 @@ def resampled_metrics(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray)
     order = np.argsort(scores[truth])[::-1]
     found_at, owner, weights = scores[truth][order], owner[order], weights[order]
     first = (
-        np.flatnonzero(np.append(True, found_at[1:] != found_at[:-1])) if len(found_at) else np.array([], int)
+        np.flatnonzero(np.append(True, found_at[1:] != found_at[:-1]))
+        if len(found_at)
+        else np.array([], int)
     )
 
     n = len(counts)
@@ -101,7 +111,12 @@ def resampled_metrics(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray)
                 overlap = height[:, -1:]
             found, false = now[:, -1:], at[:, -1:]
         area += (overlap * (limit - np.minimum(false, limit)))[:, 0]
-        results = [1 - wrong / (total * total_normal), best_f1, ap / total, area / (limit[:, 0] * n_regions)]
+        results = [
+            1 - wrong / (total * total_normal),
+            best_f1,
+            ap / total,
+            area / (limit[:, 0] * n_regions),
+        ]
     undefined = (total == 0) | (total_normal == 0)
     return {
         name: np.where(undefined, np.nan, values)
@@ -120,6 +135,8 @@ def _regions(truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return numbers, np.concatenate(weights)
 
 
-def interval(values: np.ndarray, level: float = 0.95, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
+def interval(
+    values: np.ndarray, level: float = 0.95, axis: int = -1
+) -> tuple[np.ndarray, np.ndarray]:
     """Percentile interval: the middle ``level`` of resampled values."""
     return tuple(np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=axis))

@@ -40,8 +40,19 @@ SUFFIXES_OF = {
     "WEBP": (".webp",),
 }
 IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes)
-IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # all others (EPS runs a program) stay closed
-NORMAL_NAMES = ("good", "normal", "no", "ok")  # sub-folders of dataset "folder" that hold normal images
+IMAGE_FORMATS = (
+    "PNG",
+    "JPEG",
+    "BMP",
+    "TIFF",
+    "WEBP",
+)  # all others (EPS runs a program) stay closed
+NORMAL_NAMES = (
+    "good",
+    "normal",
+    "no",
+    "ok",
+)  # sub-folders of dataset "folder" that hold normal images
 
 # Test images per category, (normal, anomalous), of the published data sets (data/README.md says where each is from).
 EXPECTED = {
@@ -123,7 +134,9 @@ def read_image(path: str | Path) -> Image.Image:
         raise UnreadableImageError(f"cannot read image {path}: {error}") from error
 
 
-def read_mask(path: str | Path, image_size: int, expected_size: tuple[int, int] | None = None) -> np.ndarray:
+def read_mask(
+    path: str | Path, image_size: int, expected_size: tuple[int, int] | None = None
+) -> np.ndarray:
     """Read a ground-truth mask as an S x S bool array, S = `image_size` (METHOD.md section 1).
 
     A pixel is anomalous where any colour channel is > 0 (alpha is ignored), decided at native size; then bilinear
@@ -166,7 +179,9 @@ def image_tensor(image: Image.Image, image_size: int, mean: Iterable[float], std
     """
     import torch  # on first use: listing and checking data sets does not need it
 
-    image = _eight_bit(image).resize((image_size, image_size), Image.Resampling.BICUBIC).convert("RGB")
+    image = (
+        _eight_bit(image).resize((image_size, image_size), Image.Resampling.BICUBIC).convert("RGB")
+    )
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
@@ -174,7 +189,9 @@ def image_tensor(image: Image.Image, image_size: int, mean: Iterable[float], std
 def _decode(path: str | Path, header_only: bool = False) -> Image.Image:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > PIXEL_LIMIT:  # known from the header, before any pixel is decoded
+            if (
+                image.width * image.height > PIXEL_LIMIT
+            ):  # known from the header, before any pixel is decoded
                 raise ImageTooLargeError(
                     f"{path} has {image.width} x {image.height} pixels; the limit is {PIXEL_LIMIT:,} "
                     "(clipad.datasets.PIXEL_LIMIT). Scale the image down, or raise the limit if you trust the file"
@@ -331,12 +348,16 @@ def load_dataset(
     return dataset.select(categories) if categories else dataset
 
 
-Problem = Callable[[type[Exception], str], None]  # raises (load_dataset) or collects (check_dataset)
+Problem = Callable[
+    [type[Exception], str], None
+]  # raises (load_dataset) or collects (check_dataset)
 
 
 def _list_dataset(name: str, root: str | Path | None, problem: Problem) -> Dataset:
     if name not in LAYOUTS:
-        raise ValueError(f"unknown data set {name!r}{_nearest(name, LAYOUTS)}. Known: {', '.join(LAYOUTS)}")
+        raise ValueError(
+            f"unknown data set {name!r}{_nearest(name, LAYOUTS)}. Known: {', '.join(LAYOUTS)}"
+        )
     if root is None or str(root) == "":
         if name not in ("demo", "demo_aux"):
             raise ValueError(
@@ -391,7 +412,12 @@ def _mvtec(root: Path, problem: Problem) -> list[Sample]:
 
 
 def _labelled(
-    parent: Path, folder: Path, category: str, normal: tuple[str, ...], masks_needed: bool, problem: Problem
+    parent: Path,
+    folder: Path,
+    category: str,
+    normal: tuple[str, ...],
+    masks_needed: bool,
+    problem: Problem,
 ) -> list[Sample]:
     """Images in parent/<defect>/, masks in folder/ground_truth/<defect>/, object masks in folder/object/<defect>/."""
     samples = []
@@ -408,7 +434,9 @@ def _labelled(
                     f"no mask for {image}: expected {folder / 'ground_truth' / defect / image.stem}_mask.png",
                 )
             kind = defect if label else "good"
-            samples.append(Sample(image, mask, category, label, kind, objects.get(_nfc(image.stem))))
+            samples.append(
+                Sample(image, mask, category, label, kind, objects.get(_nfc(image.stem)))
+            )
     return samples
 
 
@@ -435,14 +463,22 @@ def _visa(root: Path, problem: Problem) -> list[Sample]:
         if row["split"] != "test" or not (root / row["object"]).is_dir():
             continue
         if row["label"] not in ("normal", "anomaly"):
-            problem(ValueError, f"{path}, line {line}: label {row['label']!r}, expected normal or anomaly")
+            problem(
+                ValueError,
+                f"{path}, line {line}: label {row['label']!r}, expected normal or anomaly",
+            )
             continue
         label = int(row["label"] == "anomaly")
         if label and not row["mask"]:
-            problem(FileNotFoundError, f"no mask for {root / row['image']}: {path}, line {line} names none")
+            problem(
+                FileNotFoundError,
+                f"no mask for {root / row['image']}: {path}, line {line} names none",
+            )
         mask = root / row["mask"] if label and row["mask"] else None
         category = _nfc(row["object"])
-        samples.append(Sample(root / row["image"], mask, category, label, "anomaly" if label else "good"))
+        samples.append(
+            Sample(root / row["image"], mask, category, label, "anomaly" if label else "good")
+        )
     return sorted(samples, key=lambda s: (s.category, s.label, s.image_path.name))
 
 
@@ -454,7 +490,9 @@ def _isic_fits(root: Path) -> bool:
 
 
 def _isic(root: Path, problem: Problem) -> list[Sample]:
-    return _all_anomalous(root / ISIC_IMAGES, root / ISIC_MASKS, "_Segmentation", "skin", "lesion", problem)
+    return _all_anomalous(
+        root / ISIC_IMAGES, root / ISIC_MASKS, "_Segmentation", "skin", "lesion", problem
+    )
 
 
 def _clinicdb_fits(root: Path) -> bool:
@@ -473,7 +511,10 @@ def _all_anomalous(
     for image in _images(images):
         mask = pairs.get(_nfc(image.stem))
         if mask is None:
-            problem(FileNotFoundError, f"no mask for {image}: expected {masks / (image.stem + suffix)}.*")
+            problem(
+                FileNotFoundError,
+                f"no mask for {image}: expected {masks / (image.stem + suffix)}.*",
+            )
         samples.append(Sample(image, mask, category, 1, defect))
     return samples
 
@@ -495,7 +536,8 @@ def _headct(root: Path, problem: Problem) -> list[Sample]:
         image = images.pop(row["id"].zfill(3), None)
         if image is None:
             problem(
-                FileNotFoundError, f"{where}: no image {folder / row['id'].zfill(3)}.png, or listed twice"
+                FileNotFoundError,
+                f"{where}: no image {folder / row['id'].zfill(3)}.png, or listed twice",
             )
             continue
         label = int(row["hemorrhage"])
@@ -506,7 +548,9 @@ def _headct(root: Path, problem: Problem) -> list[Sample]:
 
 
 def _brainmri_folder(root: Path) -> Path:
-    nested = root / "brain_tumor_dataset"  # the archive holds every image twice: here and in root/{no,yes}
+    nested = (
+        root / "brain_tumor_dataset"
+    )  # the archive holds every image twice: here and in root/{no,yes}
     return nested if (nested / "yes").is_dir() else root
 
 
@@ -517,7 +561,9 @@ def _brainmri_fits(root: Path) -> bool:
 def _brainmri(root: Path, problem: Problem) -> list[Sample]:
     folder = _brainmri_folder(root)
     samples = [Sample(image, None, "brain ct", 0, "good") for image in _images(folder / "no")]
-    return samples + [Sample(image, None, "brain ct", 1, "tumour") for image in _images(folder / "yes")]
+    return samples + [
+        Sample(image, None, "brain ct", 1, "tumour") for image in _images(folder / "yes")
+    ]
 
 
 def _folder_fits(root: Path) -> bool:
@@ -539,7 +585,9 @@ def _folder_category(folder: Path, problem: Problem) -> list[Sample] | None:
     parent = folder / "test" if (folder / "test").is_dir() else folder
     subfolders = _folders(parent)
     flat = _images(parent)
-    labelled = parent != folder or any(f.name.lower() in NORMAL_NAMES and _images(f) for f in subfolders)
+    labelled = parent != folder or any(
+        f.name.lower() in NORMAL_NAMES and _images(f) for f in subfolders
+    )
     if flat and any(_images(f) for f in subfolders):
         problem(
             LayoutError,
@@ -573,11 +621,17 @@ LAYOUTS = {
         (ISIC_IMAGES, ISIC_MASKS),
     ),
     "clinicdb": Layout(
-        "Original/N.tif and 'Ground Truth'/N.tif", _clinicdb_fits, _clinicdb, ("Original", "Ground Truth")
+        "Original/N.tif and 'Ground Truth'/N.tif",
+        _clinicdb_fits,
+        _clinicdb,
+        ("Original", "Ground Truth"),
     ),
     "headct": Layout("labels.csv and head_ct/head_ct/NNN.png", _headct_fits, _headct, ("head_ct",)),
     "brainmri": Layout(
-        "brain_tumor_dataset/{no,yes}/", _brainmri_fits, _brainmri, ("brain_tumor_dataset", "no", "yes")
+        "brain_tumor_dataset/{no,yes}/",
+        _brainmri_fits,
+        _brainmri,
+        ("brain_tumor_dataset", "no", "yes"),
     ),
     "demo": Layout("<category>/{test,ground_truth,object}/<defect>/", _demo_fits, _demo),
     "demo_aux": Layout("<category>/{test,ground_truth,object}/<defect>/", _demo_fits, _demo),
@@ -619,8 +673,12 @@ def _expected_and_found(name: str, root: Path) -> str:
     if not any(root.iterdir()):
         found = "an empty folder"
     else:
-        shown = ", ".join(folder.name for folder in folders[:8]) + (", ..." if len(folders) > 8 else "")
-        found = f"{len(folders)} sub-folders{f' ({shown})' if folders else ''} and {len(images)} images"
+        shown = ", ".join(folder.name for folder in folders[:8]) + (
+            ", ..." if len(folders) > 8 else ""
+        )
+        found = (
+            f"{len(folders)} sub-folders{f' ({shown})' if folders else ''} and {len(images)} images"
+        )
     fitting = [other for other in EXPECTED if other != name and LAYOUTS[other].fits(root)]
     if not fitting and name != "folder" and any(_folder(root, lambda *problem: None)):
         fitting = ["folder"]
@@ -650,7 +708,11 @@ def _folders(folder: Path, without: tuple[str, ...] = ()) -> list[Path]:
 
 
 def _images(folder: Path) -> list[Path]:
-    return [path for path in _visible(folder) if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
+    return [
+        path
+        for path in _visible(folder)
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
+    ]
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -736,14 +798,18 @@ class DatasetReport:
         if len(shown) > 1:
             total = shown.drop(columns="category").sum(min_count=1)
             shown = pd.concat([shown, pd.DataFrame([{"category": "total", **total}])])
-        said = [c for c in shown if c in ("category", "normal", "anomalous") or shown[c].fillna(0).any()]
+        said = [
+            c for c in shown if c in ("category", "normal", "anomalous") or shown[c].fillna(0).any()
+        ]
         parts = [
             f"data set {self.name!r} at {self.root}",
             shown[said].to_string(index=False, na_rep="-", float_format="{:.0f}".format),
             *(f"PROBLEM: {text}" for text in self.problems[:50]),
         ]
         if len(self.problems) > 50:
-            parts.append(f"... and {len(self.problems) - 50} more problems (report.problems has all)")
+            parts.append(
+                f"... and {len(self.problems) - 50} more problems (report.problems has all)"
+            )
         parts += [f"note: {text}" for text in self.notes]
         parts.append("ok" if self.ok else f"{len(self.problems)} problems")
         return "\n".join(parts)
@@ -769,7 +835,9 @@ class Findings:
         self.problems.append(str(problem))
 
 
-def check_dataset(name: str, root: str | Path | None = None, image_size: int = 240) -> DatasetReport:
+def check_dataset(
+    name: str, root: str | Path | None = None, image_size: int = 240
+) -> DatasetReport:
     """Read every test image and mask of a data set and report what is wrong with them.
 
     The table's columns per category: `category`, `normal`, `anomalous`, `unlabelled`, `unreadable` (images and masks),
@@ -822,10 +890,16 @@ def check_dataset(name: str, root: str | Path | None = None, image_size: int = 2
             )
 
     modes = Counter(found.mode for found in inspected if found.mode)
-    notes = ["image modes: " + ", ".join(f"{mode} {n}" for mode, n in modes.most_common())] if modes else []
+    notes = (
+        ["image modes: " + ", ".join(f"{mode} {n}" for mode, n in modes.most_common())]
+        if modes
+        else []
+    )
     pairs = list(zip(dataset, inspected, strict=True))
     lossy = [
-        s.mask_path for s in dataset if s.mask_path and s.mask_path.suffix.lower() in SUFFIXES_OF["JPEG"]
+        s.mask_path
+        for s in dataset
+        if s.mask_path and s.mask_path.suffix.lower() in SUFFIXES_OF["JPEG"]
     ]
     for text, paths in [
         ("byte-identical to an earlier image, kept", copies),
@@ -843,7 +917,9 @@ def check_dataset(name: str, root: str | Path | None = None, image_size: int = 2
         if paths:
             shown = ", ".join(str(path.relative_to(dataset.root)) for path in paths[:5])
             notes.append(f"{text}: {len(paths)} ({shown}{', ...' if len(paths) > 5 else ''})")
-    return DatasetReport(name, dataset.root, image_size, pd.DataFrame(rows, columns=columns), problems, notes)
+    return DatasetReport(
+        name, dataset.root, image_size, pd.DataFrame(rows, columns=columns), problems, notes
+    )
 
 
 def _inspect(sample: Sample, image_size: int) -> Findings:
@@ -858,7 +934,9 @@ def _inspect(sample: Sample, image_size: int) -> Findings:
         found.rotated = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1
         found.counts["converted"] += image.mode not in ("L", "RGB")
     except (OSError, ValueError) as error:
-        found.add("unreadable", error if isinstance(error, OSError) else f"{sample.image_path}: {error}")
+        found.add(
+            "unreadable", error if isinstance(error, OSError) else f"{sample.image_path}: {error}"
+        )
     for path in filter(None, (sample.mask_path, sample.object_mask_path)):
         try:
             mask = _native_mask(path, size)
@@ -882,5 +960,7 @@ def _left_over(dataset: Dataset) -> list[Path]:
         path
         for path in found
         if path not in used
-        and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(dataset.root).parts)
+        and not any(
+            part.startswith((".", "__MACOSX")) for part in path.relative_to(dataset.root).parts
+        )
     )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from clipad.backbone import Backbone
 from clipad.dual_path import default_stages, require_images, staged_features
-from clipad.fine_tuning import LinearLayers, linear_logits, linear_maps, require_separate
+from clipad.linear_layers import LinearLayers, linear_logits, linear_maps, require_separate
 from clipad.prompts import CLIP_AD, Prompts
 from clipad.surgery import cosine, feature_surgery, similarity_map, smooth
 from clipad.text import check_method, representative_vectors
@@ -171,10 +171,16 @@ class Direct(Detector):
 
     def _features(self, images):
         out = self.backbone.visual.forward_intermediates(
-            images, indices=1, normalize_intermediates=True, output_fmt="NLC", output_extra_tokens=True
+            images,
+            indices=1,
+            normalize_intermediates=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
         )
         # forward_intermediates has applied ln_post; only the projection is missing.
-        tokens = torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1)
+        tokens = torch.cat(
+            [out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1
+        )
         return Features(out["image_features"], [tokens @ self.backbone.visual.proj])
 
     def patch_values(self, features, text):
@@ -200,7 +206,9 @@ class SDP(Detector):
         as_released=True,
     ):
         super().__init__(backbone, prompts, rvs, rvs_options, smoothing)
-        self.stages = tuple(stages) if stages else default_stages(len(backbone.visual.transformer.resblocks))
+        self.stages = (
+            tuple(stages) if stages else default_stages(len(backbone.visual.transformer.resblocks))
+        )
         self.as_released = as_released
 
     def _features(self, images):
@@ -219,7 +227,7 @@ class SDPPlus(SDP):
     """SDP plus one trained linear layer per stage (paper section 3.3, METHOD.md section 6).
 
     Map = SDP's map before smoothing + sum over stages of the layers' anomalous probability, then smoothed.
-    ``layers``: from :func:`clipad.fine_tuning.train` or ``load_layers``; the other options as for SDP.
+    ``layers``: from :func:`clipad.training.train` or ``load_layers``; the other options as for SDP.
 
     A category that trained the layers is refused (ValueError) unless ``allow_overlap``, which then stands in the
     name and in the settings of every result.
@@ -227,7 +235,9 @@ class SDPPlus(SDP):
 
     name = "SDP+"
 
-    def __init__(self, backbone, layers: LinearLayers, *args, allow_overlap: bool = False, **options):
+    def __init__(
+        self, backbone, layers: LinearLayers, *args, allow_overlap: bool = False, **options
+    ):
         super().__init__(backbone, *args, **options)
         layers.require_fit(backbone, self.stages, self.as_released)
         self.layers = layers.to(backbone.device)
@@ -300,7 +310,12 @@ class ClipSurgery(Detector):
     def _features(self, images):
         layers = len(self.backbone.visual.transformer.resblocks)
         found = staged_features(
-            self.backbone.visual, images, [layers], as_released=False, first_block=layers // 2, restart=False
+            self.backbone.visual,
+            images,
+            [layers],
+            as_released=False,
+            first_block=layers // 2,
+            restart=False,
         )
         return Features(found.image_embedding, found.surgery)
 

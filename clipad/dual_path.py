@@ -37,7 +37,9 @@ def default_stages(layers: int) -> tuple[int, ...]:
     (6, 12, 18, 24)
     """
     if layers % 4:
-        raise ValueError(f"four stages need a number of blocks divisible by 4, this model has {layers}")
+        raise ValueError(
+            f"four stages need a number of blocks divisible by 4, this model has {layers}"
+        )
     return tuple(layers * quarter // 4 for quarter in (1, 2, 3, 4))
 
 
@@ -105,7 +107,9 @@ def _dual_attention(block, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     a = out_proj(softmax(q k^T / sqrt(d)) v),  s = out_proj(softmax(v v^T / sqrt(d)) v)
     """
     q, k, v = queries_keys_values(block, x)
-    heads = torch.stack([F.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(v, v, v)])
+    heads = torch.stack(
+        [F.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(v, v, v)]
+    )
     a, s = join_heads(block, heads)
     return a, s
 
@@ -129,7 +133,9 @@ def attention_weights(block, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     """
     q, k, v = queries_keys_values(block, x)
     scale = q.shape[-1] ** -0.5
-    return tuple(((left @ right.mT) * scale).softmax(dim=-1).mean(dim=1) for left, right in ((q, k), (v, v)))
+    return tuple(
+        ((left @ right.mT) * scale).softmax(dim=-1).mean(dim=1) for left, right in ((q, k), (v, v))
+    )
 
 
 def embed_patches(visual, images: torch.Tensor) -> torch.Tensor:

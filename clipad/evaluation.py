@@ -87,20 +87,27 @@ def evaluate(
     if not len(dataset):
         raise ValueError(f"the data set {dataset.name} has no images")
     if batch_size < 1 or workers < 1:
-        raise ValueError(f"batch_size and workers have to be 1 or more, found {batch_size} and {workers}")
+        raise ValueError(
+            f"batch_size and workers have to be 1 or more, found {batch_size} and {workers}"
+        )
     _check_masks(dataset, workers)
     settings = detector.settings | {"dataset": dataset.name, "samples": fingerprint(dataset)}
     folder = _claim(Path(output_dir), settings) if output_dir is not None else None
 
     rows, frames = {}, []
     with tqdm(
-        total=len(dataset), desc=f"{detector.name} on {dataset.name}", unit="image", disable=not progress
+        total=len(dataset),
+        desc=f"{detector.name} on {dataset.name}",
+        unit="image",
+        disable=not progress,
     ) as bar:
         for category in dataset.categories:
             samples = [sample for sample in dataset if sample.category == category]
             found = _load_category(folder, category, len(samples))
             if found is None:
-                found = _run_category(detector, category, samples, dataset, folder, batch_size, workers, bar)
+                found = _run_category(
+                    detector, category, samples, dataset, folder, batch_size, workers, bar
+                )
             else:
                 bar.update(len(samples))
             frames.append(found[0])
@@ -140,7 +147,9 @@ def fingerprint(dataset: Dataset) -> str:
     for s in dataset:
         files = (s.image_path, s.mask_path, s.object_mask_path)
         content = "|".join("" if path is None else content_hash(path) for path in files)
-        digest.update(f"{_relative(s.image_path, dataset)}|{s.category}|{s.label}|{content}\n".encode())
+        digest.update(
+            f"{_relative(s.image_path, dataset)}|{s.category}|{s.label}|{content}\n".encode()
+        )
     return digest.hexdigest()[:16]
 
 
@@ -169,7 +178,9 @@ def _stack(futures, pin: bool) -> torch.Tensor:
     return images.pin_memory() if pin else images
 
 
-def predict_halving(detector, images: torch.Tensor, category: str) -> tuple[torch.Tensor, torch.Tensor]:
+def predict_halving(
+    detector, images: torch.Tensor, category: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Maps and probabilities; a batch that does not fit into GPU memory is halved until it does."""
     try:
         prediction = detector.predict(images, category)
@@ -197,14 +208,20 @@ def _run_category(detector, category, samples, dataset, folder, batch_size, work
             bar.update(len(group))
         if has_masks:
             found = part.pop("maps")
-            if maps is None:  # once for the whole category: to put parts together later would hold them twice
+            if (
+                maps is None
+            ):  # once for the whole category: to put parts together later would hold them twice
                 maps = np.empty((len(samples), *found.shape[1:]), dtype=np.float32)
             maps[start : start + len(group)] = found
         parts.append(part)
 
     probabilities = np.concatenate([part["probabilities"] for part in parts])
     map_maxima = np.concatenate([part["map_maxima"] for part in parts])
-    score = published_image_score(probabilities, map_maxima) if detector.map_in_image_score else probabilities
+    score = (
+        published_image_score(probabilities, map_maxima)
+        if detector.map_in_image_score
+        else probabilities
+    )
     frame = pd.DataFrame(
         {
             "category": category,
@@ -259,7 +276,9 @@ def read_masks(samples: list[Sample], image_size: int, workers: int = 4) -> np.n
     with_mask = [i for i, s in enumerate(samples) if s.mask_path is not None]
     with ThreadPoolExecutor(workers) as pool:
         read = pool.map(
-            lambda i: read_mask(samples[i].mask_path, image_size, native_size(samples[i].image_path)),
+            lambda i: read_mask(
+                samples[i].mask_path, image_size, native_size(samples[i].image_path)
+            ),
             with_mask,
         )
         for i, mask in zip(with_mask, read, strict=True):
@@ -280,7 +299,9 @@ def _claim(folder: Path, settings: dict) -> Path:
                 f"{path} is damaged, so nobody knows what made the results beside it: "
                 "choose another output_dir or remove this one"
             ) from None
-        different = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+        different = sorted(
+            key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)
+        )
         if different:
             raise ValueError(
                 f"{folder} holds results of other settings (different: {', '.join(different)}): "
@@ -301,17 +322,24 @@ def _load_category(folder: Path | None, category: str, count: int):
         # Through text, because pandas' own parser may round the last digit.
         scores = ["probability", "map_max", "image_score"]
         frame = pd.read_csv(
-            folder / f"{_slug(category)}.csv", keep_default_na=False, dtype=dict.fromkeys(scores, str)
+            folder / f"{_slug(category)}.csv",
+            keep_default_na=False,
+            dtype=dict.fromkeys(scores, str),
         )
         frame[scores] = frame[scores].astype(np.float64)
-    except Exception:  # as with a part: whatever is wrong with the files, the category is computed again
+    except (
+        Exception
+    ):  # as with a part: whatever is wrong with the files, the category is computed again
         return None
     return (frame, metrics) if len(frame) == count else None
 
 
 def _json(metrics: dict) -> str:
     """Undefined metrics are null: NaN is not JSON."""
-    return json.dumps({k: None if np.isnan(v) else float(v) for k, v in metrics.items()}, indent=1) + "\n"
+    return (
+        json.dumps({k: None if np.isnan(v) else float(v) for k, v in metrics.items()}, indent=1)
+        + "\n"
+    )
 
 
 def _read_part(path: Path | None, length: int) -> dict | None:

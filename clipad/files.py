@@ -37,9 +37,7 @@ def require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        message = (
-            f"the output folder {folder} cannot be written ({error.strerror}): choose another output_dir"
-        )
+        message = f"the output folder {folder} cannot be written ({error.strerror}): choose another output_dir"
         raise OSError(error.errno, message) from error
 
 
@@ -52,7 +50,9 @@ def code_version() -> str:
     root = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+        digest.update(
+            path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
+        )
     return digest.hexdigest()[:12]
 
 

@@ -100,7 +100,9 @@ def pro_curve(scores: ArrayLike, masks: ArrayLike) -> tuple[np.ndarray, np.ndarr
     """
     scores, masks = _checked(scores, masks, "N x H x W", "masks")
     if masks.all() or not masks.any():
-        raise ValueError("The curve needs anomalous and normal pixels; the masks hold only one of the two.")
+        raise ValueError(
+            "The curve needs anomalous and normal pixels; the masks hold only one of the two."
+        )
     return _pro_polyline(_counts(scores, masks, _region_weights(masks)))
 
 
@@ -143,14 +145,18 @@ class _Counts(NamedTuple):
     n_normal: int
 
 
-def _counts(scores: np.ndarray, anomalous: np.ndarray, weights: np.ndarray | None = None) -> _Counts:
+def _counts(
+    scores: np.ndarray, anomalous: np.ndarray, weights: np.ndarray | None = None
+) -> _Counts:
     """Sort, look up, count. Weights: one for each anomalous score, in the order of ``scores[anomalous]``."""
     normal = scores[~anomalous]
     normal.sort()  # a copy, so in place; of float32, where NumPy has a vectorised sort
     found = scores[anomalous]
     order = np.argsort(found)
     found = found[order]
-    first = np.flatnonzero(np.append(True, found[1:] != found[:-1]))  # the first of each run of equal scores
+    first = np.flatnonzero(
+        np.append(True, found[1:] != found[:-1])
+    )  # the first of each run of equal scores
     thresholds = found[first]  # rising, because a search in the order of memory is faster
     anomalous_at = found.size - first
     overlap = anomalous_at if weights is None else np.cumsum(weights[order[::-1]])[anomalous_at - 1]
@@ -163,7 +169,8 @@ def _counts(scores: np.ndarray, anomalous: np.ndarray, weights: np.ndarray | Non
     several = tied[normal[np.minimum(not_above[tied], last)] == thresholds[tied]]
     not_above[several] = np.searchsorted(normal, thresholds[several], side="right")
     falling = (
-        values[::-1] for values in (anomalous_at, normal.size - below, normal.size - not_above, overlap)
+        values[::-1]
+        for values in (anomalous_at, normal.size - below, normal.size - not_above, overlap)
     )
     return _Counts(*falling, normal.size)
 
@@ -228,7 +235,9 @@ def _checked(
             f"scores and {truth_name} must have one shape, found {scores.shape} and {truth.shape}."
         )
     if scores.size == 0:
-        raise ValueError(f"Nothing to evaluate: scores and {truth_name} are empty, shape {scores.shape}.")
+        raise ValueError(
+            f"Nothing to evaluate: scores and {truth_name} are empty, shape {scores.shape}."
+        )
     if scores.dtype not in (np.float32, np.float64):
         # float16 fits into float32; integers and booleans into float64.
         scores = scores.astype(np.float32 if scores.dtype == np.float16 else np.float64)

@@ -6,6 +6,7 @@ Prompts are data: the ones of CLIP-AD and of WinCLIP stand below, and a user's o
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +133,9 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file in UTF-8 ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"{path}: not a YAML file in UTF-8 ({str(error).splitlines()[0]})"
+        ) from None
     keys = {"normal", "anomalous", "templates", "object_names"}
     if not isinstance(found, dict) or not set(found) <= keys or not found:
         what = sorted(found) if isinstance(found, dict) else type(found).__name__
@@ -140,11 +143,19 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
     lists = {}
     for key in ("normal", "anomalous", "templates"):
         entries = found.get(key, getattr(CLIP_AD, key))
-        if isinstance(entries, str) or not entries or not all(isinstance(entry, str) for entry in entries):
-            raise ValueError(f"{path}: '{key}' has to be a list of at least one text, found {entries!r}")
+        if (
+            isinstance(entries, str)
+            or not entries
+            or not all(isinstance(entry, str) for entry in entries)
+        ):
+            raise ValueError(
+                f"{path}: '{key}' has to be a list of at least one text, found {entries!r}"
+            )
         for entry in entries:
             if entry.count("{}") != 1 or entry.count("{") != 1 or entry.count("}") != 1:
-                raise ValueError(f"{path}: '{key}' needs exactly one {{}} in each entry, found {entry!r}")
+                raise ValueError(
+                    f"{path}: '{key}' needs exactly one {{}} in each entry, found {entry!r}"
+                )
         twice = [entry for entry, count in Counter(entries).items() if count > 1]
         if twice:
             raise ValueError(f"{path}: '{key}' lists {twice[0]!r} more than once")
@@ -158,3 +169,12 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
     ):
         raise ValueError(f"{path}: 'object_names' has to map categories to words, found {names!r}")
     return Prompts(**lists, object_names=names)
+
+
+def words(sentence: str) -> list[str]:
+    """The words of a sentence, lower case and without punctuation: as the demo model's vocabulary counts them.
+
+    >>> words("A close-up photo of the metal_nut.")
+    ['a', 'close-up', 'photo', 'of', 'the', 'metal', 'nut']
+    """
+    return re.findall(r"[a-z]+(?:-[a-z]+)*", sentence.lower())

@@ -8,7 +8,10 @@ from pathlib import Path
 import pandas as pd
 
 DBSCAN_MVTEC = {"eps": 0.5, "min_samples": 15}
-DBSCAN_VISA = {"eps": 1.5, "min_samples": 25}  # nearly always the mean: unit vectors are at most 2 apart
+DBSCAN_VISA = {
+    "eps": 1.5,
+    "min_samples": 25,
+}  # nearly always the mean: unit vectors are at most 2 apart
 
 # On whose test split the layers of SDP+ were trained (METHOD.md section 6). The demo's two collections follow the
 # same idea; for a folder of the user's own we take what MVTec takes.
@@ -26,7 +29,7 @@ TRAINED_ON = {
 
 # Nothing is published for the demo. Of 1e-4, 3e-4, 1e-3, 3e-3 and 1e-2 with 2, 5 or 10 epochs in the released program's
 # fixed order, this one with 5 epochs had the highest pixel AUROC of SDP+, mean over both directions, on the validation
-# rendering: 0.929. (Shuffled, 1e-2 with 10 epochs reached 0.931.) ``python -m clipad.demo.sdp_plus`` repeats it.
+# rendering: 0.929. (Shuffled, 1e-2 with 10 epochs reached 0.931.) ``python -m demo_world.sdp_plus`` repeats it.
 DEMO_LEARNING_RATE = 3e-3
 
 
@@ -41,7 +44,9 @@ class Protocol:
     stages: tuple[int, ...]  # 1-based blocks after which a stage is read
     rvs: str
     rvs_options: dict
-    smoothing_240: float  # sigma of the Gaussian in pixels of a 240-pixel side; scale it with the side
+    smoothing_240: (
+        float  # sigma of the Gaussian in pixels of a 240-pixel side; scale it with the side
+    )
     smoothing_240_sdp_plus: float
     trained_on: str  # the data set whose test split trained the layers of SDP+
     training_rvs_options: dict  # in training, the training set's own

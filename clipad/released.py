@@ -75,7 +75,8 @@ def without_one(images: pd.DataFrame) -> pd.DataFrame:
             above = np.sign(np.subtract.outer(old, old)) != np.sign(np.subtract.outer(new, new))
             orders = max(orders, above.mean())
             auroc.append(
-                image_metrics(new, labels[rest])["auroc"] - image_metrics(old, labels[rest])["auroc"]
+                image_metrics(new, labels[rest])["auroc"]
+                - image_metrics(old, labels[rest])["auroc"]
             )
         rows[category] = {
             "largest change": change,

@@ -22,7 +22,9 @@ def feature_surgery(stage_features: Sequence[torch.Tensor], text: torch.Tensor) 
     one, so nothing of size B x N x 2 x C is ever built.
     """
     if text.shape[-1] != 2:
-        raise ValueError(f"text has to hold two states in its last dimension, found {tuple(text.shape)}")
+        raise ValueError(
+            f"text has to hold two states in its last dimension, found {tuple(text.shape)}"
+        )
     anomalous = 0
     for tokens in stage_features:
         z = cosine(tokens, text)

@@ -26,11 +26,17 @@ def _pca(e):
     centred = e - e.mean(dim=1, keepdim=True)
     u = torch.linalg.eigh(centred @ centred.T).eigenvectors[:, -1]
     vector = u @ centred
-    return vector if vector @ e.mean(dim=0) >= 0 else -vector  # the sign of an eigenvector is arbitrary
+    return (
+        vector if vector @ e.mean(dim=0) >= 0 else -vector
+    )  # the sign of an eigenvector is arbitrary
 
 
 def _kde(e, bandwidth: float = 0.3):
-    density = KernelDensity(bandwidth=bandwidth, kernel="gaussian").fit(e.numpy()).score_samples(e.numpy())
+    density = (
+        KernelDensity(bandwidth=bandwidth, kernel="gaussian")
+        .fit(e.numpy())
+        .score_samples(e.numpy())
+    )
     # Only ratios of the weights count; subtracting the maximum keeps exp() from overflowing.
     weights = torch.from_numpy(density - density.max()).exp()
     return weights @ e / weights.sum()
@@ -49,7 +55,9 @@ def _dbscan(e, eps: float = 0.5, min_samples: int = 15):
 
 
 def _mean_shift(e, bandwidth: float = 2.0):
-    return _largest_cluster(e, MeanShift(bandwidth=bandwidth, bin_seeding=False).fit_predict(e.numpy()))
+    return _largest_cluster(
+        e, MeanShift(bandwidth=bandwidth, bin_seeding=False).fit_predict(e.numpy())
+    )
 
 
 METHODS = {"mean": _mean, "pca": _pca, "kde": _kde, "dbscan": _dbscan, "mean_shift": _mean_shift}
@@ -85,7 +93,9 @@ def representative_vector(
     """
     check_method(method, options)
     if embeddings.ndim != 2 or not len(embeddings):
-        raise ValueError(f"embeddings have to be M x C with M >= 1, found {tuple(embeddings.shape)}")
+        raise ValueError(
+            f"embeddings have to be M x C with M >= 1, found {tuple(embeddings.shape)}"
+        )
     if not torch.isfinite(embeddings).all():
         raise ValueError(f"the embeddings of {what} are not finite")
     e = F.normalize(embeddings.detach().cpu().double(), dim=-1)
@@ -108,6 +118,8 @@ def representative_vectors(
         representative_vector(
             backbone.encode_text(sentences), method, what=f"{category!r} ({state})", **options
         )
-        for state, sentences in zip(("normal", "anomalous"), prompts.sentences(category), strict=True)
+        for state, sentences in zip(
+            ("normal", "anomalous"), prompts.sentences(category), strict=True
+        )
     ]
     return torch.stack(columns, dim=1)

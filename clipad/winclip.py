@@ -43,7 +43,9 @@ class WinCLIP(Detector):
 
     def text_vectors(self, category):
         if category not in self._text:
-            states = [self.backbone.encode_text(s).mean(dim=0) for s in self.prompts.sentences(category)]
+            states = [
+                self.backbone.encode_text(s).mean(dim=0) for s in self.prompts.sentences(category)
+            ]
             self._text[category] = F.normalize(torch.stack(states, dim=1), dim=0)
         return self._text[category]
 
@@ -51,7 +53,9 @@ class WinCLIP(Detector):
         """``image_embedding`` B x C, and as ``tokens`` the embeddings of the windows, per size B x W x C."""
         visual = self.backbone.visual
         grid = visual.grid_size[0]
-        sets = [windows(grid, k) for k in (grid, *SIZES)]  # the image is the window that holds all patches
+        sets = [
+            windows(grid, k) for k in (grid, *SIZES)
+        ]  # the image is the window that holds all patches
         whole, *per_size = window_embeddings(visual, embed_patches(visual, images), sets)
         return Features(whole[:, 0], per_size)
 
@@ -70,7 +74,10 @@ class WinCLIP(Detector):
 
     @property
     def settings(self):
-        return super().settings | {"rvs": "mean of sentences that are not normalised", "windows": list(SIZES)}
+        return super().settings | {
+            "rvs": "mean of sentences that are not normalised",
+            "windows": list(SIZES),
+        }
 
 
 def _anomalous(embeddings: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -108,7 +115,9 @@ def _coverage(grid: int, size: int) -> torch.Tensor:
     return torch.zeros(len(members), grid * grid).scatter_(1, members, 1)
 
 
-def window_embeddings(visual, tokens: torch.Tensor, sets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def window_embeddings(
+    visual, tokens: torch.Tensor, sets: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
     """Embedding of each window, for each set of windows B x W x C.
 
     ``tokens``: B x (1 + N) x D from :func:`clipad.dual_path.embed_patches`, class token first; each of ``sets``: W x M,
@@ -149,7 +158,9 @@ def _class_token(block, x: torch.Tensor) -> torch.Tensor:
     plus a constant, which softmax drops; and as the weights sum to 1, W_v can project the weighted mean of the tokens.
     """
     n, attention = block.ln_1(x), block.attn
-    w_q, w_k, w_v = attention.in_proj_weight.unflatten(0, (3, attention.num_heads, -1))  # heads x d x D each
+    w_q, w_k, w_v = attention.in_proj_weight.unflatten(
+        0, (3, attention.num_heads, -1)
+    )  # heads x d x D each
     b_q, _, b_v = attention.in_proj_bias.unflatten(0, (3, attention.num_heads, -1))
     q = torch.einsum("bn,hdn->bhd", n[:, 0], w_q) + b_q
     q = torch.einsum("bhd,hdn->bhn", q, w_k)

@@ -35,7 +35,9 @@ class Golden:
             quick_gelu=False,
         )
         weights = {
-            k.removeprefix("weights/visual."): self[k] for k in self.arrays.files if k.startswith("weights/")
+            k.removeprefix("weights/visual."): self[k]
+            for k in self.arrays.files
+            if k.startswith("weights/")
         }
         model.visual.load_state_dict(weights, strict=True)
         return model.visual.eval().requires_grad_(False)

@@ -29,7 +29,9 @@ ASPECT = {
 BRAINMRI_COPIES = 25
 
 
-def make_stand_in(name: str, root: Path, fraction: float = 1.0, width: int = 48, seed: int = 0) -> Path:
+def make_stand_in(
+    name: str, root: Path, fraction: float = 1.0, width: int = 48, seed: int = 0
+) -> Path:
     """Write a stand-in of data set `name` under `root` and return it.
 
     `fraction` of the real counts is written, at least one image per category and label that exists; `width` is the
@@ -96,7 +98,9 @@ def _mvtec(root: Path, counts: dict, picture: Pictures) -> None:
             defect, number = ("first", "second")[i % 2], f"{i // 2:03d}"
             image, mask = picture.draw(True)
             save(image, folder / "test" / defect / f"{number}.png")
-            save(mask.astype(np.uint8) * 255, folder / "ground_truth" / defect / f"{number}_mask.png")
+            save(
+                mask.astype(np.uint8) * 255, folder / "ground_truth" / defect / f"{number}_mask.png"
+            )
 
 
 def _visa(root: Path, counts: dict, picture: Pictures) -> None:
@@ -106,7 +110,9 @@ def _visa(root: Path, counts: dict, picture: Pictures) -> None:
         for i in range(normal + 1):  # the last one belongs to the training split
             name = images / "Normal" / f"{i:04d}.JPG"
             save(picture.draw(False)[0], root / name, quality=95)
-            rows.append([category, "train" if i == normal else "test", "normal", name.as_posix(), ""])
+            rows.append(
+                [category, "train" if i == normal else "test", "normal", name.as_posix(), ""]
+            )
         for i in range(anomalous):
             image, mask = picture.draw(True)
             name = images / "Anomaly" / f"{i:03d}.JPG"
@@ -153,7 +159,12 @@ def _headct(root: Path, counts: dict, picture: Pictures) -> None:
 
 def _brainmri(root: Path, counts: dict, picture: Pictures) -> None:
     # (suffix, mode, format by content): the real archive's mix; most files are plain RGB JPEGs
-    kinds = [("jpg", "RGB", "JPEG"), ("JPG", "RGB", "JPEG"), ("jpeg", "L", "JPEG"), ("png", "L", "PNG")]
+    kinds = [
+        ("jpg", "RGB", "JPEG"),
+        ("JPG", "RGB", "JPEG"),
+        ("jpeg", "L", "JPEG"),
+        ("png", "L", "PNG"),
+    ]
     kinds += [("jpg", "RGBA", "PNG"), ("jpg", "P", "PNG")]
     folder = root / "brain_tumor_dataset"
     for label, (kind, count) in enumerate(zip(("no", "yes"), counts["brain ct"], strict=True)):

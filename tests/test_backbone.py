@@ -160,7 +160,9 @@ def at_size(small, tmp_path):
     """Size -> the small model from a checkpoint file at that image size."""
     name, state = small
     save_file(state, tmp_path / "w.safetensors")
-    return lambda size: load_backbone(name, tmp_path / "w.safetensors", device="cpu", image_size=size)
+    return lambda size: load_backbone(
+        name, tmp_path / "w.safetensors", device="cpu", image_size=size
+    )
 
 
 @SIZES
@@ -190,7 +192,9 @@ def test_staged_features_at_other_sizes_are_open_clips(small, at_size, size, tmp
     images = torch.randn(2, 3, size, size)
     found = staged_features(at_size(size).visual, images, as_released=False)
     with torch.no_grad():
-        torch.testing.assert_close(found.image_embedding, model.encode_image(images), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            found.image_embedding, model.encode_image(images), atol=1e-5, rtol=1e-5
+        )
         blocks = model.visual.forward_intermediates(
             images, indices=[2, 5, 8, 11], output_fmt="NLC", intermediates_only=True
         )["image_intermediates"]
@@ -210,7 +214,9 @@ def test_maps_and_smoothing_follow_the_image_size(at_size, size, kind):
 
 
 @pytest.mark.parametrize(("name", "size", "near"), [("ViT-B-32", 240, 256), ("ViT-B-16", 225, 224)])
-def test_sizes_that_patches_do_not_fill_are_refused_before_a_model_is_built(name, size, near, monkeypatch):
+def test_sizes_that_patches_do_not_fill_are_refused_before_a_model_is_built(
+    name, size, near, monkeypatch
+):
     monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: pytest.fail("built"))
     with pytest.raises(
         ValueError, match=rf"image_size={size} is no multiple .* of {name[-2:]} pixels; {near}"
@@ -219,7 +225,9 @@ def test_sizes_that_patches_do_not_fill_are_refused_before_a_model_is_built(name
 
 
 def test_demo_at_another_size():
-    assert load_backbone("demo", image_size=128, device="cpu").visual.positional_embedding.shape == (257, 96)
+    assert load_backbone(
+        "demo", image_size=128, device="cpu"
+    ).visual.positional_embedding.shape == (257, 96)
 
 
 def broken(kind, state, path):
@@ -238,7 +246,9 @@ def broken(kind, state, path):
         path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("kind", ["wrong keys", "wrong shape", "not finite", "truncated", "text", "empty"])
+@pytest.mark.parametrize(
+    "kind", ["wrong keys", "wrong shape", "not finite", "truncated", "text", "empty"]
+)
 def test_a_broken_checkpoint_is_refused_by_name(small, tmp_path, kind):
     name, state = small
     path = tmp_path / "weights.pt"

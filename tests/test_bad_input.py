@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_evaluation import files_of, make_folder
+from small_data import files_of, make_folder
 
 import clipad
 from clipad.backbone import load_backbone
@@ -133,7 +133,9 @@ def test_a_folder_whose_settings_are_damaged_is_not_continued(detector, data, tm
         evaluate(detector, data, tmp_path / "out", progress=False)
 
 
-@pytest.mark.parametrize("damage", ["csv gone", "csv broken", "csv short", "json broken", "json other"])
+@pytest.mark.parametrize(
+    "damage", ["csv gone", "csv broken", "csv short", "json broken", "json other"]
+)
 def test_a_damaged_category_is_computed_again(detector, data, tmp_path, damage):
     evaluate(detector, data, tmp_path / "out", progress=False)
     before = files_of(tmp_path / "out")
@@ -154,7 +156,11 @@ def test_a_damaged_category_is_computed_again(detector, data, tmp_path, damage):
 def test_a_folder_that_cannot_be_written_stops_a_notebook_in_its_first_cell(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(
-        clipad.experiments, "load_backbone", lambda *a, **k: pytest.fail("the model was loaded")
+        clipad.studies.experiments,
+        "load_backbone",
+        lambda *a, **k: pytest.fail("the model was loaded"),
     )
-    with pytest.raises(OSError, match=r"output folder .*file cannot be written .*choose another output_dir"):
+    with pytest.raises(
+        OSError, match=r"output folder .*file cannot be written .*choose another output_dir"
+    ):
         clipad.experiment("notebook", output_dir=str(tmp_path / "file"))

@@ -3,12 +3,20 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
-from test_evaluation import make_folder
+from small_data import make_folder
 
-from clipad.benchmark import RATES, benchmark, beside_published, costs, curves_of, in_words, typical
 from clipad.detectors import SDP, Direct
 from clipad.evaluation import evaluate
 from clipad.metrics import pixel_metrics
+from clipad.studies.benchmark import (
+    RATES,
+    benchmark,
+    beside_published,
+    costs,
+    curves_of,
+    in_words,
+    typical,
+)
 from clipad.winclip import WinCLIP
 
 
@@ -19,7 +27,11 @@ def data(tmp_path):
 
 @pytest.fixture
 def detectors(tiny_backbone):
-    return [Direct(tiny_backbone, rvs="mean"), WinCLIP(tiny_backbone), SDP(tiny_backbone, rvs="mean")]
+    return [
+        Direct(tiny_backbone, rvs="mean"),
+        WinCLIP(tiny_backbone),
+        SDP(tiny_backbone, rvs="mean"),
+    ]
 
 
 @pytest.fixture
@@ -38,12 +50,18 @@ def test_the_numbers_are_those_of_evaluate(result, detectors, data):
     assert (result.pro["released"] == 0).all()
 
 
-def test_a_stopped_benchmark_continues_and_ends_the_same(detectors, data, tmp_path, result, monkeypatch):
+def test_a_stopped_benchmark_continues_and_ends_the_same(
+    detectors, data, tmp_path, result, monkeypatch
+):
     folder = tmp_path / "kept"
     benchmark(detectors[:1], data, folder, n_resamples=10, progress=False)
     monkeypatch.setattr(type(detectors[0]), "features", lambda *_: pytest.fail("computed again"))
-    for other in detectors[1:]:  # Detector.features was replaced for all: give the others theirs back
-        monkeypatch.setattr(other, "features", lambda images, d=other: _features(d, images), raising=False)
+    for other in detectors[
+        1:
+    ]:  # Detector.features was replaced for all: give the others theirs back
+        monkeypatch.setattr(
+            other, "features", lambda images, d=other: _features(d, images), raising=False
+        )
     found = benchmark(detectors, data, folder, n_resamples=10, progress=False)
     np.testing.assert_allclose(found.comparison.numbers, result.comparison.numbers, atol=1e-9)
 
@@ -63,7 +81,10 @@ def test_data_without_masks_have_image_metrics_only(tiny_backbone, tmp_path):
     from clipad.datasets import load_dataset
 
     result = benchmark(
-        [SDP(tiny_backbone, rvs="mean")], load_dataset("folder", folder.root), n_resamples=5, progress=False
+        [SDP(tiny_backbone, rvs="mean")],
+        load_dataset("folder", folder.root),
+        n_resamples=5,
+        progress=False,
     )
     assert set(result.means().columns) == {"image_auroc", "image_f1_max", "image_ap"}
     assert np.isnan(result.prevalence["pixel"])
@@ -95,7 +116,16 @@ def test_published_numbers_stand_beside_ours(result, data, tmp_path, monkeypatch
             ["SDP", "mvtec", "bolt", "pixel", "auroc", 60.0, "published", "made up"],
             ["SDP", "mvtec", "mean", "pixel", "pro", 50.0, "derived", "made up"],
             ["MuSc", "mvtec", "bolt", "image", "auroc", 97.8, "run by others", "made up"],
-            ["SDP", "mvtec", "cable", "pixel", "auroc", 70.0, "published", "a category that was not run"],
+            [
+                "SDP",
+                "mvtec",
+                "cable",
+                "pixel",
+                "auroc",
+                70.0,
+                "published",
+                "a category that was not run",
+            ],
             ["SDP", "visa", "bolt", "pixel", "auroc", 70.0, "published", "another data set"],
         ],
         columns=["method", "dataset", "category", "level", "metric", "percent", "kind", "source"],
@@ -113,7 +143,9 @@ def test_published_numbers_stand_beside_ours(result, data, tmp_path, monkeypatch
     assert row["low"] <= ours <= row["high"]
     assert row["kind"] == "published"
     assert np.isnan(found.iloc[1]["ours"])
-    monkeypatch.setattr("clipad.benchmark.EXPECTED", {"mvtec": dict.fromkeys(data.categories)})
+    monkeypatch.setattr(
+        "clipad.studies.benchmark.EXPECTED", {"mvtec": dict.fromkeys(data.categories)}
+    )
     whole = beside_published(result, named).set_index("category")
     assert whole.loc["mean", "ours"] == result.table("SDP").loc["mean", "pixel_pro"]
 
@@ -145,7 +177,11 @@ def test_one_typical_image_per_category(detectors, data):
 
 def test_words_follow_the_interval():
     table = pd.DataFrame(
-        {"difference": [0.1, -0.1, 0.1], "low_both": [0.05, -0.2, -0.1], "high_both": [0.2, -0.05, 0.2]}
+        {
+            "difference": [0.1, -0.1, 0.1],
+            "low_both": [0.05, -0.2, -0.1],
+            "high_both": [0.2, -0.05, 0.2],
+        }
     )
     table.index = ["pixel_auroc", "pixel_pro", "image_auroc"]
     said = in_words({"A": table}, ["pixel_auroc", "pixel_pro", "image_auroc", "pixel_ap"])["A"]

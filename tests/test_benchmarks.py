@@ -11,7 +11,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-BARS = {f"P{i}" for i in range(1, 15)} - {"P10"}  # WinCLIP is measured on its own, benchmarks/winclip.py
+BARS = {f"P{i}" for i in range(1, 15)} - {
+    "P10"
+}  # WinCLIP is measured on its own, benchmarks/winclip.py
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from clipad.book import build_book
+from clipad.tools.book import build_book
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGP4z8DwHwAFAAH/iZk9HQAAAABJRU5ErkJggg=="
 CHROMIUM = next(
@@ -27,14 +27,19 @@ def source(tmp_path):
     figure.metadata["image/png"] = {"alt": 'a dot & "more"'}
     widget = nbformat.v4.new_output(
         "display_data",
-        {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "IntSlider()"},
+        {
+            "application/vnd.jupyter.widget-view+json": {"model_id": "x"},
+            "text/plain": "IntSlider()",
+        },
     )
     bar = nbformat.v4.new_output("stream", name="stderr", text="50%|#####     |")
     wide = "plot(x)  # " + 40 * "wider than the page "
     code = nbformat.v4.new_code_cell(wide, outputs=[figure, widget, bar], execution_count=1)
     formula = "$$m_n = \\sum_j \\tfrac12 w^j \\cos(f_n, t_1)$$"
     table = "| a | b |\n|---|---|\n| 1 | 2 |"
-    text = nbformat.v4.new_markdown_cell(f"## Next\n\n{formula}\n\n[next](01_second.ipynb)\n\n{table}")
+    text = nbformat.v4.new_markdown_cell(
+        f"## Next\n\n{formula}\n\n[next](01_second.ipynb)\n\n{table}"
+    )
     nbformat.write(notebook("00 · First <one>", text, code), folder / "00_first.ipynb")
     nbformat.write(notebook("01 · Second"), folder / "01_second.ipynb")
     (folder / "runs.json").write_text('{"00_first": {"status": "ok", "seconds": 90, "reason": ""}}')

@@ -20,11 +20,13 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from clipad import runner
+from clipad.tools import runner
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOTS = ROOT / "outputs" / "browser"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 PATIENCE = 180_000  # milliseconds; the notebook runs in half a minute, but machines are shared
 
 pytestmark = [
@@ -67,7 +69,10 @@ def lab(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
-    folders = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    folders = {
+        f"JUPYTER_{kind}_DIR": str(tmp_path / kind.lower())
+        for kind in ("CONFIG", "DATA", "RUNTIME")
+    }
     environment = os.environ | folders | {
         "JUPYTER_TOKEN": token,
         "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
@@ -138,21 +143,30 @@ def test_a_user_moves_a_slider_uploads_an_image_and_makes_a_mistake(lab, page, r
     page.on(
         "request",
         lambda r: (
-            None if re.match(r"(https?|wss?)://127\.0\.0\.1|data:|blob:", r.url) else elsewhere.append(r.url)
+            None
+            if re.match(r"(https?|wss?)://127\.0\.0\.1|data:|blob:", r.url)
+            else elsewhere.append(r.url)
         ),
     )
     page.on("pageerror", lambda error: faults.append(str(error)))
 
     page.goto(lab)
     page.get_by_role("heading", name="06 · Explorer").wait_for()
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(state="attached")
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(
+        state="attached"
+    )
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     figure = page.locator(".jupyter-widgets img[alt^='A:']")
     figure.wait_for()
     # the last cell has run: the record of the run is shown
     page.get_by_role("cell", name="weights", exact=False).last.wait_for()
-    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    assert (
+        page.locator(
+            ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']"
+        ).count()
+        == 0
+    )
 
     def source() -> str:
         return figure.get_attribute("src")
@@ -175,7 +189,9 @@ def test_a_user_moves_a_slider_uploads_an_image_and_makes_a_mistake(lab, page, r
     def pixels(content: bytes):
         return Image.open(io.BytesIO(content)).convert("RGB").tobytes()
 
-    assert page.locator(".jp-RenderedImage img").count() == 1  # the static figure, above the controls
+    assert (
+        page.locator(".jp-RenderedImage img").count() == 1
+    )  # the static figure, above the controls
     figure.scroll_into_view_if_needed()
     page.screenshot(path=SHOTS / "1-controls.png")
     cut_off = """() => [...document.querySelectorAll('.jupyter-widgets .widget-label, .jupyter-widgets button')]
@@ -201,7 +217,9 @@ def test_a_user_moves_a_slider_uploads_an_image_and_makes_a_mistake(lab, page, r
     # another slider, timed from one key press to the new figure in the page
     before = source()
     start = time.perf_counter()
-    page.locator(".widget-slider", has_text="smoothing").first.get_by_role("slider").press("ArrowRight")
+    page.locator(".widget-slider", has_text="smoothing").first.get_by_role("slider").press(
+        "ArrowRight"
+    )
     changed_from(before, "3-smoothing")
     record_property("seconds_slider_to_figure", time.perf_counter() - start)
     print(f"from key press to figure and screenshot: {time.perf_counter() - start:.2f} s")
@@ -210,7 +228,9 @@ def test_a_user_moves_a_slider_uploads_an_image_and_makes_a_mistake(lab, page, r
     before, second = source(), png()
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name=re.compile("Upload an image")).click()
-    chooser.value.set_files({"name": "my photo.jpg", "mimeType": "image/jpeg", "buffer": photograph()})
+    chooser.value.set_files(
+        {"name": "my photo.jpg", "mimeType": "image/jpeg", "buffer": photograph()}
+    )
     changed_from(before, "4-upload")
     assert pixels(png()) != pixels(second)
     assert "my_photo.jpg" in page.locator(".jupyter-widgets pre").inner_text()
@@ -219,7 +239,9 @@ def test_a_user_moves_a_slider_uploads_an_image_and_makes_a_mistake(lab, page, r
     before = source()
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name=re.compile("Upload an image")).click()
-    chooser.value.set_files({"name": "broken.png", "mimeType": "image/png", "buffer": photograph()[:300]})
+    chooser.value.set_files(
+        {"name": "broken.png", "mimeType": "image/png", "buffer": photograph()[:300]}
+    )
     page.get_by_role("alert").filter(has_text="broken.png").wait_for()
     name = page.locator(".widget-text", has_text="object").first.locator("input")
     name.fill("")

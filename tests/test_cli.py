@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_notebook
 
-from clipad import doctor, runner
-from clipad.cli import app, guess_type, read_parameters
+from clipad.tools import doctor, runner
+from clipad.tools.cli import app, guess_type, read_parameters
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def invoke(*arguments):
 
 def test_help_needs_no_heavy_import():
     code = (
-        "import sys, clipad.cli\n"
-        "try: clipad.cli.app(['--help'])\n"
+        "import sys, clipad.tools.cli\n"
+        "try: clipad.tools.cli.app(['--help'])\n"
         "finally: print(sorted({'torch', 'papermill', 'pandas', 'nbformat'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -98,7 +98,9 @@ def test_run(notebooks):
 
 
 def test_run_all_goes_on_after_a_failure(notebooks):
-    notebooks.joinpath("notebooks", "01_second.ipynb").rename(notebooks / "notebooks" / "000_x.ipynb")
+    notebooks.joinpath("notebooks", "01_second.ipynb").rename(
+        notebooks / "notebooks" / "000_x.ipynb"
+    )
     notebooks.joinpath("notebooks", "000_x.ipynb").rename(
         notebooks / "notebooks" / "00_a.ipynb"
     )  # now the first
@@ -108,7 +110,10 @@ def test_run_all_goes_on_after_a_failure(notebooks):
     summary = done.stdout.split("minutes")[1].splitlines()
     assert [line.split()[:2] for line in summary[1:]] == [["00_a", "failed"], ["00_first", "ok"]]
     record = json.loads((notebooks / "there" / "runs.json").read_text())
-    assert {name: run["status"] for name, run in record.items()} == {"00_a": "failed", "00_first": "ok"}
+    assert {name: run["status"] for name, run in record.items()} == {
+        "00_a": "failed",
+        "00_first": "ok",
+    }
 
 
 def test_store(notebooks):
@@ -119,7 +124,10 @@ def test_store(notebooks):
 
 def test_params(notebooks):
     lines = invoke("params", "01").output.splitlines()
-    assert [line.split()[:3] for line in lines[1:]] == [["n", "int", "1"], ["fail", "bool", "false"]]
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["n", "int", "1"],
+        ["fail", "bool", "false"],
+    ]
 
 
 def test_later_kinds_of_parameters_win(tmp_path):
@@ -155,7 +163,8 @@ def test_doctor_as_json():
 
 def test_doctor_names_the_fix(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        "importlib.metadata.requires", lambda name: ["torch>=99", "no-such-package>=1; python_version>'3'"]
+        "importlib.metadata.requires",
+        lambda name: ["torch>=99", "no-such-package>=1; python_version>'3'"],
     )
     checks = {check.name: check for check in doctor._packages()}
     assert "expected >=99" in checks["torch"].found

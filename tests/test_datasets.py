@@ -34,7 +34,9 @@ FRACTION = 0.04
 @pytest.fixture(scope="session")
 def stand_ins(tmp_path_factory):
     """Read-only stand-ins of the six data sets, by name."""
-    return {name: make_stand_in(name, tmp_path_factory.mktemp(name), FRACTION) for name in PAPER_SETS}
+    return {
+        name: make_stand_in(name, tmp_path_factory.mktemp(name), FRACTION) for name in PAPER_SETS
+    }
 
 
 def png(path, size=(8, 6), colour=(10, 20, 30)):
@@ -75,7 +77,9 @@ def test_stand_in_is_listed_as_written(stand_ins, name):
     assert dataset.has_image_labels == (name not in ("isic", "clinicdb"))
     assert not dataset.has_object_masks
     assert all((s.defect == "good") == (s.label == 0) for s in dataset)
-    assert not any("litter" in str(s.image_path) or s.image_path.name.startswith(".") for s in dataset)
+    assert not any(
+        "litter" in str(s.image_path) or s.image_path.name.startswith(".") for s in dataset
+    )
 
 
 @pytest.mark.parametrize("name", PAPER_SETS)
@@ -174,7 +178,9 @@ def test_headct_needs_a_row_per_image(tmp_path):
     with pytest.raises(ValueError, match="hemorrhage is 'yes'"):
         load_dataset("headct", root)
     labels.write_text(text.replace("hemorrhage", "bleeding"))
-    with pytest.raises(LayoutError, match="expected the columns id, hemorrhage; found id, bleeding"):
+    with pytest.raises(
+        LayoutError, match="expected the columns id, hemorrhage; found id, bleeding"
+    ):
         load_dataset("headct", root)
 
 
@@ -233,13 +239,17 @@ def test_categories_select_in_the_order_given(stand_ins):
 def test_missing_mask_is_named(mvtec):
     missing = mvtec / "bottle" / "ground_truth" / "broken" / "000_mask.png"
     missing.unlink()
-    with pytest.raises(FileNotFoundError, match=r"no mask for .*broken.000\.png: expected .*000_mask\.png"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no mask for .*broken.000\.png: expected .*000_mask\.png"
+    ):
         load_dataset("mvtec", mvtec)
 
 
 def test_masks_pair_by_stem_not_by_position(mvtec):
     folder = mvtec / "bottle" / "ground_truth" / "broken"
-    mask_png(folder / "0000_mask.png")  # an orphan that comes first would shift a pairing by position
+    mask_png(
+        folder / "0000_mask.png"
+    )  # an orphan that comes first would shift a pairing by position
     for sample in load_dataset("mvtec", mvtec):
         if sample.mask_path:
             assert sample.mask_path.stem == f"{sample.image_path.stem}_mask"
@@ -257,7 +267,9 @@ def test_links_that_lead_outside_are_refused(mvtec, tmp_path, part):
     outside = tmp_path / "secret.png"
     inside.rename(outside)
     inside.symlink_to(outside)
-    with pytest.raises(OutsideRootError, match=rf"{inside.name} leads to .*secret\.png, outside the root"):
+    with pytest.raises(
+        OutsideRootError, match=rf"{inside.name} leads to .*secret\.png, outside the root"
+    ):
         load_dataset("mvtec", mvtec)
 
 
@@ -330,7 +342,10 @@ def test_folder_without_masks(tmp_path):
     png(tmp_path / "nuts" / "test" / "good" / "0.png")
     png(tmp_path / "nuts" / "test" / "bent" / "0.png")
     dataset = load_dataset("folder", tmp_path)
-    assert [(s.category, s.label, s.defect) for s in dataset] == [("nuts", 1, "bent"), ("nuts", 0, "good")]
+    assert [(s.category, s.label, s.defect) for s in dataset] == [
+        ("nuts", 1, "bent"),
+        ("nuts", 0, "good"),
+    ]
     assert dataset.has_image_labels
     assert not dataset.has_masks
     # Some masks but not all: the missing one would silently count as "no anomalous pixel".
@@ -379,12 +394,16 @@ def test_every_mode_becomes_l_or_rgb_before_the_resize(tmp_path, mode):
     image = read_image(path)
     assert image.mode == (mode if mode in ("L", "RGB") else "RGB")
     assert image.size == (34, 21)
-    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.asarray(original.convert("RGB")))
+    np.testing.assert_array_equal(
+        np.asarray(image.convert("RGB")), np.asarray(original.convert("RGB"))
+    )
     # The order matters: converting after the resize gives a palette image nearest-neighbour pixels.
     expected = original.convert("RGB").resize((16, 16), Image.Resampling.BICUBIC)
     tensor = image_tensor(original, 16, [0, 0, 0], [1, 1, 1])
     if mode != "L":  # L is resized as it is
-        np.testing.assert_array_equal((tensor * 255).round().numpy(), np.asarray(expected).transpose(2, 0, 1))
+        np.testing.assert_array_equal(
+            (tensor * 255).round().numpy(), np.asarray(expected).transpose(2, 0, 1)
+        )
 
 
 def test_palette_with_transparency_keeps_its_colours(tmp_path):
@@ -473,7 +492,9 @@ def test_exif_orientation_is_ignored_for_image_and_mask(tmp_path, suffix):
     assert image.size == native_size(tmp_path / f"x.{suffix}") == (32, 16)
     np.testing.assert_array_equal(np.asarray(image.convert("L")) > 128, stored > 128)
     if suffix != "jpg":
-        np.testing.assert_array_equal(read_mask(tmp_path / f"x.{suffix}", 16, (32, 16))[:, :8], True)
+        np.testing.assert_array_equal(
+            read_mask(tmp_path / f"x.{suffix}", 16, (32, 16))[:, :8], True
+        )
 
 
 # --------------------------------------------------------------------------------------------- bad files
@@ -494,7 +515,9 @@ def test_truncated_files_are_named(tmp_path, suffix):
         read_image(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0"]
+)
 def test_non_images_are_named(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(UnreadableImageError, match=r"x\.png"):
@@ -507,7 +530,9 @@ def test_non_images_are_named(tmp_path, content):
 def test_other_formats_stay_closed(tmp_path, kind):
     """Pillow would hand an EPS file to a PostScript interpreter, whatever its suffix."""
     Image.new("RGB", (5, 5)).save(tmp_path / "x.png", format=kind)
-    with pytest.raises(UnreadableImageError, match=r"x\.png.*Expected a complete PNG, JPEG, BMP, TIFF, WEBP"):
+    with pytest.raises(
+        UnreadableImageError, match=r"x\.png.*Expected a complete PNG, JPEG, BMP, TIFF, WEBP"
+    ):
         read_image(tmp_path / "x.png")
 
 
@@ -520,7 +545,9 @@ def bomb(path, width, height):
     """A PNG that claims a size and holds almost nothing."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     path.write_bytes(
@@ -551,7 +578,9 @@ def test_check_reads_all_and_misses_what_the_fraction_left_out(stand_ins, name):
     table = report.table.set_index("category")
     assert list(table.index) == list(EXPECTED[name])
     assert (table["normal"] < table["expected_normal"]).any() or name in ("isic", "clinicdb")
-    assert not table[["unreadable", "missing_masks", "wrong_size_masks", "empty_masks"]].any(axis=None)
+    assert not table[["unreadable", "missing_masks", "wrong_size_masks", "empty_masks"]].any(
+        axis=None
+    )
 
 
 @pytest.mark.parametrize("name", ["headct", "brainmri"])
@@ -628,7 +657,9 @@ def test_shipped_collections(name):
     assert not set(dataset.categories) & set(other.categories)
 
 
-@pytest.mark.parametrize(("name", "normal", "anomalous"), [("headct", 100, 100), ("brainmri", 98, 155)])
+@pytest.mark.parametrize(
+    ("name", "normal", "anomalous"), [("headct", 100, 100), ("brainmri", 98, 155)]
+)
 def test_real_data_sets(name, normal, anomalous):
     root = SHARED / "data" / name
     if not root.is_dir():

@@ -39,13 +39,17 @@ def test_sdp_equals_the_released_program(golden):
     model = tiny_clip()
     model.visual = golden.visual()
     backbone = Backbone(model, None, name="golden", pretrained="", mean=(0, 0, 0), std=(1, 1, 1))
-    detector = SDP(backbone, rvs="mean", stages=golden.config["stages"], smoothing=golden.config["smoothing"])
+    detector = SDP(
+        backbone, rvs="mean", stages=golden.config["stages"], smoothing=golden.config["smoothing"]
+    )
     features = detector.features(golden["image"])
     text = golden["text"]
     for i in range(len(text)):  # the golden inputs have a text of their own per image
         found = detector.score_with(features[i : i + 1], text[i])
         torch.testing.assert_close(found.maps[0], golden["sdp_map"][i], atol=1e-5, rtol=0)
-        torch.testing.assert_close(found.probabilities[0], golden["class_probability"][i], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            found.probabilities[0], golden["class_probability"][i], atol=1e-5, rtol=0
+        )
 
 
 def test_direct_is_the_softmax_of_the_last_patches(tiny_backbone, images):

@@ -3,7 +3,13 @@ import pytest
 import torch
 from conftest import tiny_clip
 
-from clipad.dual_path import attention_weights, default_stages, embed_patches, project, staged_features
+from clipad.dual_path import (
+    attention_weights,
+    default_stages,
+    embed_patches,
+    project,
+    staged_features,
+)
 
 
 def test_equals_the_released_program(golden):
@@ -37,7 +43,10 @@ def reference(visual, images, stages, as_released):
 
 
 def vv_attention(v, heads):
-    parts = [(head @ head.T / head.shape[-1] ** 0.5).softmax(-1) @ head for head in v.chunk(heads, dim=-1)]
+    parts = [
+        (head @ head.T / head.shape[-1] ** 0.5).softmax(-1) @ head
+        for head in v.chunk(heads, dim=-1)
+    ]
     return torch.cat(parts, dim=-1)
 
 
@@ -60,7 +69,9 @@ def test_equals_a_plain_reference_for_any_stages(stages, as_released, layer_scal
 def test_the_in_place_side_effect_changes_all_but_the_last_ordinary_stage():
     visual = tiny_clip(layers=8).visual
     images = torch.randn(2, 3, 32, 32)
-    released, written = (staged_features(visual, images, as_released=flag) for flag in (True, False))
+    released, written = (
+        staged_features(visual, images, as_released=flag) for flag in (True, False)
+    )
     same = [torch.equal(a, b) for a, b in zip(released.ordinary, written.ordinary, strict=True)]
     assert same == [False, False, False, True]
 
@@ -114,7 +125,9 @@ def test_attention_weights_are_those_of_the_block():
     torch.testing.assert_close(vv.sum(-1), torch.ones(2, 17))
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16", "ViT-B-16-plus-240", "ViT-L-14", "ViT-L-14-336"])
+@pytest.mark.parametrize(
+    "name", ["ViT-B-32", "ViT-B-16", "ViT-B-16-plus-240", "ViT-L-14", "ViT-L-14-336"]
+)
 def test_the_models_of_the_field_are_covered(name):
     """Their true depth and layout at a small width: what the dual path reads off them is the structure."""
     config = open_clip.get_model_config(name)

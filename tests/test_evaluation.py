@@ -10,29 +10,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_data import files_of, make_folder
 
 from clipad.datasets import load_dataset
 from clipad.detectors import SDP, Direct
-from clipad.evaluation import COLUMNS, PART, evaluate, fingerprint, predict_halving, published_image_score
+from clipad.evaluation import (
+    COLUMNS,
+    PART,
+    evaluate,
+    fingerprint,
+    predict_halving,
+    published_image_score,
+)
 from clipad.winclip import WinCLIP
-
-
-def make_folder(root, categories=("bolt", "câble noir"), normal=3, anomalous=4, side=40):
-    """A small data set in MVTec layout, non-square, with a name that has a space and an accent."""
-    rng = np.random.default_rng(0)
-    for category in categories:
-        for defect, count in (("good", normal), ("dent", anomalous)):
-            for i in range(count):
-                path = root / category / "test" / defect / f"{i:03d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(rng.integers(0, 256, (side, side + 8, 3), dtype=np.uint8)).save(path)
-                if defect != "good":
-                    mask = np.zeros((side, side + 8), np.uint8)
-                    mask[5 : 15 + i, 8:20] = 255
-                    where = root / category / "ground_truth" / defect / f"{i:03d}_mask.png"
-                    where.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(mask).save(where)
-    return load_dataset("folder", root)
 
 
 @pytest.fixture
@@ -43,12 +33,6 @@ def data(tmp_path):
 @pytest.fixture
 def detector(tiny_backbone):
     return SDP(tiny_backbone, rvs="mean")
-
-
-def files_of(folder):
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
 
 
 def test_table_and_images(detector, data):
@@ -144,7 +128,10 @@ KILLED = """
 def test_a_killed_process_leaves_what_it_finished_and_ends_with_the_same_bytes(data, tmp_path):
     def start(out, delay):
         code = textwrap.dedent(KILLED).format(
-            tests=str(Path(__file__).parent), data=str(data.root), out=str(tmp_path / out), delay=delay
+            tests=str(Path(__file__).parent),
+            data=str(data.root),
+            out=str(tmp_path / out),
+            delay=delay,
         )
         return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
@@ -196,7 +183,9 @@ def test_corrected_masks_do_not_leave_old_metrics(detector, data, tmp_path):
         evaluate(detector, load_dataset("folder", data.root), tmp_path / "a", progress=False)
 
 
-def test_an_output_folder_that_cannot_be_written_is_noticed_first(detector, data, tmp_path, monkeypatch):
+def test_an_output_folder_that_cannot_be_written_is_noticed_first(
+    detector, data, tmp_path, monkeypatch
+):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     monkeypatch.setattr(type(detector), "predict", lambda *a: pytest.fail("work started"))

@@ -6,8 +6,8 @@ import nbformat
 import papermill
 import pytest
 
-from clipad.exercises import NOT_YET, SOLVED
-from clipad.runner import notebook_paths
+from clipad.studies.exercises import NOT_YET, SOLVED
+from clipad.tools.runner import notebook_paths
 
 SOLUTION = re.compile(r"<summary>Solution.*?</summary>\s*```python\n(.*?)```", re.S)
 NOTEBOOKS = [pytest.param(path, id=path.stem[:2]) for path in notebook_paths()]

@@ -7,7 +7,9 @@ from clipad import files
 
 def test_every_module_decides_the_version_of_the_code(tmp_path, monkeypatch):
     copy = tmp_path / "clipad"
-    shutil.copytree(Path(clipad.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(clipad.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__")
+    )
     monkeypatch.setattr(files, "__file__", str(copy / "files.py"))
 
     def version():

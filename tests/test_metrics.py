@@ -63,7 +63,9 @@ def brute_force_200(scores, masks):
     """The loop as it is usually written."""
     regions = [(i, region) for i, mask in enumerate(masks) for region in flood_regions(mask)]
     points = []
-    for threshold in np.linspace(scores.min(), scores.max(), 200, endpoint=False, dtype=scores.dtype):
+    for threshold in np.linspace(
+        scores.min(), scores.max(), 200, endpoint=False, dtype=scores.dtype
+    ):
         found = scores > threshold
         overlap = np.mean([np.mean([found[i][p] for p in region]) for i, region in regions])
         points.append(((found & ~masks).sum() / (~masks).sum(), overlap))
@@ -100,7 +102,9 @@ def smooth_case(n=6, side=48, seed=0, dtype=np.float32):
 
 def assert_same(a, b, tolerance):
     assert a.keys() == b.keys()
-    assert {k: a[k] for k in a} == pytest.approx({k: b[k] for k in a}, abs=tolerance, rel=0, nan_ok=True)
+    assert {k: a[k] for k in a} == pytest.approx(
+        {k: b[k] for k in a}, abs=tolerance, rel=0, nan_ok=True
+    )
 
 
 # --- values ---
@@ -151,7 +155,8 @@ def test_pro_curve_is_what_pro_integrates(data):
     after = [np.interp(x, rate, overlap) for x in grid]  # at a jump, np.interp takes its upper end
     before = [-np.interp(-x, -rate[::-1], -overlap[::-1]) for x in grid]  # and here its lower end
     area = sum(
-        (x1 - x0) * (a + b) / 2 for x0, x1, a, b in zip(grid, grid[1:], after, before[1:], strict=False)
+        (x1 - x0) * (a + b) / 2
+        for x0, x1, a, b in zip(grid, grid[1:], after, before[1:], strict=False)
     )
     assert area / 0.3 == pytest.approx(pixel_metrics(scores, masks)["pro"], abs=1e-12)
 
@@ -173,7 +178,9 @@ def test_large_and_small_regions_weigh_the_same():
     only_large, only_small = np.zeros((2, 2, 16, 16), np.float32)
     only_large[0, :8, :8] = 1
     only_small[1, 3, 3] = 1
-    assert pixel_metrics(only_large, masks)["pro"] == pytest.approx(pixel_metrics(only_small, masks)["pro"])
+    assert pixel_metrics(only_large, masks)["pro"] == pytest.approx(
+        pixel_metrics(only_small, masks)["pro"]
+    )
 
 
 # --- rules ---
@@ -189,7 +196,13 @@ def test_strictly_monotone_maps_change_nothing(steps, seed):
     assume(two_classes(masks))
     scores = steps.astype(np.float64)
     expected = pixel_metrics(scores, masks)
-    for changed in (3 * scores - 7, np.exp(scores / 4), np.cbrt(scores), scores.astype(np.float32), steps):
+    for changed in (
+        3 * scores - 7,
+        np.exp(scores / 4),
+        np.cbrt(scores),
+        scores.astype(np.float32),
+        steps,
+    ):
         assert_same(pixel_metrics(changed, masks), expected, 1e-9)
 
 
@@ -222,7 +235,12 @@ def test_single_pixel(height, width, data):
 
 def test_perfect_inverted_and_constant_scores():
     _, masks = smooth_case()
-    assert pixel_metrics(masks, masks) == {"auroc": 1, "f1_max": 1, "ap": 1, "pro": pytest.approx(1)}
+    assert pixel_metrics(masks, masks) == {
+        "auroc": 1,
+        "f1_max": 1,
+        "ap": 1,
+        "pro": pytest.approx(1),
+    }
     share = masks.mean()
     inverted = pixel_metrics(1.0 - masks, masks)
     assert (inverted["auroc"], inverted["pro"]) == (0, 0)
@@ -253,7 +271,9 @@ def test_one_class_gives_nan_without_a_warning(value):
 @pytest.mark.parametrize("case", CASES)
 def test_200_thresholds_are_the_usual_loop(case):
     scores, masks = GOLDEN[f"{case}/scores"], GOLDEN[f"{case}/masks"]
-    assert pro_200_thresholds(scores, masks) == pytest.approx(brute_force_200(scores, masks), abs=1e-12)
+    assert pro_200_thresholds(scores, masks) == pytest.approx(
+        brute_force_200(scores, masks), abs=1e-12
+    )
 
 
 def test_200_thresholds_are_not_pro():

@@ -7,7 +7,7 @@ import re
 import pytest
 
 import clipad
-from clipad import runner
+from clipad.tools import runner
 
 NOTEBOOKS = runner.notebook_paths()
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
@@ -41,9 +41,13 @@ def test_parameters_are_seen_and_told(path):
 
 @each
 def test_what_experiment_takes_is_passed_on(path):
-    code = "\n".join(cell.source for cell in runner.read_notebook(path).cells if cell.cell_type == "code")
+    code = "\n".join(
+        cell.source for cell in runner.read_notebook(path).cells if cell.cell_type == "code"
+    )
     passed = re.search(r"clipad\.experiment\((.*?)\)\nrun", code, re.DOTALL)[1]
-    parameters = set(inspect.signature(clipad.experiment).parameters) & set(runner.inspect_parameters(path))
+    parameters = set(inspect.signature(clipad.experiment).parameters) & set(
+        runner.inspect_parameters(path)
+    )
     assert "image_size" in parameters
     assert [name for name in parameters - {"preset"} if f"{name}={name}" not in passed] == []
 
@@ -60,12 +64,16 @@ def test_no_tricks_with_the_import_path(path):
 def test_two_runs_record_equal_numbers(path, tmp_path, monkeypatch):
     """Two runs in folders of their own, so that nothing is read back, differ in times and memory only."""
     small = {"categories": ["screw", "leather"], "draws": 20, "resamples": 20, "epochs": 1}
-    small = {name: value for name, value in small.items() if name in runner.inspect_parameters(path)}
+    small = {
+        name: value for name, value in small.items() if name in runner.inspect_parameters(path)
+    }
     records = []
     for folder in (tmp_path / "first", tmp_path / "second"):
         monkeypatch.setenv("CLIPAD_CACHE", str(folder / "cache"))
         run = runner.run_notebook(path, small | {"output_dir": str(folder)}, progress_bar=False)
         assert run.status == "ok", run.reason
         record = json.loads((folder / f"{path.stem}.json").read_text(encoding="utf-8"))
-        records.append({k: v for k, v in record["results"].items() if k not in ("latency", "costs")})
+        records.append(
+            {k: v for k, v in record["results"].items() if k not in ("latency", "costs")}
+        )
     assert records[0] == records[1] != {}

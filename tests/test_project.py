@@ -11,7 +11,11 @@ import clipad
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-CONDA_NAMES = {"torch": "pytorch", "open-clip-torch": "open-clip-torch", "matplotlib": "matplotlib-base"}
+CONDA_NAMES = {
+    "torch": "pytorch",
+    "open-clip-torch": "open-clip-torch",
+    "matplotlib": "matplotlib-base",
+}
 
 
 def split(requirement: str) -> tuple[str, str]:
@@ -31,7 +35,9 @@ def test_environment_and_pyproject_are_in_step():
 
 def test_every_package_of_the_environment_has_a_reason():
     lines = (ROOT / "environment.yml").read_text(encoding="utf-8").splitlines()
-    packages = [line for line in lines if re.match(r"  - [a-z].*[<>=]", line) and "python>=" not in line]
+    packages = [
+        line for line in lines if re.match(r"  - [a-z].*[<>=]", line) and "python>=" not in line
+    ]
     assert packages
     assert all("  # " in line for line in packages)
 
@@ -52,7 +58,9 @@ def test_the_tested_versions_satisfy_the_requirements():
 def test_public_names_exist():
     for module, names in clipad._HOME.items():
         for name in names:
-            assert getattr(clipad, name) is getattr(importlib.import_module(f"clipad.{module}"), name)
+            assert getattr(clipad, name) is getattr(
+                importlib.import_module(f"clipad.{module}"), name
+            )
 
 
 def test_version_is_one():

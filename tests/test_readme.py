@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from clipad.experiments import RESULT_MIME
+from clipad.studies.experiments import RESULT_MIME
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -15,7 +15,9 @@ COLUMNS = ["image_auroc", "pixel_auroc", "pixel_f1_max", "pixel_ap", "pixel_pro"
 
 def recorded(stem):
     notebook = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
-    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    outputs = [
+        output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])
+    ]
     return [data[RESULT_MIME] for data in outputs if RESULT_MIME in data][-1]["results"]
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from test_evaluation import make_folder
+from small_data import make_folder
 
 from clipad.prompts import CLIP_AD
 from clipad.released import angles_to_mean, extremes, min_max, vanished, without_one
@@ -63,6 +63,8 @@ def test_thin_defects_vanish(tmp_path):
     table = vanished(data, [1, 4])
     assert table.loc[1, "regions"] == 0
     assert table.loc[4, "side"] == 14
-    assert table.loc[4, "regions"] == pytest.approx(1 / 5)  # the line of one of four images; its block stays
+    assert table.loc[4, "regions"] == pytest.approx(
+        1 / 5
+    )  # the line of one of four images; its block stays
     assert table.loc[4, "masks"] == 0
     assert vanished(type(data)("x", data.root, data.categories, ()), [2]).empty

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from clipad import runner
+from clipad.tools import runner
 
 PARAMETERS = """preset: str = "demo"  # model, data and protocol [demo|paper]
 count: int = 0  # how many [1..16]
@@ -23,7 +23,10 @@ PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAW
 
 def notebook(*cells, parameters=PARAMETERS):
     """A notebook of code cells, after a parameters cell."""
-    code = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(new_code_cell, cells)]
+    code = [
+        new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        *map(new_code_cell, cells),
+    ]
     kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
     metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     return new_notebook(cells=[new_markdown_cell("# Title"), *code], metadata=metadata)
@@ -123,7 +126,13 @@ def test_refused_before_a_kernel_starts(make, values, message):
 
 def test_accepted_values(make):
     path = make("00_a")
-    given = {"share": 1, "flag": True, "categories": ["screw"], "options": {"eps": 1.5}, "count": 16}
+    given = {
+        "share": 1,
+        "flag": True,
+        "categories": ["screw"],
+        "options": {"eps": 1.5},
+        "count": 16,
+    }
     assert runner.check_parameters(path, given) == given
     empty = {"preset": 0, "count": "", "share": "", "categories": "", "options": 0, "data_root": ""}
     assert runner.check_parameters(path, empty) == {
@@ -147,7 +156,10 @@ def test_paths_count_from_where_the_command_is_typed(make, tmp_path, monkeypatch
 
 
 def test_plan_all(make):
-    first, second = make("00_a", parameters="a: int = 1"), make("01_b", parameters="a: int = 1\nb: int = 2")
+    first, second = (
+        make("00_a", parameters="a: int = 1"),
+        make("01_b", parameters="a: int = 1\nb: int = 2"),
+    )
     assert runner.plan_all([first, second], {"a": 3, "b": 4}) == [
         (first, {"a": 3}),
         (second, {"a": 3, "b": 4}),
@@ -168,7 +180,7 @@ def test_output_folder(make, tmp_path):
 
 
 def test_presets_agree_with_the_experiment():
-    from clipad.experiments import PRESETS
+    from clipad.studies.experiments import PRESETS
 
     assert {name: preset["dataset"] for name, preset in PRESETS.items()} == runner.PRESET_DATASETS
 
@@ -206,7 +218,10 @@ def test_an_exception_fails_and_the_copy_shows_it(make):
         "the cell `1 / 0` raised ZeroDivisionError: division by zero",
     )
     assert "before" in done.output_path.read_text()
-    assert json.loads((done.output_path.parent / "runs.json").read_text())["00_bad"]["status"] == "failed"
+    assert (
+        json.loads((done.output_path.parent / "runs.json").read_text())["00_bad"]["status"]
+        == "failed"
+    )
 
 
 def test_a_killed_kernel_fails_and_names_the_cell(make):
@@ -244,7 +259,9 @@ def test_an_exception_inside_a_widget_fails(make):
 
 def figure(alt=None):
     metadata = {"image/png": {"alt": alt}} if alt is not None else {}
-    return new_output("display_data", data={"image/png": PNG, "text/plain": "<Figure>"}, metadata=metadata)
+    return new_output(
+        "display_data", data={"image/png": PNG, "text/plain": "<Figure>"}, metadata=metadata
+    )
 
 
 def text(content, name="stdout"):
@@ -267,7 +284,10 @@ UNCLEAN = [
     (figure("<Figure size 640x480 with 1 Axes>"), "without alt text"),
     (html('<img src="a.png">'), "without alt text"),
     (html('<img src="a.png" alt="">'), "without alt text"),
-    (text("reading /home/somebody/data.csv"), "absolute path of this machine: /home/somebody/data.csv"),
+    (
+        text("reading /home/somebody/data.csv"),
+        "absolute path of this machine: /home/somebody/data.csv",
+    ),
     (text(f"reading {Path.cwd() / 'x.csv'}"), "absolute path"),
     (text("in lib/python3.11/site-packages/torch"), "absolute path"),
     (figure(f"From {runner.REPOSITORY}/data"), "absolute path"),
@@ -312,7 +332,10 @@ def test_gate_wants_each_cell_executed_and_a_python_kernel():
     node.cells[2].execution_count = None
     node.metadata.kernelspec.name = "conda-env-x"
     problems = runner.gate(node)
-    assert problems == ["code cell 2 was not executed", "the kernel is 'conda-env-x', expected 'python3'"]
+    assert problems == [
+        "code cell 2 was not executed",
+        "the kernel is 'conda-env-x', expected 'python3'",
+    ]
 
 
 def test_gate_wants_something_static_beside_controls():
@@ -373,7 +396,9 @@ def test_outputs_that_are_too_large_are_not_stored(make):
     path = make("00_a", "print(('x' * 99 + '\\n') * 15_000)")
     before, done = path.read_bytes(), run(path)
     assert done.status == "ok"
-    with pytest.raises(ValueError, match=r"is not stored: the file has 1\.7 MB, the limit is 1\.5 MB"):
+    with pytest.raises(
+        ValueError, match=r"is not stored: the file has 1\.7 MB, the limit is 1\.5 MB"
+    ):
         runner.update_stored(path, done.output_path)
     assert path.read_bytes() == before
 
@@ -390,7 +415,8 @@ def test_only_default_parameters_are_stored(make):
 
 def test_stored_widgets_are_the_same_in_every_run(make):
     path = make(
-        "00_w", "import ipywidgets as w\nprint('twin')\nw.VBox([w.IntSlider(), w.Button(), w.Output()])"
+        "00_w",
+        "import ipywidgets as w\nprint('twin')\nw.VBox([w.IntSlider(), w.Button(), w.Output()])",
     )
     stored = []
     for _ in range(2):
@@ -398,7 +424,11 @@ def test_stored_widgets_are_the_same_in_every_run(make):
         stored.append(path.read_bytes())
     assert stored[0] == stored[1]
     node = runner.read_notebook(path)
-    views = [output.data[runner.WIDGET_VIEW].model_id for output in node.cells[2].outputs if "data" in output]
+    views = [
+        output.data[runner.WIDGET_VIEW].model_id
+        for output in node.cells[2].outputs
+        if "data" in output
+    ]
     assert set(views) < set(node.metadata.widgets[runner.WIDGET_STATE].state)
 
 

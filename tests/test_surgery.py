@@ -37,7 +37,9 @@ def test_closed_form_equals_the_long_form(per_image):
     stages = [torch.randn(3, 17, 24, dtype=torch.float64) * 7 for _ in range(4)]
     shape = (3, 24, 2) if per_image else (24, 2)
     text = F.normalize(torch.randn(shape, dtype=torch.float64), dim=-2)
-    torch.testing.assert_close(feature_surgery(stages, text), long_form(stages, text), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        feature_surgery(stages, text), long_form(stages, text), atol=1e-12, rtol=0
+    )
 
 
 def test_the_two_columns_are_opposite():
@@ -58,7 +60,9 @@ def test_one_matrix_equals_bilinear_and_scipy(grid, side, sigma):
     square = values.double().view(2, 1, grid, grid)
     up = F.interpolate(square, size=side, mode="bilinear", align_corners=False)[:, 0]
     expected = up if not sigma else torch.from_numpy(gaussian_filter(up.numpy(), (0, sigma, sigma)))
-    torch.testing.assert_close(similarity_map(values, side, sigma), expected.float(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        similarity_map(values, side, sigma), expected.float(), atol=1e-6, rtol=1e-5
+    )
     if sigma:
         torch.testing.assert_close(smooth(up, sigma), expected.float(), atol=1e-6, rtol=1e-5)
 

@@ -15,11 +15,11 @@ import torch
 from nbformat.v4 import new_code_cell, new_notebook
 from safetensors.torch import save_file
 
-from clipad import sweep as sweeps
 from clipad.backbone import load_backbone
 from clipad.datasets import load_dataset
-from clipad.fine_tuning import LinearLayers
-from clipad.runner import write_notebook
+from clipad.linear_layers import LinearLayers
+from clipad.tools import sweep as sweeps
+from clipad.tools.runner import write_notebook
 
 PARAMETERS = """seed: int = 0  # a number [0..99]
 pause: float = 0.0  # seconds
@@ -69,7 +69,9 @@ def test_a_file_of_another_kind_is_named(tmp_path):
 
 
 def test_a_missing_file_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no sweep file .*none.yaml; notebooks/sweep_example.yaml"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no sweep file .*none.yaml; notebooks/sweep_example.yaml"
+    ):
         sweeps.plan(tmp_path / "none.yaml")
 
 
@@ -86,7 +88,13 @@ def test_protocol_and_presets_are_resolved(plan):
     assert first.parameters["rvs_options"] == {"eps": 0.5, "min_samples": 15}
     assert second.parameters["rvs_options"] == {}
     assert {first.parameters[name] for name in ("model", "dataset")} == {"demo"}
-    spelled_out = {"detectors": "sdp", "rvs": "dbscan", "categories": "nut", "seed": 0, "dataset": "demo"}
+    spelled_out = {
+        "detectors": "sdp",
+        "rvs": "dbscan",
+        "categories": "nut",
+        "seed": 0,
+        "dataset": "demo",
+    }
     assert plan({"evaluate": spelled_out})[0].address == first.address
 
 
@@ -134,7 +142,9 @@ def test_weights_of_further_backbones_decide_the_address_too(plan, tmp_path):
     def address():
         sweeps._weights.cache_clear()  # as in another process
         sweeps._backbone.cache_clear()
-        return plan({"notebook": "05", "parameters": {"backbones": [f"demo/{checkpoint}"]}})[0].address
+        return plan({"notebook": "05", "parameters": {"backbones": [f"demo/{checkpoint}"]}})[
+            0
+        ].address
 
     with pytest.raises(ValueError, match="is not a file"):
         address()
@@ -190,7 +200,9 @@ def test_an_evaluation_is_what_evaluate_says(plan, tmp_path):
     record = sweeps._read(run, tmp_path)
     assert (record["status"], record["reason"]) == ("ok", "")
     backbone, data = clipad.load_backbone("demo"), clipad.load_dataset("demo", categories=["nut"])
-    expected = clipad.evaluate(clipad.Direct(backbone, rvs="mean"), data, progress=False).table.loc["nut"]
+    expected = clipad.evaluate(clipad.Direct(backbone, rvs="mean"), data, progress=False).table.loc[
+        "nut"
+    ]
     assert {result["metric"]: result["value"] for result in record["results"]} == expected.to_dict()
     assert not list((tmp_path / "unfinished").iterdir())
 
@@ -266,7 +278,13 @@ class Sweep:
         self.file.write_text(json.dumps({"notebook": str(notebook), "parameters": parameters}))
 
     def start(self):
-        command = [sys.executable, "-c", "from clipad.cli import app; app()", "sweep", str(self.file)]
+        command = [
+            sys.executable,
+            "-c",
+            "from clipad.tools.cli import app; app()",
+            "sweep",
+            str(self.file),
+        ]
         environment = os.environ | {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1"}
         self.process = subprocess.Popen(
             [*command, "--workers", "2", "--output-dir", str(self.out)],
@@ -312,7 +330,9 @@ def test_workers_that_die_and_runs_that_fail(tmp_path, notebook):
     times = collections.Counter(seed for seed, _ in sweep.started())
     assert times == {1: 2, 13: 1, 66: 2, 2: 1, 3: 1}
     table = pd.read_parquet(sweep.out / "table.parquet")
-    assert dict(zip(table["seed"], table["status"], strict=True)) == dict.fromkeys([1, 2, 3], "ok") | {
+    assert dict(zip(table["seed"], table["status"], strict=True)) == dict.fromkeys(
+        [1, 2, 3], "ok"
+    ) | {
         13: "failed",
         66: "failed",
     }

@@ -31,8 +31,12 @@ def test_equals_the_released_program(name, method, options):
 
 def test_published_options_are_the_defaults():
     e = torch.from_numpy(RVS["normal"]).float()
-    assert torch.equal(representative_vector(e), representative_vector(e, "dbscan", eps=0.5, min_samples=15))
-    assert torch.equal(representative_vector(e, "kde"), representative_vector(e, "kde", bandwidth=0.3))
+    assert torch.equal(
+        representative_vector(e), representative_vector(e, "dbscan", eps=0.5, min_samples=15)
+    )
+    assert torch.equal(
+        representative_vector(e, "kde"), representative_vector(e, "kde", bandwidth=0.3)
+    )
 
 
 @pytest.mark.parametrize(
@@ -42,7 +46,9 @@ def test_wide_clusters_are_the_mean(method, options):
     # A cloud as CLIP's text tower makes it: all sentences within a cone, so no pair is further than 1.5 apart.
     torch.manual_seed(0)
     e = F.normalize(torch.ones(200, 32) + torch.randn(200, 32), dim=-1)
-    torch.testing.assert_close(representative_vector(e, method, **options), representative_vector(e, "mean"))
+    torch.testing.assert_close(
+        representative_vector(e, method, **options), representative_vector(e, "mean")
+    )
 
 
 def test_all_noise_falls_back_to_the_mean_and_says_where():

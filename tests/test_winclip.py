@@ -24,7 +24,9 @@ def test_equals_the_golden_file():
     detector = WinCLIP(backbone)
     features = detector.features(golden["image"])
     for found, key in zip(
-        (features.image_embedding, *features.tokens), ("image_embedding", "window2", "window3"), strict=True
+        (features.image_embedding, *features.tokens),
+        ("image_embedding", "window2", "window3"),
+        strict=True,
     ):
         torch.testing.assert_close(found, golden[key], atol=1e-5, rtol=0)
     prediction = detector.score_with(features, F.normalize(golden["text"].T, dim=0))
@@ -72,7 +74,9 @@ def brute_force(backbone, image, text):
             for c in range(grid):
                 inverse_scales[r, c] += np.mean(1 / np.array(covering[r][c]))
     value = torch.from_numpy(3 / inverse_scales)[None, None]
-    return F.interpolate(value, size=image.shape[-1], mode="bilinear", align_corners=False)[0, 0], whole
+    return F.interpolate(value, size=image.shape[-1], mode="bilinear", align_corners=False)[
+        0, 0
+    ], whole
 
 
 @torch.no_grad()
@@ -119,8 +123,12 @@ def test_features_do_not_depend_on_the_text_and_can_be_cut(tiny_backbone, images
     features = detector.features(images)
     for category in ("bolt", "nut"):
         whole = detector.predict(images, category).maps
-        torch.testing.assert_close(detector.score(features[1:], category).maps, whole[1:], atol=1e-6, rtol=0)
-    assert not torch.equal(detector.score(features, "bolt").maps, detector.score(features, "nut").maps)
+        torch.testing.assert_close(
+            detector.score(features[1:], category).maps, whole[1:], atol=1e-6, rtol=0
+        )
+    assert not torch.equal(
+        detector.score(features, "bolt").maps, detector.score(features, "nut").maps
+    )
 
 
 def test_a_grid_that_holds_no_window_is_refused():

@@ -1,0 +1,298 @@
+"""What every notebook starts and ends with: from papermill parameters to backbone, data and folders, and the record
+of the run.
+
+A parameter left empty ("" or 0 or []) means what the preset says; a given one wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import random
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from IPython.display import display
+
+from clipad.backbone import Backbone, load_backbone
+from clipad.datasets import Dataset, load_dataset
+from clipad.detectors import SDP, ClipSurgery, Detector, Direct, SDPPlus
+from clipad.evaluation import Result, evaluate, fingerprint
+from clipad.files import code_version, require_writable, write_atomically
+from clipad.prompts import Prompts, load_prompts
+from clipad.published import Protocol, protocol
+from clipad.training import load_layers
+from clipad.winclip import WinCLIP
+
+RESULT_MIME = "application/vnd.clipad.result+json"
+
+PRESETS = {
+    "demo": {"model": "demo", "pretrained": "", "dataset": "demo"},
+    "paper": {"model": "ViT-B-16-plus-240", "pretrained": "laion400m_e31", "dataset": "mvtec"},
+}
+
+
+@dataclass(repr=False)
+class Experiment:
+    """One run of one notebook: what it uses, where its results go, and what it found."""
+
+    notebook: str
+    parameters: dict[str, Any]
+    backbone: Backbone
+    dataset: Dataset
+    protocol: Protocol
+    prompts: Prompts
+    output_dir: Path
+    seed: int
+    results: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rvs(self) -> dict[str, Any]:
+        """Keyword arguments for a detector: prompts and the published representative vectors of this data set."""
+        return {
+            "prompts": self.prompts,
+            "rvs": self.protocol.rvs,
+            "rvs_options": self.protocol.rvs_options,
+        }
+
+    def evaluate(self, detector, dataset: Dataset | None = None, **options) -> Result:
+        """:func:`clipad.evaluate` with results kept under the output folder, by content.
+
+        What decides the numbers (settings, data, code) names the folder, so a finished evaluation is read back and a
+        stopped one continues, and neither is ever taken for another.
+        """
+        dataset = dataset or self.dataset
+        key = json.dumps(
+            detector.settings | {"samples": fingerprint(dataset), "code": code_version()},
+            sort_keys=True,
+        )
+        folder = (
+            self.output_dir
+            / "evaluations"
+            / f"{_file_name(detector.name)}-{dataset.name}-{_short_hash(key)}"
+        )
+        return evaluate(detector, dataset, folder, **options)
+
+    def record(self, name: str, value: Any) -> None:
+        """Keep a result (number, mapping or DataFrame) for the record of the run."""
+        self.results[name] = _plain(value)
+
+    def finish(self) -> None:
+        """Last cell of a notebook: show what it ran with, and write the record of the run.
+
+        The record goes beside the executed notebook as JSON and into the notebook itself as a private MIME bundle.
+        """
+        record = {
+            "notebook": self.notebook,
+            "parameters": self.parameters,
+            "provenance": self.provenance(),
+            "results": self.results,
+        }
+        text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False)
+        write_atomically(self.output_dir / f"{self.notebook}.json", text + "\n")
+        rows = "\n".join(f"| {key} | {value} |" for key, value in record["provenance"].items())
+        table = f"| this run | |\n|---|---|\n{rows}"
+        display(
+            {"text/markdown": table, "text/plain": table, RESULT_MIME: json.loads(text)}, raw=True
+        )
+
+    def provenance(self) -> dict[str, str]:
+        """Versions, device, seed and hashes: what somebody needs to get the same numbers."""
+        packages = ("torch", "open_clip_torch", "numpy", "scikit-learn", "umap-learn")
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+        device = self.backbone.device
+        on = (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads"
+        )
+        return {
+            "model": f"{self.backbone.name}, {self.backbone.pretrained}, weights {self.backbone.weights_hash}",
+            "data": f"{self.dataset.name}, {len(self.dataset)} images, samples {fingerprint(self.dataset)}",
+            "code": f"clipad {importlib.metadata.version('clipad')}, sources {code_version()}",
+            "versions": f"Python {platform.python_version()}, {versions}",
+            "device": on,
+            "seed": str(self.seed),
+        }
+
+    def __str__(self) -> str:
+        data = self.dataset
+        kinds = ", ".join(
+            text
+            for text, there in (
+                ("image labels", data.has_image_labels),
+                ("pixel masks", data.has_masks),
+            )
+            if there
+        )
+        return (
+            f"model **{self.backbone.name}** ({self.backbone.pretrained}, {self.backbone.image_size} px, "
+            f"{self.backbone.device}) on **{data.name}**: {len(data)} images in {len(data.categories)} "
+            f"categor{'y' if len(data.categories) == 1 else 'ies'} ({kinds or 'no labels'})"
+            + self._unknown_words()
+        )
+
+    __repr__ = __str__  # no path of the machine in a stored notebook
+
+    def _unknown_words(self) -> str:
+        """Said here once, so that no cell has to warn of it."""
+        sentences = [
+            s for c in self.dataset.categories for state in self.prompts.sentences(c) for s in state
+        ]
+        unknown = self.backbone.unknown_words(sentences)
+        self.backbone.expect_words(unknown)
+        if not unknown:
+            return ""
+        named = ", ".join(sorted(unknown))
+        return (
+            f". The model never saw the words *{named}* in training: what it makes of them is noise"
+        )
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
+def experiment(
+    notebook: str,
+    preset: str = "demo",
+    model: str = "",
+    pretrained: str = "",
+    dataset: str = "",
+    data_root: str = "",
+    categories: list | None = None,
+    prompts: str = "",
+    image_size: int = 0,
+    seed: int = 0,
+    device: str = "",
+    output_dir: str = "",
+) -> Experiment:
+    """Resolve a notebook's parameters, load model and data, and seed every generator.
+
+    ``preset``: ``demo`` (shipped model and images, offline) or ``paper`` (published protocol). ``pretrained``: an
+    open_clip tag, a checkpoint file, or ``random``. ``output_dir``: empty for
+    ``outputs/<preset>-<dataset>`` of the checkout.
+
+    Raises ValueError or OSError for anything that cannot work, before anything long starts.
+    """
+    if preset not in PRESETS:
+        near = get_close_matches(str(preset), PRESETS, n=1)
+        raise ValueError(
+            f"unknown preset {preset!r}: one of {', '.join(PRESETS)}"
+            + (f"; {near[0]}?" if near else "")
+        )
+    chosen = dict(PRESETS[preset])
+    if model and model != chosen["model"]:
+        chosen |= {"model": model, "pretrained": ""}
+    chosen |= {
+        key: value for key, value in (("pretrained", pretrained), ("dataset", dataset)) if value
+    }
+    if chosen["model"] != "demo" and not chosen["pretrained"]:
+        raise ValueError(
+            f"model={chosen['model']!r} needs pretrained: an open_clip tag, a checkpoint file, or 'random'"
+        )
+    if chosen["model"] == "demo" and chosen["pretrained"] == "random":
+        raise ValueError(
+            "the demo model takes its shipped weights or a file: random ones need another model"
+        )
+    # The data and the folder first: a wrong path shall not wait for a model to load.
+    data = load_dataset(chosen["dataset"], data_root or None, categories or None)
+    own_prompts = load_prompts(prompts or None)
+    outputs = Path(__file__).resolve().parents[2] / "outputs"
+    folder = Path(output_dir) if output_dir else outputs / f"{preset}-{chosen['dataset']}"
+    require_writable(folder)
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (libraries that notebooks call draw from the global generator)
+    random.seed(seed)
+    backbone = load_backbone(
+        chosen["model"],
+        pretrained=None if chosen["pretrained"] in ("", "random") else chosen["pretrained"],
+        device=device or None,
+        image_size=image_size or None,
+        seed=seed,
+    )
+    return Experiment(
+        notebook=notebook,
+        parameters={
+            "preset": preset,
+            **chosen,
+            "pretrained": Path(chosen["pretrained"]).name,
+            "categories": list(data.categories),
+            "prompts": Path(prompts).name,
+            "image_size": backbone.image_size,
+            "seed": seed,
+        },
+        backbone=backbone,
+        dataset=data,
+        protocol=protocol(chosen["dataset"]),
+        prompts=own_prompts,
+        output_dir=folder,
+        seed=seed,
+    )
+
+
+DETECTORS = {
+    "direct": Direct,
+    "clip_surgery": ClipSurgery,
+    "sdp": SDP,
+    "sdp_plus": SDPPlus,
+    "winclip": WinCLIP,
+}
+
+
+def make_detector(
+    name: str, backbone: Backbone, layers: str | Path | None = None, **options
+) -> Detector:
+    """A detector by its short name; ``sdp_plus`` needs ``layers``, a checkpoint of its linear layers.
+
+    Raises ValueError for an unknown name, missing layers, or layers that another detector would ignore.
+    """
+    if name not in DETECTORS:
+        near = get_close_matches(name, DETECTORS, n=1)
+        raise ValueError(
+            f"unknown detector {name!r}: one of {', '.join(DETECTORS)}"
+            + (f"; {near[0]}?" if near else "")
+        )
+    if (name == "sdp_plus") != bool(layers):
+        raise ValueError(
+            "sdp_plus needs its linear layers, a checkpoint"
+            if not layers
+            else f"{name} has no layers"
+        )
+    return DETECTORS[name](backbone, *([load_layers(layers)] if layers else []), **options)
+
+
+def _plain(value):
+    """JSON-able, with NaN as None."""
+    if isinstance(value, pd.DataFrame):
+        value = value.to_dict(orient="index")
+    elif isinstance(value, pd.Series):
+        value = value.to_dict()
+    if isinstance(value, dict):
+        return {
+            " ".join(map(str, k)) if isinstance(k, tuple) else str(k): _plain(v)
+            for k, v in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return _plain(value.tolist())
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    if isinstance(value, np.integer):
+        return int(value)
+    return value
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower().replace("+", "-plus")).strip("-")

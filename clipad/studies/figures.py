@@ -1,0 +1,276 @@
+"""Figures: functions from data to a matplotlib Figure, and ``show``, which displays one with its alt text.
+
+Heat maps share their limits over all panels of a method and use a perceptually uniform colour map; ground truth is a
+white-on-black contour.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import PIL.Image
+import seaborn as sns
+from IPython.display import Image, display
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from seaborn.utils import relative_luminance
+
+_PALETTE = sns.color_palette("colorblind")
+COLOURS = {
+    name: _PALETTE[i]
+    for name, i in (
+        ("blue", 0),
+        ("orange", 1),
+        ("green", 2),
+        ("red", 3),
+        ("purple", 4),
+        ("grey", 7),
+    )
+}
+NORMAL, ANOMALOUS = COLOURS["blue"], COLOURS["orange"]
+MAP = "inferno"
+
+METRIC_NAMES = {
+    "image_auroc": "image AUROC",
+    "image_f1_max": "image F1-max",
+    "image_ap": "image AP",
+    "class_auroc": "class AUROC",
+    "class_f1_max": "class F1-max",
+    "class_ap": "class AP",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_f1_max": "pixel F1-max",
+    "pixel_ap": "pixel AP",
+    "pixel_pro": "PRO",
+    "map_auroc": "AUROC of map maximum",
+}
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Display a figure with alternative text for readers who do not see it, and close it.
+
+    Raises ValueError if the text is empty: a figure without words is lost on them.
+    """
+    if not alt.strip():
+        raise ValueError("a figure needs alt text that says what it shows")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    # 256 colours take a third of the space, so that a notebook with ten galleries stays small. Maximum coverage keeps
+    # rare colours, such as a small defect's; dithering keeps smooth maps smooth.
+    picture = PIL.Image.open(buffer).convert("RGB")
+    palette = picture.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=4)
+    picture = picture.quantize(palette=palette, dither=PIL.Image.Dither.FLOYDSTEINBERG)
+    small = io.BytesIO()
+    picture.save(small, "PNG", optimize=True)
+    display(Image(small.getvalue(), format="png", alt=alt), metadata={"image/png": {"alt": alt}})
+
+
+def image_array(image, size: int) -> np.ndarray:
+    """A PIL image as the model sees its shape: RGB, squashed to size x size, values 0-1."""
+    return np.asarray(image.convert("RGB").resize((size, size))) / 255
+
+
+def contour(ax, mask: np.ndarray) -> None:
+    """Ground truth as a white line on a black one, visible on any map."""
+    if mask is not None and mask.any():
+        for colour, width in (("black", 2.4), ("white", 1.0)):
+            ax.contour(mask, levels=[0.5], colors=[colour], linewidths=width)
+
+
+def gallery(
+    images: Sequence[np.ndarray],
+    maps: Mapping[str, np.ndarray],
+    masks: Sequence[np.ndarray] | None = None,
+    titles: Sequence[str] | None = None,
+    limits: Mapping[str, tuple[float, float]] | None = None,
+) -> Figure:
+    """Images in the first column, one column of heat maps per method, one row per image.
+
+    ``images``: S x S x 3; ``maps``: per method N x S x S; ``masks``: N x S x S or None. The limits of a method are
+    shared by its column (given, or 1st to 99.8th percentile of what is shown) and stand in its colour bar.
+    """
+    rows, columns = len(images), 1 + len(maps)
+    figure = plt.figure(figsize=(1.75 * columns, 1.6 * rows + 0.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    # The colour bars have a row of their own, so that image and maps stand side by side at one size.
+    axes = figure.subplots(rows + 1, columns, squeeze=False, height_ratios=[1] * rows + [0.05])
+    for row in range(rows):
+        axes[row, 0].imshow(images[row])
+        if titles is not None:
+            axes[row, 0].set_ylabel(titles[row], fontsize=8)
+    axes[0, 0].set_title("image", fontsize=9)
+    axes[rows, 0].axis("off")
+    for column, (name, values) in enumerate(maps.items(), start=1):
+        values = np.asarray(values)
+        low, high = (limits or {}).get(name) or np.percentile(values, [1, 99.8])
+        for row in range(rows):
+            shown = axes[row, column].imshow(values[row], cmap=MAP, vmin=low, vmax=high)
+            if masks is not None:
+                contour(axes[row, column], masks[row])
+        axes[0, column].set_title(name, fontsize=9)
+        ticks = plt.MaxNLocator(3)
+        bar = figure.colorbar(shown, cax=axes[rows, column], orientation="horizontal", ticks=ticks)
+        bar.ax.tick_params(labelsize=7)
+    for ax in axes[:rows].flat:
+        ax.set(xticks=[], yticks=[])
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+    return figure
+
+
+def heatmap(values: pd.DataFrame, ax, fontsize: float = 8, **options) -> None:
+    """seaborn's heat map with its numbers in black or white, whichever contrasts more with the colour below.
+
+    seaborn writes white on half of all colours, which is hard to read on the lighter ones of them.
+    """
+    default = dict(
+        vmin=0, vmax=100, cmap="cividis", annot=True, fmt=".1f", cbar=False, linewidths=0.5
+    )
+    sns.heatmap(values, ax=ax, annot_kws={"fontsize": fontsize}, **default | options)
+    colours = ax.collections[0]
+    shown = np.asarray(values, dtype=float)
+    for text in ax.texts:
+        column, row = (int(place) for place in text.get_position())
+        luminance = relative_luminance(colours.to_rgba(shown[row, column]))
+        text.set_color("black" if luminance > 0.18 else "white")  # 0.18: equal contrast by WCAG 2
+    ax.set(xlabel="", ylabel="")
+
+
+def heatmaps(panels: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
+    """Heat maps side by side on one scale, in percent; the last row of each is the mean.
+
+    ``panels``: a table of metrics by title, all with the same rows, usually categories.
+    """
+    first = next(iter(panels.values()))
+    columns = sum(len(table.columns) for table in panels.values())
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(1.3 + 0.58 * columns + 0.1 * len(panels), 0.33 * len(first) + 1.5),
+        squeeze=False,
+        sharey=True,
+        width_ratios=[len(table.columns) for table in panels.values()],
+        layout="constrained",
+    )
+    for ax, (name, table) in zip(axes[0], panels.items(), strict=True):
+        heatmap(100 * table, ax)
+        ax.axhline(len(table) - 1, color="white", linewidth=3)
+        ax.set_title(name, fontsize=10)
+        ax.tick_params(labelsize=8, length=0)
+        ax.tick_params(axis="y", rotation=0)
+        ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=35, ha="right")
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def metric_heatmap(
+    tables: Mapping[str, pd.DataFrame], metrics: Sequence[str], title: str = ""
+) -> Figure:
+    """Categories x metrics, one panel per method; metrics that are nowhere known are left out."""
+    metrics = [m for m in metrics if not all(table[m].isna().all() for table in tables.values())]
+    panels = {name: table[metrics].rename(columns=METRIC_NAMES) for name, table in tables.items()}
+    return heatmaps(panels, title)
+
+
+def styled(table: pd.DataFrame, caption: str, name: str) -> pd.io.formats.style.Styler:
+    """A results table for people: percent with one decimal, the mean row set off, identical in every run."""
+    shown = (100 * table).rename(columns=METRIC_NAMES)
+    last = {"selector": "tbody tr:last-child", "props": "border-top: 1px solid; font-weight: bold"}
+    return (
+        shown.style.format("{:.1f}", na_rep="–")
+        .set_caption(f"{caption} (percent)")
+        .set_uuid(name)
+        .set_table_styles(
+            [last, {"selector": "caption", "props": "text-align: left; padding: 4px 0"}]
+        )
+    )
+
+
+def method_overview() -> Figure:
+    """CLIP-AD in one figure, drawn by us after the paper's text and METHOD.md."""
+    figure, ax = plt.subplots(figsize=(9.6, 4.5))
+    ax.set(xlim=(0, 100), ylim=(0, 47))
+    ax.axis("off")
+    blue, orange, green, grey = (
+        sns.light_palette(COLOURS[c], 5)[1] for c in ("blue", "orange", "green", "grey")
+    )
+
+    def box(x, y, w, h, text, colour, size=8):
+        patch = FancyBboxPatch(
+            (x, y), w, h, boxstyle="round,pad=0.4", facecolor=colour, edgecolor="0.25", linewidth=1
+        )
+        ax.add_patch(patch)
+        ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=size)
+
+    def arrow(start, end, style="-|>", colour="0.25"):
+        ax.add_patch(
+            FancyArrowPatch(
+                start, end, arrowstyle=style, mutation_scale=10, color=colour, linewidth=1.1
+            )
+        )
+
+    # text side
+    box(1, 36, 16, 8, "198 normal +\n220 anomalous\nsentences", orange)
+    box(24, 36, 13, 8, "text encoder\n(frozen)", grey)
+    box(44, 36, 19, 8, "RVS: one vector\nper state\n(notebook 01)", orange)
+    arrow((17.6, 40), (23.4, 40))
+    arrow((37.6, 40), (43.4, 40))
+    # image side
+    box(1, 12, 9, 14, "image\nS × S", blue)
+    for k in range(4):
+        x = 17 + 12.5 * k
+        box(x, 21, 9.5, 6, f"blocks {3 * k + 1}–{3 * k + 3}\nq-k attention", grey, 7)
+        box(
+            x,
+            10,
+            9.5,
+            6,
+            "v-v attention\nrestarts here" if k else "v-v attention\nstarts here",
+            green,
+            7,
+        )
+        arrow((x + 4.75, 20.4), (x + 4.75, 16.6), colour=COLOURS["green"])
+        if k:
+            arrow((x - 2.4, 24), (x - 0.6, 24))
+        arrow((x + 4.75, 9.4), (x + 4.75, 6.2), colour=COLOURS["green"])
+        ax.text(
+            x + 4.75, 4.4, f"stage {k + 1}", ha="center", va="center", fontsize=7.5, color="0.2"
+        )
+    arrow((10.6, 24), (16.4, 24))
+    ax.text(39.5, 29.4, "ordinary path = plain CLIP", ha="center", fontsize=8, color="0.25")
+    ax.plot([17, 64.6], [2.6, 2.6], color=COLOURS["green"], linewidth=1.1)
+    ax.text(
+        39.5,
+        0.4,
+        "surgery path, staged (notebook 03)",
+        ha="center",
+        fontsize=8,
+        color=COLOURS["green"],
+    )
+    # combination
+    box(70, 21, 12, 9, "class token\n× text =\nclass probability", orange, 7.5)
+    box(
+        70,
+        4,
+        12,
+        12,
+        "feature surgery:\nsimilarities minus\nwhat both states\nshare, summed",
+        green,
+        7.5,
+    )
+    box(87.5, 4, 11.5, 12, "anomaly map\nSDP\n+ linear layers\n= SDP+ (04)", blue, 7.5)
+    box(87.5, 21, 11.5, 9, "image score", blue, 7.5)
+    arrow((64.6, 24), (69.4, 25))
+    arrow((64.6, 2.6), (69.4, 8), colour=COLOURS["green"])
+    arrow((82.6, 10), (86.9, 10))
+    arrow((82.6, 25.5), (86.9, 25.5))
+    arrow((93.2, 16.6), (93.2, 20.4))
+    arrow((63.6, 40), (76, 30.6))
+    ax.plot([66.7, 66.7, 69.4], [37.6, 13, 13], color="0.25", linewidth=1.1)
+    arrow((68.8, 13), (69.4, 13))
+    return figure

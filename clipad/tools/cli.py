@@ -1,0 +1,415 @@
+"""The command line. Heavy imports stay inside the commands, so that ``clipad --help`` answers at once."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clipad import __version__
+
+timeout_option = click.option(
+    "--timeout",
+    type=click.IntRange(min=1),
+    metavar="S",
+    help="Seconds a cell may take; no limit if left out.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="clipad", message="%(prog)s %(version)s")
+def app() -> None:
+    """CLIP-AD (arXiv 2311.00453) step by step: run the notebooks, check data and machine.
+
+    \b
+    First steps:
+      clipad doctor              what this machine has and lacks, with the fix for each fault
+      clipad run 00              execute notebooks/00_*.ipynb on the shipped model and images
+      clipad run --all           execute every notebook
+      clipad params 00           what can be set in a notebook, and to what
+      clipad detect photo.jpg --object "metal nut"
+    """
+
+
+@app.command(short_help="Execute a notebook, or all.")
+@click.argument("notebook", required=False)
+@click.option("--all", "every", is_flag=True, help="Run every notebook, in order.")
+@click.option(
+    "--preset",
+    help="demo: shipped model and images, minutes, offline; paper: the published protocol.",
+)
+@click.option(
+    "-p",
+    "pairs",
+    nargs=2,
+    multiple=True,
+    metavar="NAME VALUE",
+    help="A parameter: number, True, False or text.",
+)
+@click.option(
+    "-y", "texts", multiple=True, metavar="YAML", help="Parameters as YAML, for lists and mappings."
+)
+@click.option("-f", "files", multiple=True, metavar="FILE", help="A YAML file of parameters.")
+@timeout_option
+@click.option(
+    "--output-dir", help="Folder of the executed copy and results, not outputs/<preset>-<dataset>."
+)
+def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> None:
+    """Execute a notebook by papermill, strictly. NOTEBOOK: its first characters (03), its name, or a file.
+
+    Unknown parameters, wrong types and values out of range are refused before a kernel starts. The executed copy goes
+    to outputs/<preset>-<dataset>/, whatever happens; the stored notebook stays as it is. A parameter left empty ("" or
+    0) means what the preset says. Relative paths count from here.
+
+    \b
+    Examples:
+      clipad run 00
+      clipad run 00 --preset paper -p data_root ~/data/mvtec
+      clipad run 00 -p dataset headct -p data_root data/headct
+      clipad run 00 -y 'categories: [screw, nut]' --timeout 600
+      clipad run --all -f my_settings.yaml
+
+    With --all a parameter goes to the notebooks that have it, and a failure does not stop the others.
+
+    Exit code: 0 all cells ran and the output is sound (or the notebook says why it skips), 1 it failed, 2 wrong usage,
+    130 stopped; the same command continues.
+    """
+    from clipad.tools.runner import (
+        check_parameters,
+        find_notebook,
+        inspect_parameters,
+        notebook_paths,
+        plan_all,
+        run_notebook,
+    )
+
+    runs = []
+    with one_line_errors():
+        if every == (notebook is not None):
+            raise ValueError("name one notebook, as in `clipad run 00`, or give --all")
+        paths = notebook_paths() if every else [find_notebook(notebook)]
+        if not paths:
+            raise ValueError("there are no notebooks")
+        values = read_parameters(pairs, texts, files)
+        values |= {"preset": preset} if preset is not None else {}
+        if output_dir and any("output_dir" in inspect_parameters(path) for path in paths):
+            values["output_dir"] = str(Path(output_dir).expanduser().resolve())
+        plan = (
+            plan_all(paths, values) if every else [(paths[0], check_parameters(paths[0], values))]
+        )
+        for path, own in plan:
+            if every:
+                click.echo(path.stem, err=True)
+            runs.append(run_notebook(path, own, output_dir, timeout))
+            _report(runs[-1])
+    if every:
+        rows = [(run.notebook, run.status, f"{run.seconds / 60:.1f}", run.reason) for run in runs]
+        click.echo("\n" + _table([("notebook", "status", "minutes", "reason"), *rows]))
+    if any(run.status == "failed" for run in runs):
+        sys.exit(1)
+
+
+@app.command(short_help="Find anomalies in images of your own.")
+@click.argument("path", metavar="IMAGE|FOLDER", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--object", "object_name", required=True, help='What the images show, such as "metal nut".'
+)
+@click.option(
+    "--detector",
+    type=click.Choice(["sdp", "sdp_plus", "winclip", "clip_surgery", "direct"]),
+    default="sdp",
+    show_default=True,
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("detections"), show_default=True
+)
+@click.option(
+    "--normal",
+    type=click.Path(exists=True, path_type=Path),
+    help="Flawless images to calibrate on.",
+)
+@click.option(
+    "--model", default="demo", show_default=True, help="demo, or the name of an open_clip model."
+)
+@click.option("--pretrained", help="Its weights: an open_clip tag or a checkpoint file.")
+@click.option(
+    "--layers", type=click.Path(exists=True, path_type=Path), help="Linear layers, for sdp_plus."
+)
+@click.option("--device", help="cpu or cuda; a GPU if there is one.")
+def detect(path, object_name, detector, out, normal, model, pretrained, layers, device) -> None:
+    """Heat maps, overlays and scores for an image or a folder, without ground truth.
+
+    Writes scores.csv, scores.json, report.html, overlays/ and maps/ to --out. A score counts standard deviations above
+    normal images, so it does not depend on the other images: above those in --normal or, for the demo model, above
+    the normal images that are shipped. Otherwise it is the class probability. A folder in MVTec-AD's layout also gets
+    metrics.
+
+    \b
+    Examples:
+      clipad detect photo.jpg --object "metal nut"
+      clipad detect photos/ --object screw --normal flawless/ --out found
+      clipad detect photos/ --object pill --model ViT-B-16-plus-240 --pretrained laion400m_e31
+
+    Exit code: 0 all images were read, 1 some could not be (they are named, the others are done), 2 wrong usage,
+    130 stopped; the same command continues.
+    """
+    with one_line_errors():
+        from clipad.backbone import load_backbone
+        from clipad.studies.experiments import make_detector
+        from clipad.tools.detect import calibrate, find_images, shipped_calibration
+        from clipad.tools.detect import detect as run_detection
+
+        find_images(path, object_name)  # before the model is loaded
+        if model != "demo" and not pretrained:
+            raise ValueError(
+                f"--model {model} needs --pretrained: an open_clip tag or a checkpoint file"
+            )
+        chosen = make_detector(detector, load_backbone(model, pretrained, device), layers)
+        if normal is not None:
+            calibration = calibrate(
+                chosen, find_images(normal, object_name), f"the images in {normal.name}"
+            )
+        else:
+            calibration = shipped_calibration(chosen) if model == "demo" else None
+        report = run_detection(chosen, path, object_name, out, calibration)
+    for name, reason in report.broken.items():
+        click.echo(f"not readable: {name}: {reason}", err=True)
+    if report.metrics:
+        click.echo("  ".join(f"{name} {value:.3f}" for name, value in report.metrics.items()))
+    for row in report.scores.head(10).itertuples():
+        click.echo(f"{row.score:8.2f}  {row.image}")
+    more = f" and {len(report.scores) - 10} more" if len(report.scores) > 10 else ""
+    click.echo(f"{len(report.scores)} images{more and f' (10 shown{more})'}; {out / 'report.html'}")
+    if report.broken:
+        sys.exit(1)
+
+
+@app.command(short_help="Show what can be set in a notebook.")
+@click.argument("notebook")
+def params(notebook) -> None:
+    """Show what can be set in a notebook: name, type, default, meaning and allowed values.
+
+    \b
+    Example:
+      clipad params 00
+    """
+    from clipad.tools.runner import find_notebook, inspect_parameters
+
+    with one_line_errors():
+        found = inspect_parameters(find_notebook(notebook)).values()
+    rows = [(p.name, p.type, json.dumps(p.default, ensure_ascii=False), p.help) for p in found]
+    click.echo(_table([("name", "type", "default", "meaning [allowed values]"), *rows]))
+
+
+@app.command(short_help="Run a grid of notebooks or evaluations on Dask.")
+@click.argument("file", metavar="SWEEP.YAML")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Local processes; one per core, at most 4.",
+)
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="A running Dask cluster, as in tcp://10.0.0.1:8786, not local.",
+)
+@click.option("--output-dir", help="Folder of the results, not outputs/sweep-<name of the file>.")
+def sweep(file, workers, scheduler, output_dir) -> None:
+    """Run a grid of notebooks or evaluations; finished runs are skipped, so the same command continues.
+
+    \b
+    The file holds one block or a list of blocks; a list is an axis:
+      evaluate: {detectors: [sdp, direct], rvs: [mean, dbscan], categories: [screw, nut]}
+    or
+      notebook: "05"
+      parameters: {seed: [0, 1], categories: [[screw, nut]]}
+
+    Everything is checked before the first run. A failed run does not stop the others. Results: table.parquet and
+    table.csv with a row per run and number, index.html with a link to every executed notebook.
+
+    \b
+    Examples:
+      clipad sweep notebooks/sweep_example.yaml
+      clipad sweep mine.yaml --workers 8 --output-dir ~/results/mine
+      clipad sweep mine.yaml --scheduler tcp://10.0.0.1:8786
+
+    Exit code: 0 all runs ended well, 1 some failed, 2 wrong usage, 130 stopped.
+    """
+    from clipad.tools import runner
+    from clipad.tools import sweep as sweeps
+
+    with one_line_errors():
+        if workers and scheduler:
+            raise ValueError("--workers is for a local cluster: leave it out beside --scheduler")
+        folder = Path(
+            output_dir or runner.REPOSITORY / "outputs" / f"sweep-{Path(file).stem}"
+        ).expanduser()
+        records = sweeps.sweep(sweeps.plan(file), folder, workers, scheduler)
+    failed = [record for record in records if record["status"] == "failed"]
+    click.echo(f"{len(records)} runs, {len(failed)} failed; see {folder / 'index.html'}")
+    if failed:
+        sys.exit(1)
+
+
+@app.command(short_help="Check this machine; say the fix for each fault.")
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
+def doctor(as_json) -> None:
+    """Check versions, device, memory, disk, shipped model and images, kernel; say the fix for each fault.
+
+    Ends with exit code 1 when the notebooks cannot run.
+    """
+    from clipad.tools.doctor import diagnose
+
+    checks = diagnose()
+    if as_json:
+        click.echo(json.dumps([vars(check) for check in checks], indent=1, ensure_ascii=False))
+    else:
+        click.echo(_table([(check.status, check.name, check.found) for check in checks]))
+        for check in checks:
+            if check.fix:
+                click.echo(f"\n{check.name}: {check.found}\n  fix: {check.fix}")
+    if any(check.status == "broken" for check in checks):
+        sys.exit(1)
+
+
+@app.group()
+def data() -> None:
+    """Look at data sets."""
+
+
+@data.command("check", short_help="Read every file of a data set; report what is wrong.")
+@click.argument("name")
+@click.option("--root", help="The folder of the data set; demo and demo_aux need none.")
+def check_data(name, root) -> None:
+    """Read every image and mask of a data set: layout, counts per category, unreadable files, missing masks.
+
+    NAME: mvtec, visa, isic, clinicdb, headct, brainmri, folder, demo or demo_aux. Ends with exit code 1 when there
+    are problems.
+
+    \b
+    Examples:
+      clipad data check demo
+      clipad data check mvtec --root ~/data/mvtec
+    """
+    from clipad.datasets import check_dataset
+
+    with one_line_errors(code=1):
+        report = check_dataset(name, Path(root).expanduser() if root else None)
+    click.echo(str(report))
+    if not report.ok:
+        sys.exit(1)
+
+
+@app.command(short_help="The executed notebooks as an offline HTML site.")
+@click.argument("source", default="outputs/demo-demo", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("book"), show_default=True)
+def book(source, out) -> None:
+    """Make a site of the executed notebooks in SOURCE (a folder that `clipad run --all` wrote, or notebooks/).
+
+    It opens without a network and without a server: pages link to each other, formulas are MathML.
+    """
+    with one_line_errors():
+        from clipad.tools.book import build_book
+
+        click.echo(build_book(source, out))
+
+
+@app.group()
+def notebooks() -> None:
+    """Keep the stored notebooks (for those who change them)."""
+
+
+@notebooks.command(short_help="Run with default parameters and store the outputs.")
+@click.argument("names", nargs=-1, metavar="[NOTEBOOK]...")
+@timeout_option
+def store(names, timeout) -> None:
+    """Run notebooks (all when none is named) with their default parameters; store the outputs in notebooks/*.ipynb.
+
+    A notebook that fails, or whose output does not pass the checks, keeps its last good outputs.
+
+    \b
+    Example:
+      clipad notebooks store 00
+    """
+    from clipad.tools.runner import find_notebook, notebook_paths, run_notebook, update_stored
+
+    failed = False
+    with one_line_errors():
+        for path in [find_notebook(name) for name in names] or notebook_paths():
+            done = run_notebook(path, timeout=timeout)
+            _report(done)
+            failed |= done.status != "ok"
+            if done.status == "ok":
+                update_stored(path, done.output_path)
+    if failed:
+        sys.exit(1)
+
+
+def read_parameters(pairs, texts, files) -> dict[str, Any]:
+    """Parameters of ``-f``, ``-y`` and ``-p``; as with papermill, a later kind wins."""
+    from papermill.iorw import NoDatesSafeLoader
+    from yaml import YAMLError, load
+
+    values = {}
+    read = [
+        (f"the file {name}", Path(name).expanduser().read_text(encoding="utf-8")) for name in files
+    ]
+    for place, text in [*read, *((f"-y {text!r}", text) for text in texts)]:
+        try:
+            found = load(text, Loader=NoDatesSafeLoader)
+        except YAMLError as error:
+            raise ValueError(f"{place} is no YAML: {error}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{place} holds {type(found).__name__}, expected `name: value`")
+        values |= found
+    return values | {name: guess_type(value) for name, value in pairs}
+
+
+def guess_type(text: str):
+    """papermill's rule for the values of ``-p``.
+
+    >>> [guess_type(text) for text in ("True", "3", "1e-3", "screw", "[1,2]")]
+    [True, 3, 0.001, 'screw', '[1,2]']
+    """
+    if text in ("True", "False", "None"):
+        return {"True": True, "False": False, "None": None}[text]
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
+
+
+@contextlib.contextmanager
+def one_line_errors(code: int = 2):
+    """Bad input ends with one line on stderr: exit code ``code`` for what was typed, 1 for what the system refused."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        click.echo(f"clipad: {' '.join(str(error).split())}", err=True)
+        sys.exit(1 if isinstance(error, OSError) else code)
+    except KeyboardInterrupt:
+        click.echo(
+            "clipad: stopped; what was computed so far is kept, the same command continues",
+            err=True,
+        )
+        sys.exit(130)
+
+
+def _report(run) -> None:
+    place = run.output_path
+    if place.is_relative_to(Path.cwd()):
+        place = place.relative_to(Path.cwd())
+    text = f"{run.notebook}: {run.status} after {run.seconds / 60:.1f} min, {place}"
+    click.echo(f"{text}\n  {run.reason}" if run.reason else text, err=run.status == "failed")
+
+
+def _table(rows) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
