@@ -21,7 +21,7 @@ def detector():
 
 @pytest.fixture(scope="module")
 def calibration(detector):
-    normal = [s for s in load_dataset("demo_aux", categories=["gear", "washer"]) if s.label == 0]
+    normal = [s for s in load_dataset("demo_aux", categories=["cable", "pill"]) if s.label == 0]
     return calibrate(detector, normal, "forty images", progress=False)
 
 
@@ -94,7 +94,7 @@ def test_the_reference_scores_itself(calibration):
 
 
 def test_labels_and_masks_in_the_folder_give_metrics(detector, calibration, tmp_path):
-    gear = load_dataset("demo_aux").root / "gear"
+    gear = load_dataset("demo").root / "gear"
     report = detect(detector, gear, "gear", tmp_path, calibration, progress=False)
     assert report.metrics["image_auroc"] > 0.6
     assert report.metrics["pixel_auroc"] > 0.6

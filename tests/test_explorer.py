@@ -24,7 +24,7 @@ from clipad.tools import cli, runner
 
 @pytest.fixture
 def run(tiny_backbone, tmp_path):
-    dataset = clipad.load_dataset("demo", categories=["bottle", "wood"])
+    dataset = clipad.load_dataset("demo", categories=["gear", "tile"])
     prompts = clipad.load_prompts()
     return Experiment(
         "06_explorer",
@@ -77,8 +77,8 @@ def picture(size=(50, 40), colour="red") -> bytes:
 
 
 def test_empty_settings_are_the_published_choice(explorer, start):
-    assert start.image == "bottle/test/broken/000.png"
-    assert start.object_name == "bottle"
+    assert start.image == "gear/test/broken/000.png"
+    assert start.object_name == "gear"
     assert (start.detector, start.rvs, start.stages) == ("sdp", "dbscan", (1, 2, 3, 4))
     assert start.smoothing == pytest.approx(8 / 240 * 32, abs=0.05)
     assert start.look[2] == explorer.depth == 4
@@ -104,7 +104,7 @@ def test_the_model_shows_what_the_detector_predicts(run, name):
     )
     sample = explorer.samples[found.settings.image]
     pixels = run.backbone.preprocess(clipad.read_image(sample.image_path))[None]
-    expected = detector.predict(pixels, "bottle")
+    expected = detector.predict(pixels, "gear")
     np.testing.assert_allclose(found.map, expected.maps[0], rtol=1e-4, atol=1e-5)
     assert found.probability == pytest.approx(float(expected.probabilities[0]), rel=1e-4)
     assert found.mask.shape == found.map.shape == (32, 32)
@@ -113,7 +113,7 @@ def test_the_model_shows_what_the_detector_predicts(run, name):
 def test_fewer_stages_are_another_map(explorer, start):
     one = explorer.show(replace(start, stages=(4,), smoothing=widgets.NO_SMOOTHING))
     detector = clipad.SDP(explorer.backbone, stages=[4], smoothing=0)
-    expected = detector.predict(explorer._pixels(start.image), "bottle").maps[0]
+    expected = detector.predict(explorer._pixels(start.image), "gear").maps[0]
     np.testing.assert_allclose(one.map, expected, rtol=1e-4, atol=1e-5)
     assert list(one.cosines.index) == ["after block 4", "whole image"]
 
@@ -122,7 +122,7 @@ def test_cosines_are_those_of_the_chosen_patch(explorer, start):
     found = explorer.show(replace(start, look=(2, 3, 1)))
     detector = clipad.SDP(explorer.backbone, rvs_options={"eps": 0.5, "min_samples": 15})
     features = detector.features(explorer._pixels(start.image))
-    text = detector.text_vectors("bottle")
+    text = detector.text_vectors("gear")
     index = 1 + 1 * 4 + 2
     for name, tokens in zip(found.cosines.index, features.tokens, strict=False):
         expected = torch.nn.functional.normalize(tokens[0, index], dim=0) @ text
@@ -151,19 +151,19 @@ def test_winclip_cosines_are_means_over_the_windows_that_cover_the_patch(explore
     )  # one window of each size covers it
     detector = widgets.WinCLIP(explorer.backbone)
     features = detector.features(explorer._pixels(start.image))
-    text = detector.text_vectors("bottle")
+    text = detector.text_vectors("gear")
     for tokens, name in zip(features.tokens, ("2 × 2 windows", "3 × 3 windows"), strict=True):
         expected = torch.nn.functional.normalize(tokens[0, 0], dim=0) @ text
         np.testing.assert_allclose(corner.cosines.loc[name], expected, atol=1e-5)
 
 
 def test_the_scale_does_not_depend_on_the_image(explorer, start):
-    other = next(n for n in explorer.samples if n.startswith("bottle/test/good"))
+    other = next(n for n in explorer.samples if n.startswith("gear/test/good"))
     one, two = explorer.show(start), explorer.show(replace(start, image=other))
     assert one.limits == pytest.approx(two.limits, abs=1e-5)
     assert one.cut == pytest.approx(two.cut, abs=1e-5)
     assert not np.allclose(one.map, two.map)
-    assert all(name.startswith("bottle/") for name in explorer.references(start.image))
+    assert all(name.startswith("gear/") for name in explorer.references(start.image))
 
 
 def test_own_words_are_the_sentences_that_are_asked(explorer, start):
@@ -174,17 +174,17 @@ def test_own_words_are_the_sentences_that_are_asked(explorer, start):
         clipad.load_prompts(), normal=("clean {}",), anomalous=("{} with a hole", "torn {}")
     )
     detector = clipad.SDP(explorer.backbone, prompts, rvs="mean", smoothing=start.smoothing)
-    expected = detector.predict(explorer._pixels(start.image), "bottle")
+    expected = detector.predict(explorer._pixels(start.image), "gear")
     assert own.probability == pytest.approx(float(expected.probabilities[0]), rel=1e-4)
 
 
 def test_notes_say_what_the_text_could_not_carry(explorer, start):
-    explorer.backbone.known_words = {"bottle"}
-    noise = explorer.show(replace(start, object_name="metal bottle", normal_words="clean"))
+    explorer.backbone.known_words = {"gear"}
+    noise = explorer.show(replace(start, object_name="metal gear", normal_words="clean"))
     said = " ".join(noise.notes)
     assert "metal" in said
     assert "never saw" in said
-    again = explorer.show(replace(start, object_name="metal bottle", normal_words="clean"))
+    again = explorer.show(replace(start, object_name="metal gear", normal_words="clean"))
     assert again.notes == noise.notes
 
 
@@ -194,7 +194,7 @@ def test_kept_features_are_not_computed_again(explorer, start, monkeypatch):
     monkeypatch.setattr("clipad.detectors.staged_features", None)
     monkeypatch.setattr("clipad.studies.explorer.attention_weights", None)
     changed = replace(
-        start, smoothing=3.0, threshold=0.9, look=(1, 1, 1), object_name="wood", rvs="mean"
+        start, smoothing=3.0, threshold=0.9, look=(1, 1, 1), object_name="tile", rvs="mean"
     )
     assert not np.allclose(explorer.show(changed).map, explorer.show(start).map)
 
@@ -203,7 +203,7 @@ def test_kept_features_are_not_computed_again(explorer, start, monkeypatch):
     ("change", "words"),
     [
         ({"object_name": " "}, "no name"),
-        ({"image": "bottle/test/broken/0.png"}, r"nor a file; bottle/test/broken/00\d.png\?"),
+        ({"image": "gear/test/broken/0.png"}, r"nor a file; gear/test/broken/00\d.png\?"),
         ({"detector": "sdp_plus"}, "layers"),
         ({"detector": "sdb"}, "there are direct"),
         ({"rvs": "median"}, "unknown representative"),
@@ -230,9 +230,9 @@ def test_a_setting_that_does_not_exist_is_refused_with_the_nearest(explorer):
 
 def test_layers_are_not_shown_on_what_they_were_trained_on(run):
     layers = LinearLayers(*run.backbone.visual.proj.shape, 4)
-    layers.settings = {"categories": ["bottle"]}
+    layers.settings = {"categories": ["gear"]}
     explorer = widgets.Explorer(run, layers)
-    with pytest.raises(ValueError, match="trained on bottle"):
+    with pytest.raises(ValueError, match="trained on gear"):
         explorer.settings(detector="sdp_plus")
 
 
@@ -291,7 +291,7 @@ def test_the_command_brings_the_settings_back(explorer, start):
         start, object_name="3", detector="direct", stages=(2, 4), smoothing=1.5, rvs="mean",
         normal_words="it's {}, fine", look=(1, 2, 3), threshold=0.25,
     )  # fmt: skip
-    second = replace(first, detector="winclip", anomalous_words="bad: {}", object_name="wood")
+    second = replace(first, detector="winclip", anomalous_words="bad: {}", object_name="tile")
     words = shlex.split(
         widgets.command(
             explorer, first, second, {"preset": "demo", "dataset": "demo", "layers": ""}
@@ -363,8 +363,8 @@ def test_controls_show_the_same_as_the_cell_above(explorer, start, controls):
             {"anomalous_words": "torn"},
         ),
         (
-            lambda c: setattr(c.image, "value", "bottle/test/good/000.png"),
-            {"image": "bottle/test/good/000.png"},
+            lambda c: setattr(c.image, "value", "gear/test/good/000.png"),
+            {"image": "gear/test/good/000.png"},
         ),
     ],
 )
@@ -393,10 +393,10 @@ def test_a_category_brings_its_images_and_its_name(controls, monkeypatch):
     updates = []
     show = controls.explorer.show
     monkeypatch.setattr(controls.explorer, "show", lambda s: updates.append(s) or show(s))
-    controls.category.value = "wood"
+    controls.category.value = "tile"
     assert len(updates) == 1  # not one for every widget that changes
-    assert controls.settings()[0].object_name == "wood"
-    assert all(name.startswith("wood/") for _, name in controls.image.options)
+    assert controls.settings()[0].object_name == "tile"
+    assert all(name.startswith("tile/") for _, name in controls.image.options)
     assert controls.explorer.samples[controls.image.value].label == 1
 
 
@@ -432,7 +432,7 @@ def test_an_uploaded_image_is_shown_and_can_be_shown_again(explorer, controls, t
     assert settings.image == str(next(path.iterdir()).resolve())
     assert explorer.show(settings).mask is None
     assert settings.image in controls.command.value
-    controls.category.value = "wood"
+    controls.category.value = "tile"
     assert ("uploaded: ../my photo.png", settings.image) in controls.image.options
 
 
@@ -452,7 +452,7 @@ def test_an_empty_name_is_told_and_mended(controls):
     assert "no name" in controls.message.value
     assert "role=" in controls.message.value
     assert image_of(controls) == before
-    controls.rows[0].object_name.value = "wood"
+    controls.rows[0].object_name.value = "tile"
     assert "no name" not in controls.message.value
     assert image_of(controls) != before
 

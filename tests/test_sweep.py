@@ -84,14 +84,14 @@ def test_lists_are_axes(plan, notebook):
 
 
 def test_protocol_and_presets_are_resolved(plan):
-    first, second = plan({"evaluate": {"rvs": ["", "mean"], "categories": "nut"}})
+    first, second = plan({"evaluate": {"rvs": ["", "mean"], "categories": "gear"}})
     assert first.parameters["rvs_options"] == {"eps": 0.5, "min_samples": 15}
     assert second.parameters["rvs_options"] == {}
     assert {first.parameters[name] for name in ("model", "dataset")} == {"demo"}
     spelled_out = {
         "detectors": "sdp",
         "rvs": "dbscan",
-        "categories": "nut",
+        "categories": "gear",
         "seed": 0,
         "dataset": "demo",
     }
@@ -100,7 +100,7 @@ def test_protocol_and_presets_are_resolved(plan):
 
 def test_what_decides_the_result_decides_the_address(plan, tmp_path, notebook):
     def address(**values):
-        return plan({"evaluate": {"categories": "nut"} | values})[0].address
+        return plan({"evaluate": {"categories": "gear"} | values})[0].address
 
     (tmp_path / "own.yaml").write_text("normal: ['sound {}']")
     prompts = str(tmp_path / "own.yaml")
@@ -170,7 +170,7 @@ def test_weights_of_further_backbones_decide_the_address_too(plan, tmp_path):
         ({"evaluate": {"seed": -1}}, "must lie in 0"),
         ({"evaluate": {"rvs": "kdee"}}, "unknown representative vector"),
         ({"evaluate": {"rvs": "mean", "rvs_options": {"eps": 1}}}, "mean has no option eps"),
-        ({"evaluate": {"categories": "nuts"}}, "unknown category 'nuts'"),
+        ({"evaluate": {"categories": "gears"}}, "unknown category 'gears'"),
         ({"evaluate": {"dataset": "demoo"}}, "'demo"),
         ({"evaluate": {"model": "ViT-S-32-alt"}}, "needs pretrained"),
         ({"evaluate": {"pretrained": "random"}}, "no random weights"),
@@ -194,21 +194,21 @@ def test_wrong_files_are_refused(plan, notebook, block, message):
 def test_an_evaluation_is_what_evaluate_says(plan, tmp_path):
     import clipad
 
-    run = plan({"evaluate": {"detectors": "direct", "rvs": "mean", "categories": "nut"}})[0]
+    run = plan({"evaluate": {"detectors": "direct", "rvs": "mean", "categories": "gear"}})[0]
     (tmp_path / "runs").mkdir()
     sweeps.execute(run, str(tmp_path))
     record = sweeps._read(run, tmp_path)
     assert (record["status"], record["reason"]) == ("ok", "")
-    backbone, data = clipad.load_backbone("demo"), clipad.load_dataset("demo", categories=["nut"])
+    backbone, data = clipad.load_backbone("demo"), clipad.load_dataset("demo", categories=["gear"])
     expected = clipad.evaluate(clipad.Direct(backbone, rvs="mean"), data, progress=False).table.loc[
-        "nut"
+        "gear"
     ]
     assert {result["metric"]: result["value"] for result in record["results"]} == expected.to_dict()
     assert not list((tmp_path / "unfinished").iterdir())
 
 
 def test_other_code_or_weights_on_a_worker_are_noticed(plan, tmp_path):
-    run = plan({"evaluate": {"categories": "nut"}})[0]
+    run = plan({"evaluate": {"categories": "gear"}})[0]
     (tmp_path / "runs").mkdir()
     for name, message in (("code", "another version"), ("weights", "other weights")):
         other = sweeps.Run("", run.parameters, run.content | {name: "0"})
@@ -249,14 +249,14 @@ def test_a_run_that_ended_unseen_is_in_the_table(plan, notebook, tmp_path, monke
 
 def test_runs_of_different_kinds_share_one_table(tmp_path):
     common = {"notebook": "", "content": {}, "seconds": 1.0}
-    number = {"category": "nut", "metric": "image_auroc", "value": 0.5}
+    number = {"category": "gear", "metric": "image_auroc", "value": 0.5}
     first = {"run": "a", "name": "evaluate", "status": "ok", "reason": "", "results": [number]}
     second = {"run": "b", "name": "00_work", "status": "failed", "reason": "x < <b>", "results": []}
-    first["parameters"] = {"categories": ["nut"], "seed": 0, "share": 1, "other": 1}
+    first["parameters"] = {"categories": ["gear"], "seed": 0, "share": 1, "other": 1}
     second["parameters"] = {"seed": 1, "share": 0.5, "other": "text"}
     sweeps._write_results([first | common, second | common], 3, tmp_path)
     table = pd.read_parquet(tmp_path / "table.parquet")
-    assert table["categories"].tolist()[0] == '["nut"]'
+    assert table["categories"].tolist()[0] == '["gear"]'
     assert table["value"].isna().tolist() == [False, True]
     assert table["seed"].tolist() == [0, 1]
     page = (tmp_path / "index.html").read_text()
