@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.functional import scaled_dot_product_attention as attend
+
+from clipad.released import changed_in_place
 
 
 @dataclass
@@ -64,54 +67,36 @@ def staged_features(
     """
     blocks = visual.transformer.resblocks
     layers = len(blocks)
-    quarter = layers // 4 if restart and default_stages(layers) else layers
+    restarts = {first_block, 0, *default_stages(layers)} if restart else {first_block}
     stages = default_stages(layers) if stages is None else tuple(stages)
-    if (
-        not stages
-        or list(stages) != sorted(set(stages))
-        or not first_block < stages[0] <= stages[-1] <= layers
-    ):
+    rising = list(stages) == sorted(set(stages))
+    if not stages or not rising or not first_block < stages[0] <= stages[-1] <= layers:
         raise ValueError(f"stages have to rise within {first_block + 1}..{layers}, found {stages}")
 
     x = visual.ln_pre(embed_patches(visual, images))
-    path = None
-    ordinary, surgery = [], []
-    for i, block in enumerate(blocks):
-        starts = i == first_block or (restart and i % quarter == 0)
-        if i < first_block:
-            x = block(x)
-        else:
-            a, s = _dual_attention(block, x)
-            path = s if starts else path + s
-            x = x + a
-            if as_released and i in stages:
-                # The released program keeps references, and `+=` in this block changes what the last one stored.
-                ordinary[-1] = x
-                surgery[-1] = surgery[-1] if starts else path
-            x = x + block.ls_2(block.mlp(block.ln_2(x)))
+    for block in blocks[:first_block]:
+        x = block(x)
+    path, ordinary, paths, following = None, [], [], []
+    for i, block in enumerate(blocks[first_block:], start=first_block):
+        q, k, v = queries_keys_values(block, x)
+        a, s = join_heads(block, torch.stack([attend(q, k, v), attend(v, v, v)]))
+        path = s if i in restarts else path + s
+        x = x + a
+        x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        if i in stages:  # the block behind a stage
+            following.append((a, s, i in restarts))
         if i + 1 in stages:
             ordinary.append(x)
-            surgery.append(path)
+            paths.append(path)
 
+    if as_released:
+        ordinary, paths = changed_in_place(ordinary, paths, following)
     surgery = [
         project(visual, torch.cat([tokens[:, :1], path[:, 1:]], dim=1))
-        for tokens, path in zip(ordinary, surgery, strict=True)
+        for tokens, path in zip(ordinary, paths, strict=True)
     ]
     image_embedding = surgery[-1][:, 0] if stages[-1] == layers else project(visual, x[:, 0])
     return StagedFeatures(stages, ordinary, surgery, image_embedding)
-
-
-def _dual_attention(block, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """q-k attention (ordinary) and v-v attention (surgery) of one block, B x T x D each.
-
-    a = out_proj(softmax(q k^T / sqrt(d)) v),  s = out_proj(softmax(v v^T / sqrt(d)) v)
-    """
-    q, k, v = queries_keys_values(block, x)
-    heads = torch.stack(
-        [F.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(v, v, v)]
-    )
-    a, s = join_heads(block, heads)
-    return a, s
 
 
 def queries_keys_values(block, x: torch.Tensor) -> torch.Tensor:

@@ -200,7 +200,7 @@ def scalings(
 ) -> Figure:
     """Images, their maps on the scale of the category, and the same scaled again image by image.
 
-    ``images``: S x S x 3; ``once``, ``twice``: N x S x S in 0-1 (:func:`clipad.released.min_max`).
+    ``images``: S x S x 3; ``once``, ``twice``: N x S x S in 0-1 (``released_program.min_max``).
     """
     figure, axes = plt.subplots(
         3, len(images), figsize=(1.5 * len(images) + 1.6, 4.9), squeeze=False, layout="constrained"

@@ -4,7 +4,13 @@ import pytest
 from small_data import make_folder
 
 from clipad.prompts import CLIP_AD
-from clipad.released import angles_to_mean, extremes, min_max, vanished, without_one
+from clipad.studies.benchmark.released_program import (
+    angles_to_mean,
+    extremes,
+    min_max,
+    vanished,
+    without_one,
+)
 
 
 def test_a_selection_that_keeps_everything_is_the_mean(tiny_backbone):

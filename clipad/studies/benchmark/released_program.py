@@ -1,0 +1,130 @@
+"""The released program's ways of choosing, measuring and drawing, quantified (notebook 05). Its side effect on the
+features is :mod:`clipad.released`, its PRO :func:`clipad.pro_200_thresholds`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import ndimage
+
+from clipad.datasets import Dataset, native_size, read_mask, resize_mask
+from clipad.evaluation import published_image_score
+from clipad.metrics import image_metrics
+from clipad.text import representative_vectors
+
+SELECTIONS = {
+    "DBSCAN, eps 0.5, min_samples 15 (MVTec)": ("dbscan", {"eps": 0.5, "min_samples": 15}),
+    "DBSCAN, eps 1.5, min_samples 25 (VisA)": ("dbscan", {"eps": 1.5, "min_samples": 25}),
+    "mean shift, bandwidth 2": ("mean_shift", {"bandwidth": 2.0}),
+    "KDE, bandwidth 0.3": ("kde", {"bandwidth": 0.3}),
+    "PCA": ("pca", {}),
+}
+
+
+def angles_to_mean(
+    backbone, prompts, categories: Sequence[str], selections: Mapping = SELECTIONS
+) -> pd.DataFrame:
+    """How far each published selection lies from the plain mean, in degrees over categories and states.
+
+    ``is the mean``: share of vectors within 0.1 degrees of it; ``all noise``: categories where DBSCAN found no cluster
+    in some state, so that the released program would have stopped and ours takes the mean.
+    """
+    rows = {}
+    for name, (method, options) in selections.items():
+        angles, noise = [], 0
+        for category in categories:
+            mean = representative_vectors(backbone, category, prompts, "mean")
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                vectors = representative_vectors(backbone, category, prompts, method, **options)
+            noise += any("noise" in str(w.message) for w in said)
+            # Through the chord: the arc cosine of nearly 1 has no digits left.
+            chord = (vectors - mean).double().norm(dim=0) / 2
+            angles += torch.rad2deg(2 * torch.asin(chord.clamp(max=1))).tolist()
+        rows[name] = {
+            "median angle": np.median(angles),
+            "largest angle": max(angles),
+            "is the mean": np.mean(np.array(angles) < 0.1),
+            "all noise": noise,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def without_one(images: pd.DataFrame) -> pd.DataFrame:
+    """What becomes of the published image scores of a category when one of its *other* test images is taken away.
+
+    ``images``: rows of one method (:attr:`Benchmark.images`). Per category: ``largest change`` of a score (they run
+    from 0 to 2), ``orders changed`` (share of the pairs of images whose order changes, largest over the images that
+    can be taken away) and the range of the AUROC that other scaling alone makes, ``auroc low`` to ``auroc high``,
+    relative to the same images with their old scores.
+    """
+    rows = {}
+    for category, frame in images.groupby("category", sort=False):
+        p, m, labels = (frame[column].to_numpy() for column in ("probability", "map_max", "label"))
+        full, change, orders, auroc = published_image_score(p, m), 0.0, 0.0, []
+        for i in range(len(frame)):
+            rest = np.delete(np.arange(len(frame)), i)
+            old, new = full[rest], published_image_score(p[rest], m[rest])
+            change = max(change, np.abs(new - old).max())
+            above = np.sign(np.subtract.outer(old, old)) != np.sign(np.subtract.outer(new, new))
+            orders = max(orders, above.mean())
+            auroc.append(
+                image_metrics(new, labels[rest])["auroc"]
+                - image_metrics(old, labels[rest])["auroc"]
+            )
+        rows[category] = {
+            "largest change": change,
+            "orders changed": orders,
+            "auroc low": min(auroc),
+            "auroc high": max(auroc),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("category")
+
+
+def min_max(maps: np.ndarray, per_image: bool) -> np.ndarray:
+    """Maps N x S x S to 0-1: over all of them, or, as the released program's pictures do after that, each by itself."""
+    axes = (1, 2) if per_image else None
+    low, high = maps.min(axis=axes, keepdims=True), maps.max(axis=axes, keepdims=True)
+    return (maps - low) / np.maximum(high - low, 1e-12)
+
+
+def extremes(maps: np.ndarray, labels: Sequence[int]) -> list[int]:
+    """The normal, then the anomalous images with the lowest, median and highest maximum of the map."""
+    maxima, labels = maps.max(axis=(1, 2)), np.asarray(labels)
+    order = np.argsort(maxima, kind="stable")
+    rows = [order[labels[order] == label] for label in (0, 1)]
+    return [int(row[at]) for row in rows if len(row) for at in (0, len(row) // 2, -1)]
+
+
+def vanished(dataset: Dataset, shrink: Sequence[float]) -> pd.DataFrame:
+    """Ground truth after the published resize (bilinear, threshold 0.5), per factor by which the longer side shrinks.
+
+    ``side``: median side in pixels; ``masks``, ``regions``: share of the anomalous masks, and of their 8-connected
+    regions, of which not a pixel is left; ``area``: anomalous area left, as a share. Empty without masks.
+    """
+    samples = [s for s in dataset if s.label == 1 and s.mask_path is not None]
+    found = {factor: [] for factor in shrink if samples}
+    for sample in samples:
+        native = max(native_size(sample.mask_path))
+        mask = read_mask(sample.mask_path, native)
+        labelled, count = ndimage.label(mask, structure=np.ones((3, 3)))
+        for factor, rows in found.items():
+            side = round(native / factor)
+            gone = sum(not resize_mask(labelled == r, side).any() for r in range(1, count + 1))
+            left = resize_mask(mask, side).mean() / mask.mean() if count else np.nan
+            rows.append((side, not resize_mask(mask, side).any(), gone, count, left))
+    table = {}
+    for factor, rows in found.items():
+        side, masks, gone, count, left = np.array(rows, dtype=float).T
+        table[factor] = {
+            "side": np.median(side),
+            "masks": masks.mean(),
+            "regions": gone.sum() / count.sum(),
+            "area": np.nanmean(left),
+        }
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("shrunk by")
