@@ -58,6 +58,13 @@ class Features:
             )
         return Features(**pick)
 
+    def to(self, device) -> Features:
+        """The same on another device: what is kept of a whole data set stays on the CPU."""
+        ordinary = None if self.ordinary is None else [t.to(device) for t in self.ordinary]
+        return Features(
+            self.image_embedding.to(device), [t.to(device) for t in self.tokens], ordinary
+        )
+
     @staticmethod
     def cat(parts: list[Features]) -> Features:
         """Features of batches put together, in their order."""
@@ -146,6 +153,11 @@ class Detector:
         raise NotImplementedError
 
     @property
+    def reads(self) -> tuple:
+        """What its features are; a detector whose ``reads`` begin those of another can score the other's features."""
+        return (self.name,)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers, JSON-able: a stopped run continues only if it is equal."""
         return {
@@ -219,6 +231,10 @@ class SDP(Detector):
         return feature_surgery(features.tokens, text)[:, 1:, 1]
 
     @property
+    def reads(self):
+        return ("staged dual path", self.stages, self.as_released)
+
+    @property
     def settings(self):
         return super().settings | {"stages": list(self.stages), "as_released": self.as_released}
 
@@ -265,6 +281,10 @@ class SDPPlus(SDP):
 
     def _fuse(self, sdp, layers):
         return sdp + layers
+
+    @property
+    def reads(self):
+        return (*super().reads, "ordinary tokens")
 
     @property
     def settings(self):

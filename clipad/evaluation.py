@@ -10,9 +10,10 @@ import hashlib
 import io
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,6 +22,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from clipad.bootstrap import resampled_metrics
 from clipad.datasets import Dataset, MaskSizeError, Sample, native_size, read_image, read_mask
 from clipad.files import content_hash, require_writable, write_atomically
 from clipad.metrics import image_metrics, pixel_metrics
@@ -176,6 +178,46 @@ def load_images(
 def _stack(futures, pin: bool) -> torch.Tensor:
     images = torch.stack([future.result() for future in futures])
     return images.pin_memory() if pin else images
+
+
+def batches(
+    backbone, samples: Sequence[Sample], batch_size: int = 16
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(category, images B x 3 x S x S) in the order of the samples; a batch never mixes categories."""
+    for category, group in groupby(samples, key=lambda sample: sample.category):
+        for images in load_images(list(group), backbone.preprocess, batch_size):
+            yield category, images
+
+
+def category_metrics(
+    maps: np.ndarray,
+    masks: np.ndarray | None,
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    map_in_image_score: bool = True,
+    counts: np.ndarray | None = None,
+) -> dict[str, float | np.ndarray]:
+    """All metrics of one category that its labels allow: ``image_*``, ``class_*`` and, with masks, ``pixel_*``.
+
+    ``maps``, ``masks``: N x S x S (masks None where there are none); ``probabilities``, ``labels``: N. With ``counts``
+    (1 + R x N, from :func:`clipad.metrics.draw_counts`) each metric is an array: the estimate, then R resamples.
+    The image score is the published one over the category; it is not scaled anew in resamples.
+    """
+
+    def measured(level, scores, truth, plain):
+        found = plain(scores, truth) if counts is None else resampled_metrics(scores, truth, counts)
+        return {f"{level}_{name}": value for name, value in found.items()}
+
+    metrics = {}
+    if (labels >= 0).all():
+        score = probabilities
+        if map_in_image_score:
+            score = published_image_score(probabilities, maps.max(axis=(1, 2)))
+        metrics |= measured("image", score, labels, image_metrics)
+        metrics |= measured("class", probabilities, labels, image_metrics)
+    if masks is not None:
+        metrics |= measured("pixel", maps, masks, pixel_metrics)
+    return metrics
 
 
 def predict_halving(

@@ -14,10 +14,12 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import seaborn as sns
-from IPython.display import Image, display
+from IPython.display import SVG, Image, Markdown, display
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from seaborn.utils import relative_luminance
+
+from clipad.studies.common import METRIC_NAMES, Interval
 
 _PALETTE = sns.color_palette("colorblind")
 COLOURS = {
@@ -34,39 +36,51 @@ COLOURS = {
 NORMAL, ANOMALOUS = COLOURS["blue"], COLOURS["orange"]
 MAP = "inferno"
 
-METRIC_NAMES = {
-    "image_auroc": "image AUROC",
-    "image_f1_max": "image F1-max",
-    "image_ap": "image AP",
-    "class_auroc": "class AUROC",
-    "class_f1_max": "class F1-max",
-    "class_ap": "class AP",
-    "pixel_auroc": "pixel AUROC",
-    "pixel_f1_max": "pixel F1-max",
-    "pixel_ap": "pixel AP",
-    "pixel_pro": "PRO",
-    "map_auroc": "AUROC of map maximum",
-}
+
+LARGEST_SVG = 400_000
+"""bytes; a chart with more marks than that is stored as a picture"""
 
 
-def show(figure: Figure, alt: str) -> None:
-    """Display a figure with alternative text for readers who do not see it, and close it.
+def show(figure: Figure, caption: str, alt: str = "") -> None:
+    """Display a figure with its caption below it, and close it. Charts are SVG, images and maps PNG at twice the size.
 
-    Raises ValueError if the text is empty: a figure without words is lost on them.
+    ``caption``: what is to be seen, with numbers, the rule by which images were chosen, what lines and contours mean.
+    ``alt``: for readers who do not see it, empty for the caption. Raises ValueError for an empty caption.
     """
-    if not alt.strip():
-        raise ValueError("a figure needs alt text that says what it shows")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    if not caption.strip():
+        raise ValueError("a figure needs a caption that says what it shows")
+    alt = alt or caption
+    pictures = any(ax.images for ax in figure.axes)
+    svg = None if pictures else _svg(figure, alt)
+    if svg is not None and len(svg) <= LARGEST_SVG:
+        display(SVG(svg), metadata={"image/svg+xml": {"alt": alt}})
+    else:
+        width = round(figure.get_size_inches()[0] * 100)
+        image = Image(_png(figure), format="png", width=width, alt=alt)
+        display(image, metadata={"image/png": {"alt": alt, "width": width}})
     plt.close(figure)
-    # 256 colours take a third of the space, so that a notebook with ten galleries stays small. Maximum coverage keeps
-    # rare colours, such as a small defect's; dithering keeps smooth maps smooth.
+    display(Markdown(f"*{caption.strip()}*"))
+
+
+def _svg(figure: Figure, alt: str) -> str:
+    buffer = io.StringIO()
+    with plt.rc_context({"svg.hashsalt": "clipad", "svg.fonttype": "path"}):
+        figure.savefig(
+            buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Title": alt}
+        )
+    return buffer.getvalue()
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, bbox_inches="tight", metadata={"Software": None})
     picture = PIL.Image.open(buffer).convert("RGB")
+    # 256 colours without dithering: a third of the space, and flat areas stay flat. Maximum coverage keeps rare ones.
     palette = picture.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=4)
-    picture = picture.quantize(palette=palette, dither=PIL.Image.Dither.FLOYDSTEINBERG)
+    picture = picture.quantize(palette=palette, dither=PIL.Image.Dither.NONE)
     small = io.BytesIO()
     picture.save(small, "PNG", optimize=True)
-    display(Image(small.getvalue(), format="png", alt=alt), metadata={"image/png": {"alt": alt}})
+    return small.getvalue()
 
 
 def image_array(image, size: int) -> np.ndarray:
@@ -175,6 +189,103 @@ def metric_heatmap(
     metrics = [m for m in metrics if not all(table[m].isna().all() for table in tables.values())]
     panels = {name: table[metrics].rename(columns=METRIC_NAMES) for name, table in tables.items()}
     return heatmaps(panels, title)
+
+
+def forest(
+    table: pd.DataFrame,
+    title: str,
+    label: str = "method",
+    baseline: str = "",
+    highlight: Sequence[str] = (),
+) -> Figure:
+    """Paired differences with both intervals, a panel per metric; the numbers stand beside the marks, in points.
+
+    ``table``: :meth:`clipad.studies.common.Scores.differences`. Thick: other images; thin: other categories as well;
+    filled where the thin one leaves out 0. Rows far outside the others are cut off at the edge (arrow), so that they
+    do not set the axis.
+    """
+    metrics, names = list(dict.fromkeys(table["metric"])), list(dict.fromkeys(table[label]))
+    figure, axes = plt.subplots(
+        1, len(metrics), figsize=(1.8 + 3.1 * len(metrics), 0.36 * len(names) + 1.4),
+        squeeze=False, sharey=True, layout="constrained",
+    )  # fmt: skip
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        rows = table[table["metric"] == metric].set_index(label).loc[names]
+        limit = _limit_of_most(rows)
+        for place, (name, row) in enumerate(rows.iterrows()):
+            colour = COLOURS["orange"] if name in highlight else COLOURS["blue"]
+            _forest_row(ax, place, row, colour, limit)
+        ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
+        ax.set(xlim=(-limit, limit), ylim=(len(names) - 0.4, -0.6))
+        ax.set_title(METRIC_NAMES.get(metric, metric), fontsize=10)
+        ax.set_xlabel(f"points{f' against {baseline}' if baseline else ''}", fontsize=9)
+        ax.set_yticks(range(len(names)), names, fontsize=9)
+        ax.tick_params(labelsize=9)
+        sns.despine(ax=ax, left=True)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _limit_of_most(rows: pd.DataFrame) -> float:
+    """Half the width of the axis: the furthest end among rows of ordinary size, in points."""
+    size = rows["estimate"].abs()
+    ordinary = rows[size <= max(4 * size.median(), 0.02)]
+    ends = ordinary[["low_wide", "high_wide", "low", "high"]].abs().to_numpy()
+    return 115 * float(np.nanmax(ends)) if np.isfinite(ends).any() else 1.0
+
+
+def _forest_row(ax, place: int, row: pd.Series, colour, limit: float) -> None:
+    estimate = 100 * row["estimate"]
+    told = f"{Interval(row['estimate'], row['low_wide'], row['high_wide']):+}"
+    ax.annotate(
+        told, (0.99, place - 0.36), xycoords=("axes fraction", "data"), ha="right", va="center",
+        fontsize=7.5, color="0.3",
+    )  # fmt: skip
+    if abs(estimate) > limit:
+        side = np.sign(estimate)
+        ax.annotate(
+            "", (side * limit, place), (side * 0.85 * limit, place),
+            arrowprops={"arrowstyle": "-|>", "color": colour},
+        )  # fmt: skip
+        return
+    for low, high, width in (("low_wide", "high_wide", 1.2), ("low", "high", 4)):
+        ax.plot([100 * row[low], 100 * row[high]], [place] * 2, color=colour, linewidth=width)
+    clear = row["low_wide"] > 0 or row["high_wide"] < 0
+    ax.plot(estimate, place, "o", color=colour, mfc=colour if clear else "white", markersize=6)
+
+
+def category_dots(
+    table: pd.DataFrame, title: str, before: str, after: str, unit: str = "points"
+) -> Figure:
+    """Difference of two methods per category with its interval over images, textures and objects apart.
+
+    ``table``: :meth:`clipad.studies.common.Scores.by_category` with a column ``metric``: a panel per metric.
+    """
+    metrics = list(dict.fromkeys(table["metric"]))
+    categories = table[table["metric"] == metrics[0]].sort_values(["group", "estimate"])
+    order, group = (
+        list(categories["category"]),
+        dict(zip(categories["category"], categories["group"], strict=True)),
+    )
+    figure, axes = plt.subplots(
+        1, len(metrics), figsize=(1.6 + 3 * len(metrics), 0.3 * len(order) + 1.5),
+        squeeze=False, sharey=True, layout="constrained",
+    )  # fmt: skip
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        rows = table[table["metric"] == metric].set_index("category").loc[order]
+        for place, (name, row) in enumerate(rows.iterrows()):
+            texture = group[name] == "textures"
+            colour, marker = (COLOURS["green"], "s") if texture else (COLOURS["blue"], "o")
+            ax.plot([100 * row["low"], 100 * row["high"]], [place] * 2, color=colour, linewidth=2)
+            ax.plot(100 * row["estimate"], place, marker, color=colour, markersize=6)
+        ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
+        ax.set_title(METRIC_NAMES.get(metric, metric), fontsize=10)
+        ax.set_xlabel(f"{after} − {before}, {unit}", fontsize=9)
+        ax.set_yticks(range(len(order)), [f"{c} ({group[c][:-1]})" for c in order], fontsize=9)
+        ax.tick_params(labelsize=9)
+        sns.despine(ax=ax)
+    figure.suptitle(title, fontsize=11)
+    return figure
 
 
 def styled(table: pd.DataFrame, caption: str, name: str) -> pd.io.formats.style.Styler:

@@ -1,0 +1,458 @@
+"""What all studies share: features kept, images by rule, paired intervals, claims.
+
+An interval here is a percentile bootstrap at 95 %, of two kinds. *Images*: images are drawn with replacement within
+category and label, so it speaks of other images of these categories. *Wide*: categories are drawn with replacement,
+too, and within each its images, so it speaks of other categories as well. Methods see the same draws (paired).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from IPython.display import Markdown, display
+from scipy.stats import binomtest
+
+from clipad.bootstrap import draw_counts
+from clipad.datasets import Dataset
+from clipad.detectors import Detector, Features, Prediction
+from clipad.evaluation import batches, category_metrics, read_masks
+from clipad.metrics import pixel_metrics
+
+METRICS = (
+    *(f"pixel_{m}" for m in ("auroc", "f1_max", "ap", "pro")),
+    *(f"image_{m}" for m in ("auroc", "f1_max", "ap")),
+    *(f"class_{m}" for m in ("auroc", "f1_max", "ap")),
+)
+METRIC_NAMES = {
+    "image_auroc": "image AUROC",
+    "image_f1_max": "image F1-max",
+    "image_ap": "image AP",
+    "class_auroc": "class AUROC",
+    "class_f1_max": "class F1-max",
+    "class_ap": "class AP",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_f1_max": "pixel F1-max",
+    "pixel_ap": "pixel AP",
+    "pixel_pro": "PRO",
+    "map_auroc": "AUROC of map maximum",
+}
+RESAMPLES = 2000
+"""bootstrap draws behind a verdict; 200 let verdicts depend on the seed"""
+TEXTURES = frozenset({"carpet", "grid", "leather", "marble", "tile", "wood"})
+
+
+# Intervals ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the ends of its 95 % interval, as a fraction."""
+
+    estimate: float
+    low: float
+    high: float
+    p: float = float("nan")
+    """two-sided bootstrap p-value against 0, for the correction of many comparisons"""
+
+    def verdict(self, level: float = 0.0) -> str:
+        """``higher`` or ``lower`` where the interval leaves the level out, else ``no significant difference``.
+
+        >>> Interval(0.031, 0.012, 0.05).verdict(), Interval(0.58, 0.49, 0.66).verdict(level=0.5)
+        ('higher', 'no significant difference')
+        """
+        if np.isnan([self.estimate, self.low, self.high]).any():
+            return "not measured"
+        higher, lower = self.low > level, self.high < level
+        return "higher" if higher else "lower" if lower else "no significant difference"
+
+    def __format__(self, spec: str) -> str:
+        """Percent or points, with a sign for ``+``; a bound that would be printed as 0.0 gets a further digit.
+
+        >>> f"{Interval(0.009, 0.0004, 0.018):+}", f"{Interval(0.755, 0.68, 0.82)}"
+        ('+0.9 [+0.04, +1.8]', '75.5 [68.0, 82.0]')
+        """
+        return f"{_percent(self.estimate, spec)} [{_percent(self.low, spec)}, {_percent(self.high, spec)}]"
+
+
+def _percent(value: float, sign: str) -> str:
+    digits = 2 if 0 < abs(100 * value) < 0.05 else 1
+    return f"{100 * value:{sign}.{digits}f}"
+
+
+def from_draws(estimate: float, draws: np.ndarray) -> Interval:
+    """The percentile interval of bootstrap draws; draws that are NaN (nothing to measure) are left out."""
+    draws = np.asarray(draws)[~np.isnan(draws)]
+    if not len(draws) or np.isnan(estimate):
+        return Interval(float(estimate), np.nan, np.nan)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    tail = min((draws <= 0).sum(), (draws >= 0).sum())
+    p = min(1.0, 2 * (1 + tail) / (1 + len(draws)))
+    return Interval(float(estimate), float(low), float(high), float(p))
+
+
+def exact_share(count: int, of: int) -> Interval:
+    """A share with its exact (Clopper-Pearson) interval: a bootstrap of 0 out of 20 has no width, this has.
+
+    >>> f"{exact_share(0, 20)}"
+    '0.0 [0.0, 16.8]'
+    """
+    found = binomtest(count, of).proportion_ci(0.95, method="exact")
+    return Interval(count / of, float(found.low), float(found.high))
+
+
+def groups(categories: Sequence[str]) -> dict[str, list[str]]:
+    """The categories that are textures and those that are objects; a group without members is left out.
+
+    >>> groups(["leather", "screw", "tile"])
+    {'textures': ['leather', 'tile'], 'objects': ['screw']}
+    """
+    found = {
+        "textures": [c for c in categories if c in TEXTURES],
+        "objects": [c for c in categories if c not in TEXTURES],
+    }
+    return {name: members for name, members in found.items() if members}
+
+
+@dataclass
+class Scores:
+    """Numbers of several methods on the same images and the same bootstrap draws."""
+
+    methods: tuple[str, ...]
+    categories: tuple[str, ...]
+    metrics: tuple[str, ...]
+    values: np.ndarray
+    """methods x categories x metrics x (1 + R); ``[..., 0]`` is the estimate, the others are draws of images"""
+    seed: int = 0
+
+    def table(self, method: str) -> pd.DataFrame:
+        """Category x metric with a last row ``mean``."""
+        values = self.values[self.methods.index(method), :, :, 0]
+        table = pd.DataFrame(values, self.categories, self.metrics).rename_axis("category")
+        table.loc["mean"] = table.mean()
+        return table
+
+    def means(self) -> pd.DataFrame:
+        """Method x metric: the unweighted mean over categories."""
+        return pd.DataFrame({m: self.table(m).loc["mean"] for m in self.methods}).T
+
+    def interval(
+        self,
+        metric: str,
+        method: str,
+        minus: str | None = None,
+        categories: Sequence[str] | None = None,
+    ) -> tuple[Interval, Interval]:
+        """(images, wide) for the mean over categories of a metric, or of a paired difference of two methods."""
+        m = self.metrics.index(metric)
+        values = self.values[self.methods.index(method), :, m]
+        if minus is not None:
+            values = values - self.values[self.methods.index(minus), :, m]
+        if categories is not None:
+            values = values[[self.categories.index(c) for c in categories]]
+        return intervals_over_categories(values, self.seed)
+
+    def differences(
+        self, baseline: str, metrics: Sequence[str], categories: Sequence[str] | None = None
+    ) -> pd.DataFrame:
+        """A row per metric and method: ``method``, ``metric``, ``estimate`` of method - baseline, ``low`` and ``high``
+        (images), ``low_wide`` and ``high_wide``, ``verdict`` (by the wide interval)."""
+        rows = []
+        for metric in metrics:
+            for method in self.methods:
+                if method == baseline:
+                    continue
+                images, wide = self.interval(metric, method, baseline, categories)
+                ends = {"low": images.low, "high": images.high}
+                ends |= {"low_wide": wide.low, "high_wide": wide.high, "verdict": wide.verdict()}
+                rows.append({"method": method, "metric": metric, "estimate": wide.estimate} | ends)
+        return pd.DataFrame(rows)
+
+    def by_category(self, metric: str, method: str, minus: str | None = None) -> pd.DataFrame:
+        """A row per category: ``category``, ``group`` (textures or objects), ``estimate``, ``low``, ``high``."""
+        group = {c: name for name, members in groups(self.categories).items() for c in members}
+        rows = []
+        for category in self.categories:
+            images, _ = self.interval(metric, method, minus, [category])
+            row = {"category": category, "group": group[category], "estimate": images.estimate}
+            rows.append(row | {"low": images.low, "high": images.high})
+        return pd.DataFrame(rows)
+
+
+def intervals_over_categories(values: np.ndarray, seed: int = 0) -> tuple[Interval, Interval]:
+    """(images, wide) of the mean over categories, from values K x (1 + R) with the estimate first.
+
+    A category without an estimate (no such labels there) is left out.
+    """
+    values = values[~np.isnan(values[:, 0])]
+    if not len(values):
+        return (Interval(np.nan, np.nan, np.nan),) * 2
+    estimate, draws = values[:, 0].mean(), values.shape[1] - 1
+    rng = np.random.default_rng(seed)
+    picked = rng.integers(len(values), size=(RESAMPLES, len(values)))
+    resample = rng.integers(1, draws + 1, size=picked.shape)
+    wide = values[picked, resample].mean(axis=1)
+    return from_draws(estimate, values[:, 1:].mean(axis=0)), from_draws(estimate, wide)
+
+
+def scores_of_images(
+    frames: Mapping[str, pd.DataFrame],
+    columns: Sequence[str],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Scores:
+    """Means per category of numbers that each image has, such as whether its map is the wrong way round.
+
+    ``frames``: per method a row per image, the same images in the same order, with ``category`` and ``columns``; an
+    image with NaN is left out of that mean.
+    """
+    first = next(iter(frames.values()))
+    categories = tuple(dict.fromkeys(first["category"]))
+    values = np.full((len(frames), len(categories), len(columns), 1 + resamples), np.nan)
+    rng = np.random.default_rng(seed)
+    for c, category in enumerate(categories):
+        rows = (first["category"] == category).to_numpy()
+        counts = draw_counts(np.ones(rows.sum(), int), resamples, rng)
+        for f, frame in enumerate(frames.values()):
+            own = frame.loc[rows, list(columns)].to_numpy(float)
+            known = ~np.isnan(own)
+            with np.errstate(invalid="ignore"):
+                values[f, c] = ((counts @ np.where(known, own, 0)) / (counts @ known)).T
+    return Scores(tuple(frames), categories, tuple(columns), values, seed)
+
+
+# Features kept --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Kept:
+    """What a detector's backbone made of a data set, in its order: other texts and heads are then tried in no time."""
+
+    dataset: Dataset
+    reads: tuple
+    features: Features
+    labels: np.ndarray
+    masks: np.ndarray | None
+    """N x S x S, None where the data set has no masks"""
+
+    def where(self, category: str) -> np.ndarray:
+        """Positions of a category's images."""
+        return np.array([i for i, s in enumerate(self.dataset) if s.category == category])
+
+    def predict(self, detector: Detector, category: str) -> Prediction:
+        """What a detector says of a category's images. ValueError for one that reads other features."""
+        if self.reads[: len(detector.reads)] != detector.reads:
+            raise ValueError(
+                f"{detector.name} reads {detector.reads}, but {self.reads} were kept: keep its own features"
+            )
+        own = self.features[torch.from_numpy(self.where(category))]
+        return detector.score(own.to(detector.backbone.device), category)
+
+    def maps(self, detector: Detector) -> np.ndarray:
+        """The maps of all images, N x S x S."""
+        parts = {c: self.predict(detector, c).maps.numpy() for c in self.dataset.categories}
+        maps = np.empty((len(self.dataset), *next(iter(parts.values())).shape[1:]), np.float32)
+        for category, values in parts.items():
+            maps[self.where(category)] = values
+        return maps
+
+
+def keep(detector: Detector, dataset: Dataset, batch_size: int = 16) -> Kept:
+    """Run the backbone once over a data set. The features stay on the CPU."""
+    backbone = detector.backbone
+    found = batches(backbone, list(dataset), batch_size)
+    parts = [detector.features(images).to("cpu") for _, images in found]
+    masks = read_masks(list(dataset), backbone.image_size) if dataset.has_masks else None
+    labels = np.array([s.label for s in dataset])
+    return Kept(dataset, detector.reads, Features.cat(parts), labels, masks)
+
+
+def thinned(dataset: Dataset, per_category: int) -> Dataset:
+    """At most that many images of each category, normal and anomalous in their proportion, evenly spaced."""
+    kept = []
+    for category in dataset.categories:
+        own = [i for i, s in enumerate(dataset) if s.category == category]
+        own.sort(key=lambda i: dataset[i].label)  # stable: even spacing takes its share of both
+        take = min(per_category, len(own))
+        kept += [own[(2 * k + 1) * len(own) // (2 * take)] for k in range(take)]
+    return replace(dataset, samples=tuple(dataset[i] for i in sorted(kept)))
+
+
+def score(
+    maps: Mapping[str, np.ndarray],
+    probabilities: Mapping[str, np.ndarray],
+    kept: Kept,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    map_in_image_score: Mapping[str, bool] | None = None,
+) -> Scores:
+    """``METRICS`` of several methods' maps (N x S x S each) and class probabilities (N each) on the same draws."""
+    dataset = kept.dataset
+    values = np.full((len(maps), len(dataset.categories), len(METRICS), 1 + resamples), np.nan)
+    for c, category in enumerate(dataset.categories):
+        at = kept.where(category)
+        masks = None if kept.masks is None else kept.masks[at]
+        counts = draw_counts(kept.labels[at], resamples, np.random.default_rng([seed, c]))
+        for d, name in enumerate(maps):
+            with_map = True if map_in_image_score is None else map_in_image_score[name]
+            found = category_metrics(
+                maps[name][at], masks, probabilities[name][at], kept.labels[at], with_map, counts
+            )
+            for m, metric in enumerate(METRICS):
+                if metric in found:
+                    values[d, c, m] = found[metric]
+    return Scores(tuple(maps), tuple(dataset.categories), METRICS, values, seed)
+
+
+# Images by rule -------------------------------------------------------------------------------------------------
+
+
+def within_image(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Pixel AUROC inside each image, N; NaN where nothing, or everything, is anomalous."""
+    pairs = zip(maps, masks, strict=True)
+    return np.array([pixel_metrics(v[None], m[None])["auroc"] for v, m in pairs])
+
+
+def worst_median_best(values: Sequence[float]) -> list[int]:
+    """Positions of the lowest, the (upper) median and the highest value; NaN is left out, few give few.
+
+    >>> worst_median_best([3, 1, float("nan"), 2]), worst_median_best([5, 4])
+    ([1, 3, 0], [1, 0])
+    """
+    values = np.asarray(values, dtype=float)
+    order = np.flatnonzero(~np.isnan(values))
+    order = order[np.argsort(values[order], kind="stable")]
+    places = [0, len(order) // 2, len(order) - 1] if len(order) >= 3 else range(len(order))
+    return [int(order[place]) for place in places]
+
+
+def chosen_by_rule(dataset: Dataset, maps: np.ndarray, masks: np.ndarray | None) -> list[int]:
+    """Up to six images: worst, median and best anomalous one, then the normal ones with highest, median, lowest map.
+
+    Anomalous images are ranked by the pixel AUROC inside the image or, without masks, by the map's maximum.
+    """
+    labels, maxima = np.array([s.label for s in dataset]), maps.max(axis=(1, 2))
+    rank = maxima if masks is None else within_image(maps, masks)
+    anomalous = worst_median_best(np.where(labels == 1, rank, np.nan))
+    normal = worst_median_best(np.where(labels == 0, -maxima, np.nan))
+    return anomalous + normal
+
+
+# Claims ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One finding of a run: a line of the table that is the reproduction."""
+
+    id: str
+    sentence: str
+    source: str
+    """where the statement comes from: "paper 3.2", "released program", "ours" """
+    metric: str
+    verdict: str
+    estimate: float
+    low: float
+    high: float
+    low_wide: float
+    high_wide: float
+    level: float
+    scope: str
+    p: float
+
+
+def claim(
+    run,
+    id: str,
+    sentence: str,
+    found: tuple[Interval, Interval] | Interval,
+    *,
+    metric: str = "",
+    source: str = "ours",
+    level: float | None = None,
+    then: Mapping[str, str] | str = "",
+    scope: str = "",
+) -> Claim:
+    """State a finding in the notebook (*Found here:*) and keep it for the record of the run.
+
+    ``sentence``: what is compared or measured. ``found``: (images, wide) as :meth:`Scores.interval` gives them; the
+    verdict is the wide one's, or, for one interval alone, that one's: name its ``scope`` then ("these categories").
+    ``level``: None for a difference (against 0, signed points); a number for a rate or metric that is held against
+    it, such as .5. ``then``: what follows, one text or one per verdict.
+    """
+    images, wide = found if isinstance(found, tuple) else (None, found)
+    scope = scope or ("other images and categories" if images else "other images")
+    verdict, sign = wide.verdict(level or 0.0), "+" if level is None else ""
+    against = "" if level is None else f", against {100 * level:g}"
+    told = f"{METRIC_NAMES.get(metric, metric)} {wide:{sign}}{against}".strip()
+    follows = then if isinstance(then, str) else then.get(verdict, "")
+    narrow = ""
+    if images and images.verdict(level or 0.0) != verdict:
+        narrow = f" For other images of these categories alone: {images:{sign}}, {images.verdict(level or 0.0)}."
+    text = f"**Found here:** {sentence}: **{verdict}**, {told} (95 %, {scope}).{narrow} {follows}"
+    display(Markdown(text.strip()))
+    ends = images or wide
+    kept = Claim(
+        id, sentence, source, metric, verdict, wide.estimate, ends.low, ends.high, wide.low,
+        wide.high, level or 0.0, scope, wide.p if level is None else float("nan"),
+    )  # fmt: skip
+    _keep_claim(run, kept)
+    return kept
+
+
+def fact(
+    run, id: str, sentence: str, holds: bool, *, source: str = "ours", then: str = ""
+) -> Claim:
+    """The same for what is exact and needs no interval, such as an identity: ``holds`` or ``does not hold``."""
+    verdict, nan = "holds" if holds else "does not hold", float("nan")
+    display(Markdown(f"**Found here:** {sentence}: **{verdict}**. {then}".strip()))
+    kept = Claim(id, sentence, source, "", verdict, nan, nan, nan, nan, nan, 0.0, "exact", nan)
+    _keep_claim(run, kept)
+    return kept
+
+
+def _keep_claim(run, new: Claim) -> None:
+    others = [c for c in run.results.get("claims", []) if c["id"] != new.id]
+    run.record("claims", [*others, asdict(new)])
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Holm's step-down correction: p-values adjusted for how many there are; NaN stays NaN.
+
+    >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    p = np.asarray(p_values, dtype=float)
+    order = np.flatnonzero(~np.isnan(p))
+    order = order[np.argsort(p[order])]
+    adjusted = p.copy()
+    steps = p[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(steps))
+    return adjusted
+
+
+def show_claims(run) -> pd.DataFrame:
+    """The notebook's claims as a table, with Holm's correction over them: shown at its end."""
+    claims: list[dict[str, Any]] = run.results.get("claims", [])
+    table = pd.DataFrame(claims)
+    adjusted = holm([c["p"] if c["p"] is not None else np.nan for c in claims])
+    rows = ["| what was found | verdict | 95 %, wide | survives Holm |", "|---|---|---|---|"]
+    for entry, p in zip(claims, adjusted, strict=True):
+        ends = [entry[k] for k in ("estimate", "low_wide", "high_wide")]
+        exact = any(v is None or np.isnan(v) for v in ends)
+        told = "" if exact else f"{Interval(*ends):{'' if entry['level'] else '+'}}"
+        metric = METRIC_NAMES.get(entry["metric"], entry["metric"])
+        holds = "" if np.isnan(p) or "no " in entry["verdict"] else "yes" if p < 0.05 else "no"
+        rows.append(
+            f"| {entry['sentence']} ({entry['source']}) | {entry['verdict']} | {metric} {told} | {holds} |"
+        )
+    tested = int((~np.isnan(adjusted)).sum())
+    rows.append(
+        f"\n{len(claims)} claims, {tested} of them tested against 0 and corrected together (Holm)."
+    )
+    display(Markdown("\n".join(rows)))
+    return table
