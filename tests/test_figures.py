@@ -59,5 +59,5 @@ def test_a_column_of_a_gallery_has_one_scale_and_says_it():
 
 
 def test_a_figure_without_words_is_refused():
-    with pytest.raises(ValueError, match="needs alt text"):
+    with pytest.raises(ValueError, match="caption"):
         plots.show(plt.figure(), " ")
