@@ -6,18 +6,21 @@ backbone and does not depend on the text, ``score(features, category)`` is cheap
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from clipad.backbone import Backbone
 from clipad.dual_path import default_stages, require_images, staged_features
-from clipad.linear_layers import LinearLayers, linear_logits, linear_maps, require_separate
+from clipad.linear_layers import LinearLayers, linear_maps, require_separate
 from clipad.prompts import CLIP_AD, Prompts
 from clipad.surgery import cosine, feature_surgery, similarity_map, smooth
 from clipad.text import check_method, representative_vectors
+
+if TYPE_CHECKING:
+    from clipad.backbone import Backbone
 
 CLIP_TEMPERATURE = 100.0
 """The factor before the softmax over states (METHOD.md section 3); CLIP's own logit scale ends there."""
@@ -41,22 +44,20 @@ class Features:
 
     image_embedding: torch.Tensor
     tokens: list[torch.Tensor]
-    ordinary: list[torch.Tensor] | None = None
+    ordinary: list[torch.Tensor] = field(default_factory=list)
     """per stage B x (N+1) x D, for SDP+ only"""
+
+    def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Features:
+        """The features with every tensor changed, as by ``torch.Tensor.cpu``."""
+        return Features(
+            change(self.image_embedding),
+            [change(tokens) for tokens in self.tokens],
+            [change(tokens) for tokens in self.ordinary],
+        )
 
     def __getitem__(self, index) -> Features:
         """The features of some of the images (a slice, a mask or a list of indices)."""
-        pick = {}
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            pick[entry.name] = (
-                [v[index] for v in value]
-                if isinstance(value, list)
-                else value
-                if value is None
-                else value[index]
-            )
-        return Features(**pick)
+        return self.apply(lambda values: values[index])
 
     def to(self, device) -> Features:
         """The same on another device: what is kept of a whole data set stays on the CPU."""
@@ -66,16 +67,13 @@ class Features:
         )
 
     @staticmethod
-    def cat(parts: list[Features]) -> Features:
+    def cat(parts: Sequence[Features]) -> Features:
         """Features of batches put together, in their order."""
-        joined = {}
-        for entry in fields(Features):
-            values = [getattr(part, entry.name) for part in parts]
-            if isinstance(values[0], list):
-                joined[entry.name] = [torch.cat(stage) for stage in zip(*values, strict=True)]
-            else:
-                joined[entry.name] = None if values[0] is None else torch.cat(values)
-        return Features(**joined)
+        return Features(
+            torch.cat([part.image_embedding for part in parts]),
+            [torch.cat(stage) for stage in zip(*(p.tokens for p in parts), strict=True)],
+            [torch.cat(stage) for stage in zip(*(p.ordinary for p in parts), strict=True)],
+        )
 
 
 class Detector:
@@ -122,12 +120,8 @@ class Detector:
         """Everything that does not depend on the text, float32 on the backbone's device."""
         require_images(self.backbone.visual, images)
         with torch.no_grad(), self.backbone.autocast():
-            found = self._features(images.to(self.backbone.device, non_blocking=True))
-        return Features(
-            found.image_embedding.float(),
-            [t.float() for t in found.tokens],
-            None if found.ordinary is None else [t.float() for t in found.ordinary],
-        )
+            found = self.encode(images.to(self.backbone.device, non_blocking=True))
+        return found.apply(torch.Tensor.float)
 
     def score(self, features: Features, category: str) -> Prediction:
         """Maps and class probabilities from features."""
@@ -137,20 +131,28 @@ class Detector:
         """The same with given text vectors, C x 2 unit columns."""
         text = text.to(features.image_embedding)
         with torch.no_grad():
-            maps = self._maps(features, text)
-            probabilities = class_probability(features.image_embedding, text)
+            maps = self.maps(features, text)
+            probabilities = self.probabilities(features, text)
         return Prediction(maps.cpu(), probabilities.cpu())
 
-    def _features(self, images: torch.Tensor) -> Features:
-        raise NotImplementedError
+    # What a detector is: these four, of which the first and one of the next two have no default.
 
-    def _maps(self, features: Features, text: torch.Tensor) -> torch.Tensor:
-        values = self.patch_values(features, text)
-        return similarity_map(values, self.backbone.image_size, self.smoothing)
+    def encode(self, images: torch.Tensor) -> Features:
+        """The backbone's part, on images that are on its device, in its precision."""
+        raise NotImplementedError
 
     def patch_values(self, features: Features, text: torch.Tensor) -> torch.Tensor:
         """B x N: the anomalous column before up-sampling."""
         raise NotImplementedError
+
+    def maps(self, features: Features, text: torch.Tensor) -> torch.Tensor:
+        """B x S x S, smoothed; ``text``: C x 2 unit columns on the features' device."""
+        values = self.patch_values(features, text)
+        return similarity_map(values, self.backbone.image_size, self.smoothing)
+
+    def probabilities(self, features: Features, text: torch.Tensor) -> torch.Tensor:
+        """B class probabilities."""
+        return class_probability(features.image_embedding, text)
 
     @property
     def reads(self) -> tuple:
@@ -181,7 +183,7 @@ class Direct(Detector):
 
     name = "Direct"
 
-    def _features(self, images):
+    def encode(self, images):
         out = self.backbone.visual.forward_intermediates(
             images,
             indices=1,
@@ -223,7 +225,7 @@ class SDP(Detector):
         )
         self.as_released = as_released
 
-    def _features(self, images):
+    def encode(self, images):
         found = staged_features(self.backbone.visual, images, self.stages, self.as_released)
         return Features(found.image_embedding, found.surgery)
 
@@ -265,12 +267,13 @@ class SDPPlus(SDP):
         require_separate(self.layers.settings.get("categories", ()), [category], self.allow_overlap)
         return super().text_vectors(category)
 
-    def _features(self, images):
+    def encode(self, images):
         found = staged_features(self.backbone.visual, images, self.stages, self.as_released)
         return Features(found.image_embedding, found.surgery, found.ordinary)
 
-    def _maps(self, features, text):
-        return smooth(self._fuse(*self.summands(features, text)), self.smoothing)
+    def maps(self, features, text):
+        sdp, layers = self.summands(features, text)
+        return smooth(sdp + layers, self.smoothing)
 
     def summands(self, features: Features, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The two maps that are added, B x S x S each, before smoothing: SDP's and the layers' (0 to J)."""
@@ -278,9 +281,6 @@ class SDPPlus(SDP):
         sdp = similarity_map(self.patch_values(features, text), size, 0)
         tokens = [stage[:, 1:] for stage in features.ordinary]
         return sdp, linear_maps(self.layers, tokens, text, size).sum(dim=1)
-
-    def _fuse(self, sdp, layers):
-        return sdp + layers
 
     @property
     def reads(self):
@@ -295,39 +295,13 @@ class SDPPlus(SDP):
         }
 
 
-class LayersAlone(SDPPlus):
-    """The layers' summed maps without SDP's: a control for SDP+, not a method of the paper."""
-
-    name = "layers alone"
-
-    def _fuse(self, sdp, layers):
-        return layers
-
-
-class LogitFusion(SDPPlus):
-    """Another sum of the same parts (ours, not the paper's): logits instead of probabilities.
-
-    A layer's probability is close to 0 or 1 nearly everywhere, so there the sum of SDP+ has little left to rank by.
-    Here the layers' logits are averaged over stages, and SDP's patch values are brought to the same form, 100 times a
-    cosine averaged over J stages: mean_j logit_j + 100 / J * SDP. Then up-sampled and smoothed like SDP's map.
-    """
-
-    name = "logit fusion"
-
-    def _maps(self, features, text):
-        tokens = [stage[:, 1:] for stage in features.ordinary]
-        logits = linear_logits(self.layers, tokens, text).mean(dim=1)
-        sdp = CLIP_TEMPERATURE / len(tokens) * self.patch_values(features, text)
-        return similarity_map(logits + sdp, self.backbone.image_size, self.smoothing)
-
-
 class ClipSurgery(Detector):
     """CLIP Surgery (arXiv 2304.05653) as a baseline: v-v attention in the last half of the blocks on one path that
     never restarts, the last block's feature only, then the two-state feature surgery (METHOD.md section 8)."""
 
     name = "CLIP Surgery"
 
-    def _features(self, images):
+    def encode(self, images):
         layers = len(self.backbone.visual.transformer.resblocks)
         found = staged_features(
             self.backbone.visual,

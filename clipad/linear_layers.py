@@ -12,14 +12,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clipad.backbone import Backbone
 from clipad.surgery import cosine
+
+if TYPE_CHECKING:
+    from clipad.backbone import Backbone
 
 TEMPERATURE = 100.0
 FOCAL_GAMMA = 2

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from clipad.detectors import Detector, Features, Prediction
+from clipad.detectors import Detector, Features
 from clipad.dual_path import embed_patches, join_heads, queries_keys_values
 from clipad.prompts import WINCLIP
 from clipad.surgery import cosine, similarity_map
@@ -49,7 +49,7 @@ class WinCLIP(Detector):
             self._text[category] = F.normalize(torch.stack(states, dim=1), dim=0)
         return self._text[category]
 
-    def _features(self, images):
+    def encode(self, images):
         """``image_embedding`` B x C, and as ``tokens`` the embeddings of the windows, per size B x W x C."""
         visual = self.backbone.visual
         grid = visual.grid_size[0]
@@ -59,18 +59,18 @@ class WinCLIP(Detector):
         whole, *per_size = window_embeddings(visual, embed_patches(visual, images), sets)
         return Features(whole[:, 0], per_size)
 
-    def score_with(self, features, text):
-        text = text.to(features.image_embedding)
+    def maps(self, features, text):
         grid = self.backbone.visual.grid_size[0]
-        with torch.no_grad():
-            image = _anomalous(features.image_embedding[:, None], text)
-            per_size = [
-                harmonic_mean(_anomalous(found, text), grid, k)
-                for found, k in zip(features.tokens, SIZES, strict=True)
-            ]
-            values = (1 + len(SIZES)) / sum(1 / scores for scores in (image, *per_size))
-            maps = similarity_map(values, self.backbone.image_size, 0)
-        return Prediction(maps.cpu(), image[:, 0].cpu())
+        per_size = [
+            harmonic_mean(anomalous_share(found, text), grid, k)
+            for found, k in zip(features.tokens, SIZES, strict=True)
+        ]
+        image = self.probabilities(features, text)[:, None]
+        values = (1 + len(SIZES)) / sum(1 / scores for scores in (image, *per_size))
+        return similarity_map(values, self.backbone.image_size, 0)
+
+    def probabilities(self, features, text):
+        return anomalous_share(features.image_embedding[:, None], text)[:, 0]
 
     @property
     def settings(self):
@@ -80,7 +80,7 @@ class WinCLIP(Detector):
         }
 
 
-def _anomalous(embeddings: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+def anomalous_share(embeddings: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """B x W x C -> B x W: softmax over the two states of cos / 0.07, anomalous column."""
     return (cosine(embeddings, text) / TEMPERATURE).softmax(dim=-1)[..., 1]
 

@@ -68,7 +68,7 @@ def test_a_stopped_benchmark_continues_and_ends_the_same(
 
 def _features(detector, images):
     with torch.no_grad():
-        return detector._features(images)
+        return detector.encode(images)
 
 
 def test_data_without_masks_have_image_metrics_only(tiny_backbone, tmp_path):

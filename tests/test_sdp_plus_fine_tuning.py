@@ -7,7 +7,7 @@ import torch
 from small_data import TRAINING, make_collection
 
 from clipad.datasets import load_dataset
-from clipad.detectors import SDP, Direct, LayersAlone, LogitFusion, SDPPlus
+from clipad.detectors import SDP, ClipSurgery, Direct, SDPPlus
 from clipad.evaluation import evaluate
 from clipad.linear_layers import LinearLayers
 from clipad.metrics import pixel_metrics
@@ -16,6 +16,8 @@ from clipad.studies import sdp_plus_fine_tuning as transfer
 from clipad.studies.sdp_plus_fine_tuning import (
     Direction,
     Held,
+    LayersAlone,
+    LogitFusion,
     by_defect,
     compare,
     hold,
@@ -60,6 +62,11 @@ def test_held_features_give_the_maps_and_metrics_of_evaluate(
     np.testing.assert_allclose(
         held.maps(detector).max(axis=(1, 2)), expected.images["map_max"], atol=1e-4
     )
+
+
+def test_features_of_another_detector_are_not_taken_for_its_own(tiny_backbone, held):
+    with pytest.raises(TypeError, match="CLIP Surgery"):
+        held.score(ClipSurgery(tiny_backbone, rvs="mean"), "bolt")
 
 
 def test_thinning_keeps_both_labels_of_each_category(dataset):

@@ -16,7 +16,7 @@ from small_data import TRAINING, make_collection
 
 from clipad.backbone import Backbone
 from clipad.datasets import Dataset
-from clipad.detectors import SDP, LayersAlone, SDPPlus
+from clipad.detectors import SDP, SDPPlus
 from clipad.dual_path import staged_features
 from clipad.evaluation import evaluate
 from clipad.linear_layers import (
@@ -27,6 +27,7 @@ from clipad.linear_layers import (
     require_separate,
     stage_losses,
 )
+from clipad.studies.sdp_plus_fine_tuning import LayersAlone
 from clipad.training import load_layers, train
 
 

@@ -21,16 +21,24 @@ import torch.nn.functional as F
 
 from clipad.bootstrap import draw_counts, interval, resampled_metrics
 from clipad.datasets import Dataset, load_dataset
-from clipad.detectors import SDP, Detector, Direct, Features, LayersAlone, Prediction, SDPPlus
+from clipad.detectors import (
+    CLIP_TEMPERATURE,
+    SDP,
+    Detector,
+    Direct,
+    Features,
+    Prediction,
+    SDPPlus,
+)
 from clipad.dual_path import project, staged_features
 from clipad.evaluation import fingerprint, load_images, published_image_score, read_masks
 from clipad.files import code_version
-from clipad.linear_layers import LinearLayers
+from clipad.linear_layers import LinearLayers, linear_logits
 from clipad.metrics import image_metrics, pixel_metrics
 from clipad.published import protocol
 from clipad.studies.experiments import Experiment
 from clipad.studies.opposite_predictions import change, count_phenomena, ground_truth, rates
-from clipad.surgery import smooth
+from clipad.surgery import similarity_map, smooth
 from clipad.training import Training, load_layers, train
 
 METRICS = (
@@ -39,6 +47,33 @@ METRICS = (
 )
 SATURATED = 0.05
 """below this sum over stages the layers say "nothing there" """
+
+
+class LayersAlone(SDPPlus):
+    """The layers' summed maps without SDP's: a control for SDP+, not a method of the paper."""
+
+    name = "layers alone"
+
+    def maps(self, features, text):
+        _, layers = self.summands(features, text)
+        return smooth(layers, self.smoothing)
+
+
+class LogitFusion(SDPPlus):
+    """Another sum of the same parts (ours, not the paper's): logits instead of probabilities.
+
+    A layer's probability is close to 0 or 1 nearly everywhere, so there the sum of SDP+ has little left to rank by.
+    Here the layers' logits are averaged over stages, and SDP's patch values are brought to the same form, 100 times a
+    cosine averaged over J stages: mean_j logit_j + 100 / J * SDP. Then up-sampled and smoothed like SDP's map.
+    """
+
+    name = "logit fusion"
+
+    def maps(self, features, text):
+        tokens = [stage[:, 1:] for stage in features.ordinary]
+        logits = linear_logits(self.layers, tokens, text).mean(dim=1)
+        sdp = CLIP_TEMPERATURE / len(tokens) * self.patch_values(features, text)
+        return similarity_map(logits + sdp, self.backbone.image_size, self.smoothing)
 
 
 def thinned(dataset: Dataset, per_category: int) -> Dataset:
@@ -68,7 +103,10 @@ class Held:
         return np.array([i for i, s in enumerate(self.dataset) if s.category == category])
 
     def score(self, detector: Detector, category: str) -> Prediction:
-        """What a detector says of a category's images; any of Direct, SDP and those built on SDP+."""
+        """What a detector says of a category's images: Direct, SDP or one built on SDP+; TypeError for others, whose
+        features are not held."""
+        if not isinstance(detector, Direct | SDP):
+            raise TypeError(f"the features that are held are SDP's, {detector.name} needs its own")
         features = self.features[torch.from_numpy(self.where(category))]
         if isinstance(detector, Direct):
             # Its features are those of the ordinary path after the last block.
