@@ -1,14 +1,24 @@
 """The checks under the exercises of the notebooks."""
 
+from collections.abc import Callable
+from typing import Any
+
 from IPython.display import Markdown, display
 
 SOLVED, NOT_YET = "Solved", "Not yet"
 
 
-def check(solved: bool, hint: str) -> None:
-    """Say whether an exercise is solved; if not, say what to look at. Never raises, so that a notebook runs through.
+def check(answer: Any, test: Callable[[], Any], hint: str) -> None:
+    """Say whether an exercise is solved, and if not, what to look at; nothing while the answer is still ``...``.
 
-    The cell above has the tag ``exercise`` and is left unfilled (``answer = ...``); its solution stands folded below,
-    as the one ``python`` block inside ``<details>``. A test puts it in and expects "Solved", and "Not yet" without it.
+    ``test`` is called once there is an answer; a test that raises counts as "not yet", so that a notebook runs
+    through. The cell above has the tag ``exercise`` and is left unfilled (``answer = ...``); its solution stands folded
+    before it, as the one ``python`` block inside ``<details>``. Our tests put it in and expect "Solved".
     """
-    display(Markdown(f"**{SOLVED}.**" if solved else f"**{NOT_YET}.** {hint}"))
+    if answer is ...:
+        return
+    try:
+        solved, why = bool(test()), ""
+    except Exception as error:
+        solved, why = False, f" ({type(error).__name__}: {error})"
+    display(Markdown(f"**{SOLVED}.**" if solved else f"**{NOT_YET}.** {hint}{why}"))
