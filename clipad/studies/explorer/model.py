@@ -1,0 +1,427 @@
+"""The model of the explorer: settings -> what there is to see, a function of the settings alone.
+
+What the network makes of images and of sentences is kept, so that most questions cost milliseconds. The browser
+(``widget.js``) computes the same map from an :class:`Answer`; a test holds the two together.
+
+Shapes: S pixels a side, N = G x G patches, T = 1 + N tokens (class token first), J stages, R reference images.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from clipad.datasets import read_image, read_mask
+from clipad.detectors import Detector, Features
+from clipad.dual_path import attention_weights, default_stages, embed_patches
+from clipad.linear_layers import LinearLayers, require_separate
+from clipad.prompts import WINCLIP, Prompts
+from clipad.studies.experiments import DETECTORS, Experiment
+from clipad.studies.explorer.settings import Settings, list_images, phrases
+from clipad.surgery import cosine, similarity_map, smooth
+from clipad.text import check_method, representative_vectors
+from clipad.winclip import SIZES, WinCLIP, windows
+
+REFERENCES = 20
+"""flawless images, at most, whose maps give the threshold and the colour scale"""
+_BATCH = 10
+
+
+@dataclass
+class Answer:
+    """What the model says to a question, before everything that needs no model (stages, smoothing, threshold)."""
+
+    rows: tuple[str, ...]
+    """what the first dimension of ``z`` counts: stages, or sizes of WinCLIP's windows"""
+    z: np.ndarray
+    """J x T x 2: cosines of the tokens with the vectors normal and anomalous"""
+    maps: np.ndarray | None
+    """S x S, not smoothed; None for methods whose map follows from ``z`` (SDP, CLIP Surgery)"""
+    references: np.ndarray
+    """the same of the flawless images: R x J x T x 2, or R x S x S"""
+    whole: tuple[float, float]
+    """cosines of the image embedding"""
+    probability: float
+    """class probability of 'anomalous' (METHOD.md section 3)"""
+    notes: tuple[str, ...]
+    """what a reader should know: words that the model never saw, sentences that are all noise, a doubtful scale"""
+
+
+@dataclass
+class Shown:
+    """What there is to see with some settings."""
+
+    settings: Settings
+    image: Image.Image
+    mask: np.ndarray | None
+    """S x S bool; None where no ground truth is known"""
+    map: np.ndarray
+    """S x S, higher = more anomalous"""
+    maxima: np.ndarray
+    """R: highest value of each flawless image's map"""
+    threshold: float
+    """the quantile of ``maxima`` that ``false_alarms`` names, in the units of the map"""
+    limits: tuple[float, float]
+    """ends of the colour scale: the median of the flawless maps; their maximum is the middle of the scale"""
+    probability: float
+    cosines: pd.DataFrame
+    """cosine of the chosen patch, and of the whole image, with the vectors ``normal`` and ``anomalous``"""
+    attention: dict[str, np.ndarray]
+    """``q-k`` and ``v-v``: weights of the chosen patch over all T tokens, class token first, mean over heads"""
+    notes: tuple[str, ...]
+
+    @property
+    def flagged(self) -> bool:
+        """Whether the map is anywhere above the threshold."""
+        return bool(self.map.max() > self.threshold)
+
+
+# --- the map from stage cosines: what the browser computes, too -------------------------------------------------------
+
+
+def patch_values(z: np.ndarray, surgery: bool = True) -> np.ndarray:
+    """Stage cosines ... x J x T x 2 -> patch values ... x N, summed over the stages.
+
+    With feature surgery (:func:`clipad.feature_surgery`) the anomalous column, (z_1 w_1 - z_0 w_0) / 2 with
+    w = 2 softmax(z of the class token); without it the cosine with the anomalous vector, z_1.
+    """
+    if not surgery:
+        return z[..., 1:, 1].sum(axis=-2)
+    p = np.exp(z[..., :1, :])
+    z = z * (2 * p / p.sum(axis=-1, keepdims=True))
+    return ((z[..., 1:, 1] - z[..., 1:, 0]) / 2).sum(axis=-2)
+
+
+def smooth_maps(values: np.ndarray, size: int, sigma: float) -> np.ndarray:
+    """Patch values B x N, or maps B x S x S, to smoothed maps B x S x S."""
+    values = torch.from_numpy(np.ascontiguousarray(values)).float()
+    found = smooth(values, sigma) if values.ndim == 3 else similarity_map(values, size, sigma)
+    return found.numpy()
+
+
+class Explorer:
+    """Settings -> what there is to see, over kept features.
+
+    ``run``: of :func:`clipad.experiment`; ``layers``: for SDP+, which is not offered without.
+    """
+
+    def __init__(self, run: Experiment, layers: LinearLayers | None = None):
+        self.backbone, self.dataset = run.backbone, run.dataset
+        self.protocol, self.prompts = run.protocol, run.prompts
+        self.layers = layers
+        root = run.dataset.root
+        self.samples = {
+            Path(os.path.relpath(s.image_path, root)).as_posix(): s for s in run.dataset
+        }
+        self.size = self.backbone.image_size
+        self.grid = self.backbone.visual.grid_size[0]
+        self.depth = len(self.backbone.visual.transformer.resblocks)
+        self.stages = default_stages(self.depth)
+        self.detectors = [name for name in DETECTORS if layers is not None or name != "sdp_plus"]
+        self.picture = lru_cache(64)(self.picture)
+        self.attention = lru_cache(8)(self.attention)
+        self._features = lru_cache(24)(self._features)
+        self._text = lru_cache(64)(self._text)
+
+    # ------------------------------------------------------------------------------------------- settings
+
+    def settings(self, **values) -> Settings:
+        """Complete settings from some; what is left out or empty is the published choice.
+
+        Without ``image`` the first anomalous one; without ``object_name`` the image's category; without ``look`` the
+        highest patch of SDP's map and the last block. Raises ValueError for a name that is no setting, and what
+        :meth:`check` raises.
+        """
+        known = [field.name for field in fields(Settings)]
+        for name in values:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                raise ValueError(
+                    f"no setting {name!r}" + (f"; {near[0]}?" if near else f": {', '.join(known)}")
+                )
+        image = values.get("image") or self.example(label=1)
+        detector = values.get("detector") or "sdp"
+        plus = "_sdp_plus" if detector == "sdp_plus" else ""
+        sigma = getattr(self.protocol, f"smoothing_240{plus}") / 240 * self.size
+        chosen = Settings(
+            image=image,
+            object_name=values.get("object_name") or self.category(image),
+            detector=detector,
+            rvs=values.get("rvs") or self.protocol.rvs,
+            normal_words=values.get("normal_words") or "",
+            anomalous_words=values.get("anomalous_words") or "",
+            flawless=values.get("flawless") or "",
+            stages=tuple(values.get("stages") or self.stages),
+            surgery=values.get("surgery", True),
+            smoothing=values.get("smoothing") or round(sigma, 1),
+            false_alarms=values.get("false_alarms", 5.0),
+            look=tuple(values.get("look") or (1, 1, self.depth)),
+        )
+        self.check(chosen)
+        if not values.get("look"):
+            asked = Settings(image, self.category(image), rvs=self.protocol.rvs)
+            strongest = int(patch_values(self.answer(asked).z).argmax())
+            row, column = divmod(strongest, self.grid)
+            chosen = replace(chosen, look=(row + 1, column + 1, self.depth))
+        return chosen
+
+    def category(self, image: str) -> str:
+        """The category of an image of the data set; the first one for a file of the user's own."""
+        known = self.samples.get(image)
+        return known.category if known else self.dataset.categories[0]
+
+    def example(self, label: int, category: str = "") -> str:
+        """The first image with this label (of this category); the first one at all where no label is known."""
+        names = [n for n, s in self.samples.items() if not category or s.category == category]
+        return next((n for n in names if self.samples[n].label == label), names[0])
+
+    def check(self, s: Settings) -> None:
+        """ValueError, or OSError for an image that cannot be read, if a user's settings cannot be shown; says why."""
+        if s.image not in self.samples and not Path(s.image).is_file():
+            near = get_close_matches(s.image, self.samples, n=1)
+            raise ValueError(
+                f"{s.image!r} is neither an image of {self.dataset.name} nor a file"
+                + (f"; {near[0]}?" if near else "")
+            )
+        self.picture(s.image)
+        if not s.object_name.strip():
+            raise ValueError("the object has no name: a sentence needs one, such as 'metal nut'")
+        if s.detector not in self.detectors:
+            why = "; it needs trained layers, see notebook 04" if s.detector == "sdp_plus" else ""
+            raise ValueError(f"detector {s.detector!r}{why}; there are {', '.join(self.detectors)}")
+        check_method(s.rvs, {})
+        self._words(s.normal_words, s.anomalous_words, self.prompts)
+        if s.flawless:
+            list_images(s.flawless)
+        if not s.stages or list(s.stages) != [b for b in self.stages if b in s.stages]:
+            raise ValueError(
+                f"choose one or more stages, rising, of {list(self.stages)}; found {list(s.stages)}"
+            )
+        if not 0 <= s.smoothing <= self.size:
+            raise ValueError(
+                f"smoothing is a sigma in pixels, 0 to {self.size}; found {s.smoothing}"
+            )
+        if not 0 <= s.false_alarms <= 100:
+            raise ValueError(f"false_alarms is a percentage, 0 to 100; found {s.false_alarms}")
+        row, column, block = s.look if len(s.look) == 3 else (0, 0, 0)
+        if not (1 <= row <= self.grid and 1 <= column <= self.grid and block in self.stages):
+            raise ValueError(
+                f"look is a row and a column in 1..{self.grid} and a block of {list(self.stages)}, "
+                f"found {list(s.look)}"
+            )
+        if s.detector == "sdp_plus":
+            require_separate(self.layers.settings.get("categories", ()), [s.object_name])
+
+    # ---------------------------------------------------------------------------------------------- model
+
+    def show(self, settings: Settings) -> Shown:
+        """Everything that is shown of settings. Raises what :meth:`check` raises."""
+        self.check(settings)
+        s, answer = settings, self.answer(settings)
+        if answer.maps is None:
+            used = [i for i, b in enumerate(self.stages) if b in s.stages][: len(answer.rows)]
+            used = used if s.detector == "sdp" else [0]
+            values, flawless = (
+                patch_values(z[..., used, :, :], s.surgery)
+                for z in (answer.z[None], answer.references)
+            )
+        else:
+            values, flawless = answer.maps[None], answer.references
+        sigma = 0.0 if s.detector == "winclip" else s.smoothing
+        found = smooth_maps(values, self.size, sigma)[0]
+        flawless = smooth_maps(flawless, self.size, sigma)
+        maxima = flawless.max(axis=(1, 2))
+        middle, low = maxima.max(), float(np.median(flawless))
+        row, column, block = s.look
+        patch = (row - 1) * self.grid + column - 1
+        q_k, v_v = self.attention(s.image)[:, self.stages.index(block), patch]
+        picture, mask = self.picture(s.image)
+        cosines = [*answer.z[:, 1 + patch], answer.whole]
+        return Shown(
+            settings=s,
+            image=picture,
+            mask=mask,
+            map=found,
+            maxima=maxima,
+            threshold=float(np.quantile(maxima, 1 - s.false_alarms / 100)),
+            limits=(low, float(2 * middle - low)),
+            probability=answer.probability,
+            cosines=pd.DataFrame(
+                np.array(cosines), [*answer.rows, "whole image"], ["normal", "anomalous"]
+            ),
+            attention={"q-k": q_k, "v-v": v_v},
+            notes=answer.notes,
+        )
+
+    @torch.no_grad()
+    def answer(self, s: Settings) -> Answer:
+        """What only the model can say; stages, surgery, smoothing, threshold and patch do not matter."""
+        names, notes = self.references(s)
+        text, said = self._text(
+            s.detector == "winclip", s.object_name, s.normal_words, s.anomalous_words, s.rvs
+        )
+        text = text.to(self.backbone.device)
+        detector = self._detector(s.detector)
+        one, many = (self._features(part, s.detector) for part in ((s.image,), names))
+        prediction = detector.score_with(one, text)
+        rows, z = self._cosines(s.detector, one, text)
+        if s.detector in ("sdp", "clip_surgery"):
+            maps, references = None, self._cosines(s.detector, many, text)[1]
+        else:
+            maps = prediction.maps[0].numpy()
+            references = detector.score_with(many, text).maps.numpy()
+        whole = cosine(one.image_embedding[:, None], text)[0, 0].tolist()
+        return Answer(
+            rows=rows,
+            z=z[0],
+            maps=maps,
+            references=references,
+            whole=tuple(whole),
+            probability=float(prediction.probabilities[0]),
+            notes=(*said, *notes),
+        )
+
+    def references(self, s: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the flawless images, without the shown one, evenly spread; and what is to be said about them."""
+        if s.flawless:
+            names, note = list_images(s.flawless), ""
+        else:
+            known = s.image in self.samples or s.object_name in self.dataset.categories
+            category = self.category(s.image) if s.image in self.samples else s.object_name
+            names = [n for n, x in self.samples.items() if not known or x.category == category]
+            good = [n for n in names if self.samples[n].label == 0]
+            note = ""
+            if not known:
+                note = "threshold and colours come from flawless images of other objects: name a folder of your own"
+            elif not good:
+                note = "no image is known to be flawless: threshold and colours come from other images of the category"
+            names = good or names
+        names = [name for name in names if name != s.image] or names
+        places = np.linspace(0, len(names) - 1, min(REFERENCES, len(names))).round().astype(int)
+        return tuple(names[i] for i in places), (note,) if note else ()
+
+    def picture(self, image: str) -> tuple[Image.Image, np.ndarray | None]:
+        """An image as it is, RGB, and its true mask S x S if one is known. Raises OSError if it cannot be read."""
+        sample = self.samples.get(image)
+        picture = read_image(sample.image_path if sample else image).convert("RGB")
+        mask = read_mask(sample.mask_path, self.size) if sample and sample.mask_path else None
+        return picture, mask
+
+    @torch.no_grad()
+    def attention(self, image: str) -> np.ndarray:
+        """2 x J x N x T: q-k and v-v weights of every patch in the stages' last blocks, ordinary path."""
+        visual = self.backbone.visual
+        found = []
+        with self.backbone.autocast():
+            pixels = self.backbone.preprocess(self.picture(image)[0])[None]
+            x = visual.ln_pre(embed_patches(visual, pixels.to(self.backbone.device)))
+            for number, block in enumerate(visual.transformer.resblocks, start=1):
+                if number in self.stages:
+                    weights = attention_weights(block, x)
+                    found.append(torch.stack([kind[0, 1:].float().cpu() for kind in weights]))
+                x = block(x)
+        return torch.stack(found, dim=1).numpy()
+
+    def speaking(self, s: Settings, patch: bool = False) -> pd.DataFrame:
+        """Which phrase speaks: a row per sentence, columns ``state``, ``sentence``, ``cosine``, highest first.
+
+        The cosine is that of the whole image (its embedding), or of the patch in ``look`` after the last of ``stages``.
+        """
+        prompts = self._words(s.normal_words, s.anomalous_words, self.prompts)
+        features = self._features((s.image,), "sdp")
+        row, column, _ = s.look
+        token = features.image_embedding[0]
+        if patch:
+            stage = self.stages.index(s.stages[-1])
+            token = features.tokens[stage][0, 1 + (row - 1) * self.grid + column - 1]
+        states = dict(
+            zip(("normal", "anomalous"), prompts.sentences(s.object_name), strict=True)
+        )  # fmt: skip
+        found = []
+        for state, sentences in states.items():
+            vectors = F.normalize(self.backbone.encode_text(sentences), dim=-1)
+            values = (vectors @ F.normalize(token.cpu(), dim=0)).tolist()
+            found += [(state, *pair) for pair in zip(sentences, values, strict=True)]
+        table = pd.DataFrame(found, columns=["state", "sentence", "cosine"])
+        return table.sort_values("cosine", ascending=False, kind="stable", ignore_index=True)
+
+    def _detector(self, name: str) -> Detector:
+        if name == "winclip":
+            return WinCLIP(self.backbone)
+        layers = [self.layers] if name == "sdp_plus" else []
+        return DETECTORS[name](self.backbone, *layers, smoothing=0)
+
+    def _features(self, images: tuple[str, ...], detector: str) -> Features:
+        detector, found = self._detector(detector), []
+        for start in range(0, len(images), _BATCH):
+            pixels = [
+                self.backbone.preprocess(self.picture(n)[0]) for n in images[start : start + _BATCH]
+            ]
+            found.append(detector.features(torch.stack(pixels)))
+        return Features.cat(found)
+
+    def _cosines(
+        self, detector: str, features: Features, text: torch.Tensor
+    ) -> tuple[tuple, np.ndarray]:
+        """Names of the rows, and B x J x T x 2."""
+        found = [cosine(tokens, text) for tokens in features.tokens]
+        if detector == "winclip":  # a patch has no feature of its own: mean over its windows
+            rows = tuple(f"{k} × {k} windows" for k in SIZES)
+            whole = cosine(features.image_embedding[:, None], text)
+            for i, k in enumerate(SIZES):
+                members = windows(self.grid, k)
+                cover = torch.zeros(len(members), self.grid**2).scatter_(1, members, 1).to(text)
+                means = (cover / cover.sum(dim=0)).T @ found[i]
+                found[i] = torch.cat([whole, means], dim=1)
+        elif detector in ("sdp", "sdp_plus"):
+            rows = tuple(f"block {b}" for b in self.stages)
+        else:
+            rows = (f"block {self.depth}",)
+        return rows, torch.stack(found, dim=1).float().cpu().numpy()
+
+    def _words(self, normal: str, anomalous: str, ensemble: Prompts) -> Prompts:
+        """The ensemble with the user's states in place of its own."""
+        own = {"normal": normal, "anomalous": anomalous}
+        own = {key: phrases(text) for key, text in own.items() if text.strip()}
+        prompts = replace(ensemble, **own)
+        if both := set(prompts.normal) & set(prompts.anomalous):
+            raise ValueError(f"{min(both)!r} is given for the normal and for the anomalous state")
+        return prompts
+
+    def _text(self, winclip: bool, object_name: str, normal: str, anomalous: str, rvs: str):
+        """C x 2 unit columns, and what is to be said about them."""
+        prompts = self._words(normal, anomalous, WINCLIP if winclip else self.prompts)
+        unknown = self.backbone.unknown_words(
+            [x for state in prompts.sentences(object_name) for x in state]
+        )
+        self.backbone.expect_words(unknown)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if winclip:
+                vectors = WinCLIP(self.backbone, prompts).text_vectors(object_name)
+            else:
+                options = self.protocol.rvs_options if rvs == self.protocol.rvs else {}
+                vectors = representative_vectors(
+                    self.backbone, object_name, prompts, rvs, **options
+                )
+        notes = [str(warning.message) for warning in caught]
+        strange = re.findall(r"[^\W\d_]*[^\x00-\x7f\W\d_][^\W\d_]*", object_name)
+        if self.backbone.known_words is None:
+            strange = []
+        if unknown or strange:
+            named = ", ".join(sorted({*unknown, *strange}))
+            notes.append(
+                f"the model never saw the words {named} in training: what it makes of them is noise"
+            )
+        return vectors, tuple(notes)

@@ -1,0 +1,174 @@
+"""The image widget: what the model said, as data for the browser, which draws and computes the rest (``widget.js``).
+
+With a kernel it is an anywidget. Without one, in a stored notebook or on a page of the book, the same module runs on
+the same data inside a piece of HTML that stands on its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import zlib
+from pathlib import Path
+
+import anywidget
+import numpy as np
+import traitlets
+from PIL import Image
+
+from clipad.studies.explorer.figures import DETECTOR_NAMES
+from clipad.studies.explorer.model import Answer, Explorer
+from clipad.studies.explorer.settings import Settings
+from clipad.studies.figures import ANOMALOUS, MAP, NORMAL
+
+_HERE = Path(__file__).parent
+_SIDE = 480
+"""pixels, at most, of an image on its longer side"""
+
+
+class Viewer(anywidget.AnyWidget):
+    """Two images side by side with map, threshold, and the cosines and attention of a patch that one clicks on.
+
+    ``pictures`` and ``answers``, one each for A and B, come from the model and can be set at any time; ``view`` holds
+    what the browser can change by itself, and is sent back.
+    """
+
+    _esm = _HERE / "widget.js"
+    _css = _HERE / "widget.css"
+    setup = traitlets.Dict().tag(sync=True)
+    pictures = traitlets.List().tag(sync=True)
+    answers = traitlets.List().tag(sync=True)
+    view = traitlets.Dict().tag(sync=True)
+
+    def __init__(self, explorer: Explorer, sides: list[Settings]):
+        super().__init__(
+            setup=setup(explorer),
+            pictures=[picture(explorer, s.image) for s in sides],
+            answers=[answer(explorer.answer(s), s) for s in sides],
+            view=view(sides),
+        )
+
+    def html(self) -> str:
+        """The figure as HTML that needs no kernel and no other file."""
+        state = {name: getattr(self, name) for name in ("setup", "pictures", "answers", "view")}
+        return static_html(state)
+
+
+def setup(explorer: Explorer) -> dict:
+    """What never changes: sizes, stages, colours."""
+    import matplotlib
+
+    colours = (matplotlib.colormaps[MAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    return {
+        "size": explorer.size,
+        "grid": explorer.grid,
+        "stages": list(explorer.stages),
+        "colours": colours.tobytes(),
+        "normal": _hex(NORMAL),
+        "anomalous": _hex(ANOMALOUS),
+    }
+
+
+def picture(explorer: Explorer, name: str) -> dict:
+    """What depends on the image alone: its pixels, the true mask, attention 2 x J x N x T, float16.
+
+    Of the attention first all lower bytes, then all upper ones, which compresses better.
+    """
+    image, mask = explorer.picture(name)
+    attention = explorer.attention(name).astype("<f2").view(np.uint8).reshape(-1, 2)
+    image = image.copy()
+    image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    png = io.BytesIO()
+    image.save(png, "PNG", optimize=True)
+    known = explorer.samples.get(name)
+    category = f"{known.category}, {known.defect}" if known and known.defect != "unknown" else ""
+    return {
+        "name": name if known else Path(name).name,
+        "what": category,
+        "width": image.width,
+        "height": image.height,
+        "png": png.getvalue(),
+        "mask": None if mask is None else np.packbits(mask).tobytes(),
+        "attention": attention.T.tobytes(),
+    }
+
+
+def answer(found: Answer, s: Settings) -> dict:
+    """What depends on image and words. Cosines and maps as float32, those of the flawless images as 16-bit steps."""
+    low, high = float(found.references.min()), float(found.references.max())
+    step = max(high - low, 1e-9) / 65535
+    return {
+        "title": f"{DETECTOR_NAMES[s.detector]} · {s.object_name}",
+        "detector": s.detector,
+        "rows": list(found.rows),
+        "z": found.z.astype("<f4").tobytes(),
+        "maps": None if found.maps is None else found.maps.astype("<f4").tobytes(),
+        "references": np.round((found.references - low) / step).astype("<u2").tobytes(),
+        "count": len(found.references),
+        "low": low,
+        "step": step,
+        "whole": list(found.whole),
+        "probability": found.probability,
+    }
+
+
+def view(sides: list[Settings]) -> dict:
+    """What the browser can change: patch, threshold and layers of both sides, stages and smoothing of each."""
+    first = sides[0]
+    return {
+        "patch": [first.look[0] - 1, first.look[1] - 1],
+        "block": first.look[2],
+        "falseAlarms": first.false_alarms,
+        "opacity": 0.55,
+        "contour": True,
+        "truth": True,
+        "sides": [
+            {
+                "shows": number,
+                "stages": list(s.stages),
+                "surgery": s.surgery,
+                "smoothing": s.smoothing,
+            }
+            for number, s in enumerate(sides)
+        ],
+    }
+
+
+def static_html(state: dict) -> str:
+    """Data (bytes anywhere inside) with the module and its style as one piece of HTML, compressed.
+
+    The same data give the same text. Who runs no scripts reads a sentence.
+    """
+    chunks, length = [], 0
+
+    def packed(value):
+        nonlocal length
+        if isinstance(value, bytes):
+            chunks.append(value)
+            length += len(value)
+            return {"bytes": [length - len(value), len(value)]}
+        if isinstance(value, dict):
+            return {key: packed(entry) for key, entry in value.items()}
+        return [packed(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+    header = json.dumps(packed(state), ensure_ascii=True).encode()
+    content = len(header).to_bytes(4, "little") + header + b"".join(chunks)
+    data = base64.b64encode(zlib.compress(content, 9)).decode()
+    name = f"clipad-{hashlib.sha256(content).hexdigest()[:12]}"
+    module = (_HERE / "widget.js").read_text(encoding="utf-8")
+    module = re.sub(r"^export default ", "const widget = ", module, flags=re.MULTILINE)
+    module = re.sub(r"^export ", "", module, flags=re.MULTILINE)
+    style = (_HERE / "widget.css").read_text(encoding="utf-8")
+    return (
+        f'<div id="{name}"><p><em>An interactive figure stands here in a browser that runs scripts: in JupyterLab, '
+        "once the notebook has been run, and in the book.</em></p></div>\n"
+        f"<style>{style}</style>\n"
+        f'<script>(async () => {{\n{module}\nawait standAlone(widget, "{name}", "{data}");\n}})();</script>'
+    )
+
+
+def _hex(colour) -> str:
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colour[:3])
