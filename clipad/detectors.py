@@ -48,23 +48,20 @@ class Features:
     """per stage B x (N+1) x D, for SDP+ only"""
 
     def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Features:
-        """The features with every tensor changed, as by ``torch.Tensor.cpu``."""
+        """The features with every tensor changed."""
         return Features(
             change(self.image_embedding),
             [change(tokens) for tokens in self.tokens],
             [change(tokens) for tokens in self.ordinary],
         )
 
+    def to(self, device) -> Features:
+        """The same on another device: what is kept of a whole data set stays on the CPU."""
+        return self.apply(lambda values: values.to(device))
+
     def __getitem__(self, index) -> Features:
         """The features of some of the images (a slice, a mask or a list of indices)."""
         return self.apply(lambda values: values[index])
-
-    def to(self, device) -> Features:
-        """The same on another device: what is kept of a whole data set stays on the CPU."""
-        ordinary = None if self.ordinary is None else [t.to(device) for t in self.ordinary]
-        return Features(
-            self.image_embedding.to(device), [t.to(device) for t in self.tokens], ordinary
-        )
 
     @staticmethod
     def cat(parts: Sequence[Features]) -> Features:
@@ -135,7 +132,7 @@ class Detector:
             probabilities = self.probabilities(features, text)
         return Prediction(maps.cpu(), probabilities.cpu())
 
-    # What a detector is: these four, of which the first and one of the next two have no default.
+    # What makes a detector: its features, and the values of its patches or whole maps.
 
     def encode(self, images: torch.Tensor) -> Features:
         """The backbone's part, on images that are on its device, in its precision."""
@@ -157,7 +154,7 @@ class Detector:
     @property
     def reads(self) -> tuple:
         """What its features are; a detector whose ``reads`` begin those of another can score the other's features."""
-        return (self.name,)
+        return (self.backbone.weights_hash, self.name)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -234,7 +231,7 @@ class SDP(Detector):
 
     @property
     def reads(self):
-        return ("staged dual path", self.stages, self.as_released)
+        return (self.backbone.weights_hash, "staged dual path", self.stages, self.as_released)
 
     @property
     def settings(self):

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -60,6 +60,11 @@ def published_image_score(probabilities, map_maxima) -> np.ndarray:
     constant map) that part is 0: the released program divides 0 by 0 there.
     """
     return _min_max(probabilities) + _min_max(map_maxima)
+
+
+def image_score(probabilities, map_maxima, map_in_image_score: bool = True) -> np.ndarray:
+    """The score that ranks a category's images: the published one, or the class probability alone."""
+    return published_image_score(probabilities, map_maxima) if map_in_image_score else probabilities
 
 
 def _min_max(values) -> np.ndarray:
@@ -180,15 +185,6 @@ def _stack(futures, pin: bool) -> torch.Tensor:
     return images.pin_memory() if pin else images
 
 
-def batches(
-    backbone, samples: Sequence[Sample], batch_size: int = 16
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(category, images B x 3 x S x S) in the order of the samples; a batch never mixes categories."""
-    for category, group in groupby(samples, key=lambda sample: sample.category):
-        for images in load_images(list(group), backbone.preprocess, batch_size):
-            yield category, images
-
-
 def category_metrics(
     maps: np.ndarray,
     masks: np.ndarray | None,
@@ -199,9 +195,10 @@ def category_metrics(
 ) -> dict[str, float | np.ndarray]:
     """All metrics of one category that its labels allow: ``image_*``, ``class_*`` and, with masks, ``pixel_*``.
 
-    ``maps``, ``masks``: N x S x S (masks None where there are none); ``probabilities``, ``labels``: N. With ``counts``
-    (1 + R x N, from :func:`clipad.metrics.draw_counts`) each metric is an array: the estimate, then R resamples.
-    The image score is the published one over the category; it is not scaled anew in resamples.
+    ``maps``, ``masks``: N x S x S (masks None where there are none; then N x 1 x 1 maxima of the maps do);
+    ``probabilities``, ``labels``: N, a label of -1 is not known. With ``counts`` (1 + R x N, from
+    :func:`clipad.metrics.draw_counts`) each metric is an array: the estimate, then R resamples. The image score is
+    :func:`image_score` over the category; it is not scaled anew in resamples.
     """
 
     def measured(level, scores, truth, plain):
@@ -210,14 +207,23 @@ def category_metrics(
 
     metrics = {}
     if (labels >= 0).all():
-        score = probabilities
-        if map_in_image_score:
-            score = published_image_score(probabilities, maps.max(axis=(1, 2)))
+        score = image_score(probabilities, maps.max(axis=(1, 2)), map_in_image_score)
         metrics |= measured("image", score, labels, image_metrics)
         metrics |= measured("class", probabilities, labels, image_metrics)
     if masks is not None:
         metrics |= measured("pixel", maps, masks, pixel_metrics)
     return metrics
+
+
+def batches(
+    backbone, samples: Iterable[Sample], batch_size: int = 16, workers: int = 4
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(category, images B x 3 x S x S on the backbone's device) in the order of the samples; a batch never mixes
+    categories."""
+    pin = backbone.device.type == "cuda"
+    for category, group in groupby(samples, key=lambda sample: sample.category):
+        for images in load_images(list(group), backbone.preprocess, batch_size, workers, pin):
+            yield category, images.to(backbone.device, non_blocking=True)
 
 
 def predict_halving(
@@ -259,11 +265,7 @@ def _run_category(detector, category, samples, dataset, folder, batch_size, work
 
     probabilities = np.concatenate([part["probabilities"] for part in parts])
     map_maxima = np.concatenate([part["map_maxima"] for part in parts])
-    score = (
-        published_image_score(probabilities, map_maxima)
-        if detector.map_in_image_score
-        else probabilities
-    )
+    score = image_score(probabilities, map_maxima, detector.map_in_image_score)
     frame = pd.DataFrame(
         {
             "category": category,
@@ -275,14 +277,12 @@ def _run_category(detector, category, samples, dataset, folder, batch_size, work
             "image_score": score.astype(np.float64),
         }
     )
+    masks = read_masks(samples, maps.shape[-1], workers) if has_masks else None
+    if maps is None:
+        maps = map_maxima[:, None, None]
+    labels, with_map = frame["label"].to_numpy(), detector.map_in_image_score
     metrics = dict.fromkeys(COLUMNS, np.nan)
-    labels = frame["label"].to_numpy()
-    if (labels >= 0).all():
-        metrics |= {f"image_{k}": v for k, v in image_metrics(score, labels).items()}
-        metrics |= {f"class_{k}": v for k, v in image_metrics(probabilities, labels).items()}
-    if has_masks:
-        masks = read_masks(samples, maps.shape[-1], workers)
-        metrics |= {f"pixel_{k}": v for k, v in pixel_metrics(maps, masks).items()}
+    metrics |= category_metrics(maps, masks, probabilities, labels, with_map)
 
     if folder is not None:
         write_atomically(folder / f"{_slug(category)}.csv", frame.to_csv(index=False))

@@ -13,7 +13,7 @@ Shapes: M anomalous images, S x S pixels, N = G x G patches, C joint width, L bl
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,7 @@ from clipad.backbone import Backbone
 from clipad.datasets import Dataset, Sample, read_mask
 from clipad.detectors import CLIP_TEMPERATURE, Features
 from clipad.dual_path import attention_weights, embed_patches, project, staged_features
-from clipad.evaluation import load_images, read_masks
+from clipad.evaluation import batches, read_masks
 from clipad.metrics import image_metrics
 from clipad.surgery import cosine, similarity_map
 from clipad.text import representative_vector
@@ -270,21 +270,6 @@ def worst_median_best(values: Sequence[float], categories: Sequence[str]) -> dic
             mine = mine[np.argsort(values[mine], kind="stable")]
             found[category] = [int(mine[place]) for place in (0, len(mine) // 2, -1)]
     return found
-
-
-def batches(
-    backbone: Backbone, samples: Sequence[Sample], batch_size: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(category, images) in the order of the samples; a batch never mixes categories."""
-    start = 0
-    while start < len(samples):
-        category = samples[start].category
-        stop = next(
-            (i for i in range(start, len(samples)) if samples[i].category != category), len(samples)
-        )
-        for images in load_images(list(samples[start:stop]), backbone.preprocess, batch_size):
-            yield category, images
-        start = stop
 
 
 # ----------------------------------------------------------------------------------------- why: layer by layer
