@@ -17,8 +17,8 @@ from scipy import ndimage
 from clipad.metrics import PRO_LIMIT
 
 METRICS = ("auroc", "f1_max", "ap", "pro")
-_BLOCK = 4_000_000
-"""entries of the largest array that is held at once (R x thresholds or N x thresholds)"""
+_BLOCK = 300_000
+"""entries of the largest array held at once (R x thresholds or N x thresholds): 2 MB stay in the cache of a core"""
 
 
 def draw_counts(labels, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
