@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("clipad needs Python 3.11 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,book]'
 	touch $@
 
 reproduce: install  ## execute every notebook on the shipped model and images, offline; results in outputs/demo-demo
@@ -37,8 +37,9 @@ lab: install  ## open the notebooks in JupyterLab
 notebooks: install  ## execute the notebooks and store their outputs in the repository
 	$(BIN)/clipad notebooks store
 
-book: install  ## the notebooks that `make reproduce` executed as an offline HTML site, book/index.html
-	$(BIN)/clipad book
+BOOK_OF ?=
+book: install  ## the notebooks that `make reproduce` executed as an offline site, book/index.html; or BOOK_OF=folder
+	$(BIN)/python docs/build.py $(BOOK_OF)
 
 benchmark: install  ## speed and memory against reference forms, as ratios within one run
 	$(BIN)/python -m benchmarks

@@ -303,20 +303,6 @@ def check_data(name, root) -> None:
         sys.exit(1)
 
 
-@app.command(short_help="The executed notebooks as an offline HTML site.")
-@click.argument("source", default="outputs/demo-demo", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), default=Path("book"), show_default=True)
-def book(source, out) -> None:
-    """Make a site of the executed notebooks in SOURCE (a folder that `clipad run --all` wrote, or notebooks/).
-
-    It opens without a network and without a server: pages link to each other, formulas are MathML.
-    """
-    with one_line_errors():
-        from clipad.tools.book import build_book
-
-        click.echo(build_book(source, out))
-
-
 @app.group()
 def notebooks() -> None:
     """Keep the stored notebooks (for those who change them)."""
