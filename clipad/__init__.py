@@ -26,7 +26,7 @@ _HOME = {
     "evaluation": ["Result", "evaluate"],
     "published": ["data_dir", "published_results", "protocol"],
     "studies.experiments": ["Experiment", "experiment", "make_detector"],
-    "tools.detect": ["calibrate", "detect"],
+    "tools.detect": ["detect"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from clipad.published import data_dir
@@ -33,7 +33,7 @@ ORIENTATION = 0x0112  # EXIF tag
 PIXEL_LIMIT = 64_000_000  # of one image: 8000 x 8000
 SUFFIXES_OF = {
     "PNG": (".png",),
-    "JPEG": (".jpg", ".jpeg"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "MPO": (".jpg", ".jpeg"),  # Pillow's name of a JPEG with further frames, as phones write them
     "BMP": (".bmp",),
     "TIFF": (".tif", ".tiff"),
@@ -128,8 +128,22 @@ def read_image(path: str | Path) -> Image.Image:
     Raises `UnreadableImageError` (naming the file) for anything that is not a complete PNG, JPEG, BMP, TIFF or
     WebP image, or has floating-point or 32-bit pixels; `ImageTooLargeError` above `PIXEL_LIMIT` pixels.
     """
+    return _readable(path, _decode(path))
+
+
+def read_photograph(path: str | Path) -> tuple[Image.Image, bool]:
+    """As `read_image`, but turned as the EXIF orientation says, as viewers do; and whether it was.
+
+    Not for data sets: there masks lie on the pixels as stored.
+    """
+    image = _decode(path)
+    turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1
+    return _readable(path, ImageOps.exif_transpose(image) if turned else image), turned
+
+
+def _readable(path, image: Image.Image) -> Image.Image:
     try:
-        return _eight_bit(_decode(path))
+        return _eight_bit(image)
     except ValueError as error:
         raise UnreadableImageError(f"cannot read image {path}: {error}") from error
 
@@ -187,6 +201,10 @@ def image_tensor(image: Image.Image, image_size: int, mean: Iterable[float], std
 
 
 def _decode(path: str | Path, header_only: bool = False) -> Image.Image:
+    if not Path(path).is_file() and Path(path).exists() and not Path(path).is_dir():
+        raise UnreadableImageError(
+            f"{path} is a pipe or device, no image file"
+        )  # opening it would wait for ever
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if (
@@ -201,6 +219,10 @@ def _decode(path: str | Path, header_only: bool = False) -> Image.Image:
             return image
     except (FileNotFoundError, PermissionError, IsADirectoryError, ImageTooLargeError):
         raise
+    except MemoryError as error:
+        raise ImageTooLargeError(
+            f"there is not enough memory to decode {path}: close other programs, or scale the image down"
+        ) from error
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(f"{path}: {error}; the limit is {PIXEL_LIMIT:,} pixels") from error
     except Exception as error:  # a decoder meets broken data with whatever it happens to raise
@@ -376,6 +398,140 @@ def _list_dataset(name: str, root: str | Path | None, problem: Problem) -> Datas
         )
     categories = tuple(dict.fromkeys(s.category for s in samples))
     return Dataset(name, root, categories, tuple(samples))
+
+
+# --------------------------------------------------------------------------------------- files of a folder
+
+
+MASK_FOLDERS = (
+    "mask",
+    "masks",
+    "gt",
+    "groundtruth",
+    "label",
+    "labels",
+    "annotation",
+    "annotations",
+)
+MASK_FOLDERS += ("segmentation", "segmentations")
+MASK_ENDINGS = ("_mask", "_masks", "_label", "_gt", "_seg", "_segmentation", "_annotation")
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
+OTHER_IMAGES = (".gif", ".heic", ".heif", ".avif", ".svg", ".jp2", ".jxl", ".ppm", ".pgm", ".pbm")
+OTHER_IMAGES += (".tga", ".psd", ".exr", ".hdr", ".dcm", ".nii", ".eps", ".ico")
+OTHER_IMAGES += (".raw", ".dng", ".nef", ".cr2", ".cr3", ".arw")  # cameras
+RESULT_MARK = "clipad-results"
+"""an empty file that `clipad` leaves in a folder of its own pictures: they are not scored again"""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What lies below a folder: photographs, sorted, and every other file under the reason why it is none."""
+
+    photographs: tuple[Path, ...]
+    skipped: dict[str, list[Path]]
+
+    def skipped_lines(self, root: Path, shown: int = 3) -> list[str]:
+        """A line per reason: how many, and the first of them."""
+        lines = []
+        for reason, paths in sorted(self.skipped.items()):
+            names = ", ".join(printable(os.path.relpath(path, root)) for path in paths[:shown])
+            lines.append(f"{len(paths)} {reason} ({names}{', ...' if len(paths) > shown else ''})")
+        return lines
+
+
+def scan(root: Path, without: Path | None = None) -> Scan:
+    """Every file below a folder, at any depth; nothing is decoded, no file is opened.
+
+    Photographs are files with an image's suffix. None are: masks (in a folder called masks, gt, labels, ..., or
+    beside their photograph as ``x_mask.png`` or as ``x.png`` of ``x.jpg``), hidden files, results of clipad (folders
+    with its mark, and ``without``), pipes and devices, broken links, what cannot be opened, other formats.
+    """
+    skipped: dict[str, list[Path]] = defaultdict(list)
+    photographs: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+
+    def visit(folder: Path, reason: str = "") -> None:
+        try:
+            status = folder.stat()
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            skipped[f"cannot be opened: {error.strerror}"].append(folder)
+            return
+        if (status.st_dev, status.st_ino) in seen:
+            return  # a link that leads back
+        seen.add((status.st_dev, status.st_ino))
+        if any(entry.name == RESULT_MARK for entry in entries) or folder == without:
+            reason = reason or "results of clipad"
+        images = []
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.is_dir():
+                inner = "hidden" if _hidden(entry.name) else ""
+                if _plain(entry.name) in MASK_FOLDERS:
+                    inner = "in a folder of masks"
+                visit(path, reason or inner)
+            elif why := reason or _no_image(path):
+                skipped[why].append(path)
+            else:
+                images.append(path)
+        masks = masks_beside(images)
+        for path in images:
+            if path in masks:
+                skipped["beside a photograph of the same name, so a mask or copy"].append(path)
+            else:
+                photographs.append(path)
+
+    visit(root)
+    return Scan(tuple(sorted(photographs)), {why: sorted(paths) for why, paths in skipped.items()})
+
+
+def masks_beside(images: Iterable[Path]) -> set[Path]:
+    """Of the images of one folder those that belong to another: ``x_mask.png`` to ``x.*``, ``x.png`` to ``x.jpg``.
+
+    Of equal stems the JPEG is the photograph, else the first of webp, bmp, tif and png.
+    """
+    order = (*SUFFIXES_OF["JPEG"], ".webp", ".bmp", ".tif", ".tiff", ".png")
+    of_stem: dict[str, list[Path]] = defaultdict(list)
+    for path in images:
+        of_stem[_nfc(path.stem)].append(path)
+    found = set()
+    for stem, paths in of_stem.items():
+        paths.sort(key=lambda path: order.index(path.suffix.lower()))
+        owner = next((stem.removesuffix(e) for e in MASK_ENDINGS if stem.lower().endswith(e)), stem)
+        found.update(paths if owner != stem and owner in of_stem else paths[1:])
+    return found
+
+
+def two_levels(image: Image.Image) -> bool:
+    """Whether a decoded image has at most two colours: a mask or an empty picture, no photograph."""
+    return image.getcolors(2) is not None
+
+
+def printable(name: str) -> str:
+    """A file name for people: bytes that are not UTF-8 become question marks."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _no_image(path: Path) -> str:
+    """Why this file is no photograph, from its name and kind; empty if it may be one."""
+    if _hidden(path.name):
+        return "hidden"
+    if not path.exists():
+        return "broken link"
+    if not path.is_file():
+        return "no file but a pipe or device"
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return ""
+    return f"in a format that is not read ({suffix})" if suffix in OTHER_IMAGES else "no image"
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
 
 
 # ---------------------------------------------------------------------------------------------- layouts

@@ -1,5 +1,9 @@
+"""`clipad detect`: files in, verdicts and a report out. The statistics behind it: test_inspection."""
+
+import csv
 import json
-import re
+import os
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -11,7 +15,8 @@ from clipad.backbone import load_backbone
 from clipad.datasets import load_dataset
 from clipad.detectors import SDP
 from clipad.tools.cli import app
-from clipad.tools.detect import Calibration, calibrate, detect, find_images, overlay
+from clipad.tools.detect import detect, file_name, find_flawless, find_photographs
+from clipad.tools.report import find_regions, region_mask
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +24,27 @@ def detector():
     return SDP(load_backbone("demo", device="cpu"), rvs="mean")
 
 
+def shipped(category, label):
+    return [s.image_path for s in load_dataset("demo", categories=[category]) if s.label == label]
+
+
 @pytest.fixture(scope="module")
-def calibration(detector):
-    normal = [s for s in load_dataset("demo_aux", categories=["cable", "pill"]) if s.label == 0]
-    return calibrate(detector, normal, "forty images", progress=False)
+def flawless(tmp_path_factory):
+    """Ten flawless screws."""
+    folder = tmp_path_factory.mktemp("flawless")
+    for path in shipped("screw", 0)[:10]:
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture
+def screws(tmp_path):
+    """Six pictures of screws, four of them with a defect."""
+    folder = tmp_path / "screws"
+    folder.mkdir()
+    for number, path in enumerate([*shipped("screw", 0)[10:12], *shipped("screw", 1)[:4]]):
+        shutil.copy(path, folder / f"{number}.png")
+    return folder
 
 
 @pytest.fixture
@@ -43,101 +65,339 @@ def photos(tmp_path):
     return folder
 
 
+def run(detector, path, out, normal=None, **options):
+    rate = {"false_alarms": 0.1} if normal else {}
+    return detect(detector, path, "screw", out, normal, progress=False, **rate | options)
+
+
+def noise(path, size=(40, 40), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+# --- what is found ---
+
+
 @pytest.mark.parametrize(
     "typed", ["photos", "photos/", "./photos", "elsewhere/../photos", ".", "link"]
 )
-def test_any_way_to_write_a_path(detector, calibration, photos, tmp_path, monkeypatch, typed):
+def test_any_way_to_write_a_path(detector, photos, tmp_path, monkeypatch, typed):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(photos, target_is_directory=True)
     monkeypatch.chdir(photos if typed == "." else tmp_path)
-    report = detect(detector, typed, "gear", tmp_path / "out", calibration, progress=False)
+    report = run(detector, typed, tmp_path / "out")
     assert set(report.scores["image"]) == {
         "wide.jpg",
         "grey.png",
         "see-through.png",
         "a b/<ümlaut> & 'x'.png",
     }
+    assert list(report.unread) == ["broken.png"]
+    assert str(tmp_path) not in report.unread["broken.png"]
 
 
-def test_a_folder_of_anything(detector, calibration, photos, tmp_path):
-    report = detect(detector, photos, "gear", tmp_path / "out", calibration, progress=False)
-    assert len(report.scores) == 4
-    assert list(report.broken) == ["broken.png"]
-    assert str(tmp_path) not in report.broken["broken.png"]
-    assert report.metrics is None
-    for name in report.scores["image"]:
-        assert np.load(tmp_path / "out" / "maps" / f"{name}.npy").shape == (96, 96)
-        assert Image.open(tmp_path / "out" / "overlays" / f"{name}.jpg").size[0] <= 768
-    stored = json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))
-    assert [row["image"] for row in stored["images"]] == list(report.scores["image"])
-    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "&lt;ümlaut&gt; &amp;" in page
-    assert len(re.findall(r'<img [^>]*alt="[^"]+"', page)) == 4
-    assert not re.search(r'(src|href)="(https?:)?//', page)
+def test_a_verdict_for_every_image(detector, screws, flawless, tmp_path):
+    report = run(detector, screws, tmp_path / "out", flawless)
+    rule = report.rule
+    assert len(rule.scores) == 10
+    assert sum(report.counts.values()) == 6
+    for row in report.scores.itertuples():
+        assert (row.verdict == "bad") == (row.score > rule.threshold)
+        assert (row.regions > 0) == (row.map_max > rule.map_threshold)
+        assert (row.verdict == "check") == (row.verdict != "bad" and row.regions > 0)
+        assert (tmp_path / "out" / "masks" / f"{row.image}.png").exists() == (row.regions > 0)
+        assert (tmp_path / "out" / "images" / f"{row.image}.jpg").exists()
+    assert report.scores["score"].is_monotonic_decreasing
+    assert "bad" in set(report.scores["verdict"])
 
 
-def test_a_score_does_not_depend_on_the_other_images(detector, calibration, photos, tmp_path):
-    together = detect(
-        detector, photos, "gear", tmp_path / "a", calibration, progress=False
-    ).scores.set_index("image")
-    alone = detect(
-        detector, photos / "grey.png", "gear", tmp_path / "b", calibration, progress=False
-    ).scores
-    assert alone["score"][0] == pytest.approx(together["score"]["grey.png"], abs=1e-3)
+def test_without_flawless_images_there_is_no_verdict(detector, screws, tmp_path):
+    report = run(detector, screws, tmp_path / "out")
+    assert report.rule is None
+    assert set(report.scores["verdict"]) == {""}
+    assert (report.scores["score"] == report.scores["logit"]).all()
+    assert np.isfinite(report.scores["score"]).all()
 
 
-def test_the_reference_scores_itself(calibration):
-    assert np.mean(calibration.scores) == pytest.approx(0, abs=1e-6)
-    middle = calibration.scores[len(calibration.scores) // 2]
-    assert calibration.percentile(middle) == pytest.approx(0.5, abs=0.05)
-    assert calibration.percentile(max(calibration.scores) + 1) == 1
+def test_a_score_does_not_depend_on_the_other_images(detector, screws, flawless, tmp_path):
+    together = run(detector, screws, tmp_path / "a", flawless).scores.set_index("image")
+    alone = run(detector, screws / "4.png", tmp_path / "b", flawless).scores
+    assert alone["score"][0] == pytest.approx(together["score"]["4.png"], abs=1e-3)
 
 
-def test_labels_and_masks_in_the_folder_give_metrics(detector, calibration, tmp_path):
-    gear = load_dataset("demo").root / "gear"
-    report = detect(detector, gear, "gear", tmp_path, calibration, progress=False)
-    assert report.metrics["image_auroc"] > 0.6
-    assert report.metrics["pixel_auroc"] > 0.6
+@pytest.mark.parametrize("options", [{"neighbours": "alone"}, {"neighbours": "added", "tiles": 2}])
+def test_neighbours_and_tiles(detector, screws, flawless, tmp_path, options):
+    report = run(detector, screws, tmp_path / "out", flawless, **options)
+    side = 96 * options.get("tiles", 1)
+    with np.load(tmp_path / "out" / "maps" / "0.png.npz") as kept:
+        assert kept["map"].shape == (side, side)
+    assert len(report.scores) == 6
 
 
-def test_calibration_needs_images(detector):
-    normal = [s for s in load_dataset("demo_aux") if s.label == 0][:5]
-    with pytest.raises(ValueError, match="at least 8 normal images, mine has 5"):
-        calibrate(detector, normal, "mine", progress=False)
+def test_labels_are_taken_only_from_the_folder_that_was_named(detector, flawless, tmp_path):
+    for number, path in enumerate(shipped("screw", 0)[10:14]):
+        (tmp_path / "d" / "yes").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "d" / "yes" / f"{number}.png")
+    for number, path in enumerate(shipped("screw", 1)[:4]):
+        (tmp_path / "d" / "no").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "d" / "no" / f"{number}.png")
+    report = run(detector, tmp_path / "d", tmp_path / "a", flawless)
+    assert set(report.scores["label"]) == {-1}
+    assert report.observed is None
+    report = run(detector, tmp_path / "d", tmp_path / "b", flawless, normal_folder="yes")
+    labels = {
+        image.split("/")[0]: label for image, label in report.scores[["image", "label"]].values
+    }
+    assert labels == {"yes": 0, "no": 1}
+    seen = report.observed
+    assert seen["false_alarms_low"] <= seen["false_alarms"] <= seen["false_alarms_high"]
+    assert seen["auroc"] > 0.5
+    with pytest.raises(ValueError, match="no folder is called 'ok'; found no, yes"):
+        run(detector, tmp_path / "d", tmp_path / "c", flawless, normal_folder="ok")
+
+
+def test_exif_orientation_is_applied_and_said(detector, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8)
+    (tmp_path / "d").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "d" / "x.jpg", exif=exif)
+    report = run(detector, tmp_path / "d", tmp_path / "out")
+    assert report.scores[["width", "height"]].values.tolist() == [[40, 80]]
+    assert any("EXIF" in note for note in report.notes)
+    assert Image.open(tmp_path / "out" / "images" / "x.jpg.jpg").size == (40, 80)
+
+
+# --- what is refused, before anything is computed ---
+
+
+def test_too_few_flawless_images_are_refused_with_the_number_needed(
+    detector, screws, flawless, tmp_path
+):
+    with pytest.raises(ValueError, match=r"10 flawless images cannot promise .* at least 19"):
+        run(detector, screws, tmp_path / "out", flawless, false_alarms=0.05)
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_in_both_folders_are_refused(detector, screws, flawless, tmp_path):
+    shutil.copy(next(flawless.iterdir()), screws / "again.png")
+    with pytest.raises(ValueError, match=r"1 images are among the flawless ones"):
+        run(detector, screws, tmp_path / "out", flawless)
+
+
+def test_flawless_images_come_from_folders_that_say_so(tmp_path):
+    for folder in ("ok", "scratch"):
+        for i in range(2):
+            noise(tmp_path / "d" / folder / f"{i}.png", seed=hash(folder) % 99 + i)
+    found, notes = find_flawless(tmp_path / "d")
+    assert {path.parent.name for path in found} == {"ok"}
+    assert "2 others not" in notes[-1]
+    (tmp_path / "d" / "ok").rename(tmp_path / "d" / "pass")
+    with pytest.raises(ValueError, match="sub-folders pass, scratch: which of them are flawless"):
+        find_flawless(tmp_path / "d")
+    assert len(find_flawless(tmp_path / "d", "Pass")[0]) == 2
+    assert len(find_flawless(tmp_path / "d", ".")[0]) == 4
+
+
+def test_copies_among_the_flawless_images_count_once(tmp_path):
+    shutil.copy(noise(tmp_path / "d" / "a.png"), tmp_path / "d" / "b.png")
+    found, notes = find_flawless(tmp_path / "d")
+    assert len(found) == 1
+    assert "1 copies" in notes[-1]
+
+
+def test_folders_of_other_settings_or_other_files_are_refused(detector, screws, flawless, tmp_path):
+    run(detector, screws, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"other settings \(different: false_alarms, flawless\)"):
+        run(detector, screws, tmp_path / "out", flawless)
+    noise(tmp_path / "mine" / "images" / "holiday.png")
+    with pytest.raises(ValueError, match="files that are not ours"):
+        run(detector, screws, tmp_path / "mine")
+    with pytest.raises(ValueError, match="folder of the images itself"):
+        run(detector, screws, screws)
+
+
+def test_maps_that_are_not_finite_are_refused(detector, screws, tmp_path, monkeypatch):
+    score = SDP.score_with
+
+    def broken(self, features, text):
+        found = score(self, features, text)
+        found.maps[0, 0, 0] = np.nan
+        return found
+
+    monkeypatch.setattr(SDP, "score_with", broken)
+    with pytest.raises(ValueError, match=r"not finite: one of 0\.png"):
+        run(detector, screws, tmp_path / "out")
 
 
 def test_nothing_to_do_is_said_first(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        find_images(tmp_path / "nowhere", "nut")
-    with pytest.raises(ValueError, match="no images"):
-        find_images(tmp_path, "nut")
+        find_photographs(tmp_path / "nowhere")
+    (tmp_path / "list.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"no images\. It holds 1 no image \(list\.txt\)"):
+        find_photographs(tmp_path)
 
 
-def test_an_overlay_keeps_what_is_below_the_scale():
-    picture = Image.new("RGB", (40, 20), (10, 200, 30))
+# --- going on ---
+
+
+def test_a_stopped_run_continues_and_changed_images_are_done_again(
+    detector, screws, flawless, tmp_path, monkeypatch
+):
+    whole = run(detector, screws, tmp_path / "whole", flawless)
+    out = tmp_path / "out"
+    run(detector, screws, out, flawless)
+    for kind, name in (("maps", "0.png.npz"), ("overlays", "1.png.jpg")):
+        (out / kind / name).unlink()
+    shutil.copy(screws / "2.png", screws / "3.png")
+    (screws / "5.png").unlink()
+    looked = []
+    score = SDP.score_with
+    monkeypatch.setattr(
+        SDP,
+        "score_with",
+        lambda self, f, t: looked.append(len(f.image_embedding)) or score(self, f, t),
+    )
+    report = run(detector, screws, out, flawless)
+    assert sum(looked) == 10 + 3  # the flawless ones, 0 and 1, and 3, whose content is another
+    after = report.scores.set_index("image")["score"]
+    before = whole.scores.set_index("image")["score"]
+    assert after["0.png"] == pytest.approx(before["0.png"], abs=1e-3)
+    assert after["3.png"] == pytest.approx(before["2.png"], abs=1e-3)
+    assert not [path for path in out.rglob("*") if path.name.startswith("5.png")]
+
+
+def test_results_are_never_scored_and_a_full_disk_is_named(detector, screws, tmp_path, monkeypatch):
+    run(detector, screws, screws / "found")
+    report = run(detector, screws, tmp_path / "out")
+    assert len(report.scores) == 6
+    assert any("results of clipad" in line for line in report.skipped)
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device", str(tmp_path / "x"))
+
+    monkeypatch.setattr("clipad.tools.detect.write_atomically", full)
+    with pytest.raises(OSError, match=r"No space left .*x"):
+        run(detector, screws, tmp_path / "other")
+
+
+# --- odd files ---
+
+
+def test_what_is_no_photograph_is_left_out_and_counted(detector, tmp_path):
+    folder = tmp_path / "d"
+    noise(folder / "a.jpg")
+    noise(folder / "a.png", seed=1)
+    noise(folder / "deep" / "deeper" / "b.png", seed=2)
+    noise(folder / "deep" / "deeper" / "b_mask.png", seed=3)
+    noise(folder / "Ground Truth" / "c.png", seed=4)
+    noise(folder / ".hidden" / "d.png", seed=5)
+    noise(folder / "e.jfif.jpg", seed=6).rename(folder / "e.jfif")
+    Image.new("L", (20, 20), 255).save(folder / "blank.png")
+    (folder / "f.heic").write_bytes(b"x")
+    (folder / "notes.txt").write_text("x")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    os.mkfifo(folder / "pipe.png")
+    report = run(detector, folder, tmp_path / "out")
+    assert set(report.scores["image"]) == {"a.jpg", "deep/deeper/b.png", "e.jfif"}
+    said = "\n".join(report.skipped)
+    for part in (
+        "2 beside a photograph of the same name, so a mask or copy (a.png, deep/deeper/b_mask.png)",
+        "1 in a folder of masks (Ground Truth/c.png)",
+        "1 hidden (.hidden/d.png)",
+        "1 with at most two grey levels, so a mask or empty (blank.png)",
+        "1 in a format that is not read (.heic) (f.heic)",
+        "1 no image (notes.txt)",
+        "1 broken link (gone.png)",
+        "1 no file but a pipe or device (pipe.png)",
+    ):
+        assert part in said
+
+
+def test_names_that_file_systems_allow(detector, tmp_path):
+    folder = tmp_path / "d"
+    first = noise(folder / "first.png")
+    names = [
+        b"caf\xe9.png",
+        b"x" * 245 + b".png",
+        "面".encode() * 80 + b".png",
+        b"=1+2.png",
+        b"new\nline.png",
+    ]
+    for name in names:
+        shutil.copy(first, os.path.join(os.fsencode(folder), name))
+    report = run(detector, folder, tmp_path / "out")
+    assert len(report.scores) == 6
+    assert report.scores["file"].is_unique
+    with open(tmp_path / "out" / "scores.csv", encoding="utf-8", newline="") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert "'=1+2.png" in cells
+    assert not [
+        c for c in cells if c.startswith(("=", "+", "@")) or (c[:1] == "-" and not float(c))
+    ]
+    json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))
+
+
+def test_file_names_are_one_to_one_and_short():
+    names = ["a/b.png", "a_b.png", "A/b.png", "é" * 120, "é" * 119 + "e", ".x", "_x", "a%2Fb.png"]
+    found = [file_name(name) for name in names]
+    assert len(set(found)) == len(names)
+    assert all(len(name.encode()) <= 150 and "/" not in name for name in found)
+
+
+# --- pictures and tables ---
+
+
+def test_regions_lie_on_the_image_at_its_own_size():
     heat = np.zeros((8, 8), np.float32)
-    heat[:, 4:] = 1
-    mixed = np.asarray(overlay(picture, heat, (0.5, 1.0)))
-    assert (mixed[10, 2] == (10, 200, 30)).all()
-    assert (mixed[10, 37] != (10, 200, 30)).any()
+    heat[0:2, 6:8] = 1
+    heat[5, 2] = 2
+    found = find_regions(heat, 0.5, (160, 80))
+    assert [region.box for region in found] == [(40, 50, 60, 60), (120, 0, 160, 20)]
+    assert [region.peak for region in found] == [2, 1]
+    x, y = np.array(found[1].outline[0]).T
+    assert (x.min(), x.max(), y.min()) == (pytest.approx(125, abs=6), 160, 0)
+    mask = np.asarray(region_mask(heat, 0.5, (160, 80)))
+    assert mask.shape == (80, 160)
+    assert mask[5, 150]
+    assert not mask[40, 80]
+    assert find_regions(heat, 3.0, (160, 80)) == []
+
+
+def test_the_demo_model_on_other_pictures_is_said_first(detector, photos, screws, tmp_path):
+    assert run(detector, screws, tmp_path / "demo").warning == ""
+    report = run(detector, photos, tmp_path / "out")
+    assert "demo model" in report.warning
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.index("toy") < page.index("<h1>")
+    assert pd.read_csv(tmp_path / "out" / "scores.csv")["warning"].str.contains("demo model").all()
+
+
+def test_the_report_needs_nothing_from_elsewhere(detector, photos, flawless, tmp_path):
+    run(detector, photos, tmp_path / "out", flawless)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "http:" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "https:" not in page
+    assert "<ümlaut>" not in page
+    assert page.count("<img src=") == 4
+    stored = json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))
+    assert len(stored["images"]) == 4
+    assert stored["settings"]["false_alarms"] == 0.1
+
+
+# --- the command ---
 
 
 def test_command(photos, tmp_path):
+    out = str(tmp_path / "found")
     result = CliRunner().invoke(
-        app,
-        [
-            "detect",
-            str(photos),
-            "--object",
-            "screw",
-            "--out",
-            str(tmp_path / "found"),
-            "--detector",
-            "direct",
-        ],
+        app, ["detect", str(photos), "--object", "screw", "--out", out, "--detector", "direct"]
     )
     assert result.exit_code == 1, result.output
     assert "not readable: broken.png" in result.output
+    assert "demo model" in result.output
     assert len(pd.read_csv(tmp_path / "found" / "scores.csv")) == 4
 
 
@@ -147,14 +407,13 @@ def test_command(photos, tmp_path):
         (["--object", " "], "no name"),
         (["--object", "nut", "--model", "ViT-B-32"], "needs --pretrained"),
         (["--object", "nut", "--detector", "sdp_plus"], "needs its linear layers"),
+        (["--object", "nut", "--neighbours", "alone"], "need flawless images"),
+        (["--object", "nut", "--false-alarms", "0"], "above 0"),
     ],
 )
-def test_wrong_usage(photos, arguments, message):
-    result = CliRunner().invoke(app, ["detect", str(photos), *arguments])
+def test_wrong_usage(photos, arguments, message, tmp_path):
+    result = CliRunner().invoke(
+        app, ["detect", str(photos), "--out", str(tmp_path / "o"), *arguments]
+    )
     assert result.exit_code == 2
     assert message in result.output
-
-
-def test_calibration_is_frozen_data():
-    calibration = Calibration("x", (0.5, 0.1), (0.0, 1.0), (0, 1), (0.0,))
-    assert calibration.score(0.6, 1.0) == pytest.approx(2.0)

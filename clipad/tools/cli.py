@@ -112,9 +112,41 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
 
 
 @app.command(short_help="Find anomalies in images of your own.")
-@click.argument("path", metavar="IMAGE|FOLDER", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", metavar="IMAGE|FOLDER", type=click.Path(path_type=Path))
 @click.option(
     "--object", "object_name", required=True, help='What the images show, such as "metal nut".'
+)
+@click.option(
+    "--normal",
+    type=click.Path(path_type=Path),
+    help="A folder of flawless images of the same product: they give scale, threshold and verdicts.",
+)
+@click.option(
+    "--false-alarms",
+    type=float,
+    default=0.05,
+    show_default=True,
+    help="Share of flawless images that may be called bad; 0.05 takes at least 19 flawless images.",
+)
+@click.option(
+    "--normal-folder",
+    default="",
+    metavar="NAME",
+    help="Sub-folders of this name hold flawless images; labels are never guessed. In --normal: . for all.",
+)
+@click.option(
+    "--neighbours",
+    type=click.Choice(["no", "alone", "added"]),
+    default="no",
+    show_default=True,
+    help="Maps by the nearest patch of the flawless images: instead of the detector's, or added to them.",
+)
+@click.option(
+    "--tiles",
+    type=click.IntRange(1, 8),
+    default=1,
+    show_default=True,
+    help="Cut images into N x N pieces as well, for small defects in large images.",
 )
 @click.option(
     "--detector",
@@ -123,66 +155,63 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
     show_default=True,
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("detections"), show_default=True
-)
-@click.option(
-    "--normal",
-    type=click.Path(exists=True, path_type=Path),
-    help="Flawless images to calibrate on.",
-)
-@click.option(
-    "--model", default="demo", show_default=True, help="demo, or the name of an open_clip model."
+    "--model",
+    default="demo",
+    show_default=True,
+    help="An open_clip model; demo is a toy for the shipped pictures.",
 )
 @click.option("--pretrained", help="Its weights: an open_clip tag or a checkpoint file.")
 @click.option(
     "--layers", type=click.Path(exists=True, path_type=Path), help="Linear layers, for sdp_plus."
 )
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="A YAML file of sentences of your own."
+)
 @click.option("--device", help="cpu or cuda; a GPU if there is one.")
-def detect(path, object_name, detector, out, normal, model, pretrained, layers, device) -> None:
-    """Heat maps, overlays and scores for an image or a folder, without ground truth.
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("detections"), show_default=True
+)
+def detect(
+    path, object_name, detector, model, pretrained, layers, prompts, device, **options
+) -> None:
+    """A verdict (good, check, bad), a region and a report for each image of a folder, at any depth.
 
-    Writes scores.csv, scores.json, report.html, overlays/ and maps/ to --out. A score counts standard deviations above
-    normal images, so it does not depend on the other images: above those in --normal or, for the demo model, above
-    the normal images that are shipped. Otherwise it is the class probability. A folder in MVTec-AD's layout also gets
-    metrics.
+    Writes report.html, scores.csv, scores.json, overlays/, masks/ (regions at native size), maps/ and images/ (JPEG
+    copies for the report) to --out. Without --normal images are ranked by the logit and there is no verdict. The rule
+    of the threshold stands in the report.
 
     \b
     Examples:
-      clipad detect photo.jpg --object "metal nut"
-      clipad detect photos/ --object screw --normal flawless/ --out found
-      clipad detect photos/ --object pill --model ViT-B-16-plus-240 --pretrained laion400m_e31
+      clipad detect photos/ --object "metal nut" --normal flawless/ --out found \\
+          --model ViT-B-16-plus-240 --pretrained laion400m_e31
+      clipad detect data/demo/collections/demo/screw/test --object screw --model demo
+      clipad detect labelled/ --normal-folder ok --object pill --normal flawless/
 
     Exit code: 0 all images were read, 1 some could not be (they are named, the others are done), 2 wrong usage,
-    130 stopped; the same command continues.
+    130 stopped. The same command continues: flawless images are read again, finished images are not.
     """
     with one_line_errors():
-        from clipad.backbone import load_backbone
-        from clipad.studies.experiments import make_detector
-        from clipad.tools.detect import calibrate, find_images, shipped_calibration
-        from clipad.tools.detect import detect as run_detection
+        from clipad.tools import detect as inspection
 
-        find_images(path, object_name)  # before the model is loaded
+        output = options.pop("out")
+        inspection.check_input(path, object_name, output, **options)  # before the model is loaded
         if model != "demo" and not pretrained:
             raise ValueError(
                 f"--model {model} needs --pretrained: an open_clip tag or a checkpoint file"
             )
-        chosen = make_detector(detector, load_backbone(model, pretrained, device), layers)
-        if normal is not None:
-            calibration = calibrate(
-                chosen, find_images(normal, object_name), f"the images in {normal.name}"
-            )
-        else:
-            calibration = shipped_calibration(chosen) if model == "demo" else None
-        report = run_detection(chosen, path, object_name, out, calibration)
-    for name, reason in report.broken.items():
-        click.echo(f"not readable: {name}: {reason}", err=True)
-    if report.metrics:
-        click.echo("  ".join(f"{name} {value:.3f}" for name, value in report.metrics.items()))
-    for row in report.scores.head(10).itertuples():
-        click.echo(f"{row.score:8.2f}  {row.image}")
-    more = f" and {len(report.scores) - 10} more" if len(report.scores) > 10 else ""
-    click.echo(f"{len(report.scores)} images{more and f' (10 shown{more})'}; {out / 'report.html'}")
-    if report.broken:
+        from clipad.backbone import load_backbone
+        from clipad.prompts import load_prompts
+        from clipad.studies.experiments import make_detector
+
+        backbone = load_backbone(model, pretrained, device)
+        own = {"prompts": load_prompts(prompts)} if prompts else {}
+        chosen = make_detector(detector, backbone, layers, **own)
+        report = inspection.detect(chosen, path, object_name, output, **options)
+    for line in inspection.summary(report, output):
+        click.echo(line)
+    if report.warning:
+        click.secho(report.warning, fg="red", bold=True, err=True)
+    if report.unread:
         sys.exit(1)
 
 

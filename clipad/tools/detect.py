@@ -1,101 +1,84 @@
-"""A user's own images: heat maps, overlays, scores that do not depend on the other images, a small report.
+"""``clipad detect``: from a folder of photographs, and a few flawless ones, to a verdict and a region per image.
 
-The published image score scales by minimum and maximum over a test set (METHOD.md section 5), so it needs one. Here a
-score is counted in standard deviations of *normal reference images* instead: the user's own flawless images, or, for
-the shipped model, the normal images of the auxiliary demo collection.
+What the numbers mean stands in :mod:`clipad.studies.inspection`; here are files: which are photographs, reading ahead,
+what is kept of each image, and how a stopped run continues. Memory does not grow with the number of images.
 """
 
 from __future__ import annotations
 
-import html
+import hashlib
 import io
 import json
+import unicodedata
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import quote
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from clipad.datasets import IMAGE_SUFFIXES, LayoutError, Sample, load_dataset, read_image
-from clipad.evaluation import predict_halving, read_masks
-from clipad.files import write_atomically
-from clipad.metrics import image_metrics, pixel_metrics
+from clipad.datasets import (
+    NORMAL_NAMES,
+    RESULT_MARK,
+    Scan,
+    printable,
+    read_photograph,
+    scan,
+    two_levels,
+)
+from clipad.files import code_version, content_hash, require_writable, write_atomically
+from clipad.metrics import image_metrics
+from clipad.published import data_dir
+from clipad.studies.inspection import (
+    Inspector,
+    images_needed,
+    observed_interval,
+    require_enough,
+)
+from clipad.tools.report import draw, find_regions, heat_layer, region_mask, write_report
 
-OVERLAY_SIDE = 768
-"""longest side of an overlay in pixels"""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What normal images look like to a detector: mean and deviation of both scores, and the scale of the maps."""
-
-    source: str
-    probability: tuple[float, float]
-    map_max: tuple[float, float]
-    scale: tuple[float, float]
-    """map values drawn as nothing and as bright: median of the reference maps, twice as far up as their 99.9 %"""
-    scores: tuple[float, ...]
-    """of the reference images themselves, sorted"""
-
-    def score(self, probability: float, map_max: float) -> float:
-        """Standard deviations above the normal mean, of class probability and map maximum, added."""
-        return _deviations(probability, self.probability) + _deviations(map_max, self.map_max)
-
-    def percentile(self, score: float) -> float:
-        """Share of the reference images with a lower score."""
-        return float(np.searchsorted(self.scores, score) / len(self.scores))
-
-
-def _deviations(value, mean_and_deviation):
-    mean, deviation = mean_and_deviation
-    return (value - mean) / max(deviation, 1e-6)
+BATCH = 16
+KEPT = ("images", "overlays", "heat", "masks", "maps")
+"""folders of the results, a file per image in each (masks: where there is a region)"""
+DEMO_WARNING = (
+    "These scores mean nothing: the demo model is a 96-pixel toy that was trained on rendered pictures, and these "
+    "pictures are not the demo's. Name a real model, as in --model ViT-B-16-plus-240 --pretrained laion400m_e31."
+)
 
 
-def calibrate(
-    detector, samples: Sequence[Sample], source: str, progress: bool = True
-) -> Calibration:
-    """From normal images; each sample's category is the object's name. ValueError for fewer than 8 images."""
-    if len(samples) < 8:
-        raise ValueError(f"calibration needs at least 8 normal images, {source} has {len(samples)}")
-    probabilities, maxima, pixels = [], [], []
-    for sample, item, prediction in _predictions(detector, samples, "calibrating", progress):
-        if isinstance(item, Exception):
-            raise ValueError(f"{sample.image_path} of {source} cannot be read: {item}")
-        heat, probability = prediction
-        probabilities.append(probability)
-        maxima.append(heat.max())
-        pixels.append(heat[::4, ::4].ravel())
-    moments = [(float(np.mean(v)), float(np.std(v))) for v in (probabilities, maxima)]
-    middle, high = (float(v) for v in np.percentile(np.concatenate(pixels), [50, 99.9]))
-    partial = Calibration(source, *moments, (middle, middle + 2 * max(high - middle, 1e-6)), ())
-    scores = sorted(partial.score(p, m) for p, m in zip(probabilities, maxima, strict=True))
-    return Calibration(source, *moments, partial.scale, tuple(map(float, scores)))
-
-
-def shipped_calibration(detector, progress: bool = True) -> Calibration:
-    """From the normal images of the auxiliary demo collection; for the demo model only."""
-    normal = [s for s in load_dataset("demo_aux") if s.label == 0]
-    return calibrate(
-        detector, normal, "the normal images of the shipped collection demo_aux", progress
-    )
+class NoPhotographError(ValueError):
+    """An image that was decoded and turned out to be a mask or empty."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What ``detect`` found: ``scores`` (a row per readable image), ``broken`` (path -> why), ``metrics`` or None."""
+    """What ``detect`` found.
+
+    ``scores``: a row per image that was read, highest score first: image, verdict (good, check, bad; "" without
+    flawless images), score, p_value, logit, map_max, regions, area (share of the image), boxes (left, top, right,
+    bottom in pixels), width, height, label (1, 0, or -1 if not known). ``unread``: image -> why. ``skipped``: a line
+    per kind of file that is no photograph. ``settings``: all that decides the numbers. ``rule``: see
+    :class:`clipad.studies.inspection.Rule`, None without flawless images. ``observed``: what the labels say.
+    """
 
     scores: pd.DataFrame
-    broken: dict[str, str]
-    metrics: dict[str, float] | None
-    calibration: Calibration | None
+    unread: dict[str, str]
+    skipped: list[str]
+    settings: dict
+    rule: object = None
+    warning: str = ""
+    observed: dict[str, float] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many images are bad, check and good."""
+        return {v: int((self.scores["verdict"] == v).sum()) for v in ("bad", "check", "good")}
 
 
 def detect(
@@ -103,243 +86,509 @@ def detect(
     path: str | Path,
     object_name: str,
     output_dir: str | Path,
-    calibration: Calibration | None = None,
+    normal: str | Path | None = None,
+    false_alarms: float = 0.05,
+    neighbours: str = "no",
+    tiles: int = 1,
+    normal_folder: str = "",
     progress: bool = True,
 ) -> Report:
-    """Score an image or all images of a folder, and write what was found.
+    """Score an image or all photographs below a folder, and write report.html, scores.csv, scores.json and pictures.
 
-    ``output_dir`` gets ``scores.csv``, ``scores.json``, ``report.html``, ``overlays/*.jpg`` and ``maps/*.npy`` (S x S
-    float16). A broken image is listed and the rest goes on. Where the folder says what is normal, or holds masks in
-    MVTec-AD's layout, metrics are computed too. Without a calibration the score is the class probability.
+    ``normal``: a folder of flawless images of the same product. They set the scale and the threshold, so that every
+    image gets a verdict at the false-alarm rate asked for; without them there is a score (the logit) but no verdict.
+    ``neighbours`` and ``tiles``: see :class:`clipad.studies.inspection.Inspector`. ``normal_folder``: the name of the
+    sub-folders that hold flawless images, in ``path`` (for labels) and in ``normal``; labels are never guessed.
 
-    Raises FileNotFoundError or ValueError if there is nothing to do, an empty object name, or a folder that cannot
-    be written: all before the first image.
+    EXIF orientation is applied, so that boxes and outlines lie on the picture as a viewer shows it. A stopped call
+    continues: images are finished by their content. Raises ValueError or OSError, before the first image is scored,
+    for anything that cannot work: too few flawless images, images that are in both folders, an output folder with
+    other settings or other files.
     """
-    # Samples have absolute paths (links kept, unless `..` leads through one), so their root has to be absolute, too.
-    path, output_dir = Path(path), Path(output_dir)
-    path = path.resolve() if ".." in path.parts else path.absolute()
-    samples = find_images(path, object_name)
+    root, found = find_photographs(path, output_dir)
+    flawless, notes = find_flawless(normal, normal_folder, output_dir) if normal else ([], [])
+    labels = _labels(found.photographs, root, normal_folder, flawless)
+    inspector = Inspector(detector, object_name, neighbours, tiles)
     detector.text_vectors(object_name)
-    root = path if path.is_dir() else path.parent
-    for folder in ("maps", "overlays"):
-        (output_dir / folder).mkdir(parents=True, exist_ok=True)
-    scale = calibration.scale if calibration else _scale_of(detector, samples)
+    if normal:
+        require_enough(len(flawless), false_alarms)
+        _refuse_shared(found.photographs, flawless)
+    elif neighbours != "no":
+        raise ValueError(
+            "nearest neighbours need flawless images: give a folder of them (--normal)"
+        )
+    warning = demo_warning(detector, found.photographs)
 
-    rows, broken = [], {}
-    with ThreadPoolExecutor(4) as writers:
-        pending: deque = deque()
-        for sample, item, prediction in _predictions(detector, samples, "detecting", progress):
-            name = sample.image_path.relative_to(root).as_posix()
-            if isinstance(item, Exception):
-                broken[name] = str(item).replace(str(root), "").strip("/")
-                continue
-            heat, probability = prediction
-            highest = float(heat.max())
-            score = calibration.score(probability, highest) if calibration else probability
-            rows.append(
-                {
-                    "image": name,
-                    "score": float(score),
-                    "percentile": calibration.percentile(score) if calibration else None,
-                    "probability": probability,
-                    "map_max": highest,
-                    "label": sample.label,
-                }
-            )
-            pending.append(writers.submit(_write_image, output_dir, name, item, heat, scale))
-            while len(pending) > 16:
-                pending.popleft().result()
-        for future in pending:
-            future.result()
+    settings = detector.settings | {
+        "object": object_name,
+        "images": printable(root.name),
+        "neighbours": neighbours,
+        "tiles": tiles,
+        "flawless": hashlib.sha256("".join(map(content_hash, flawless)).encode()).hexdigest()[:16],
+        "false_alarms": false_alarms if normal else None,
+        "code": code_version(),
+    }
+    work = _Work(inspector, root, claim(Path(output_dir), settings), progress)
+    unread = work.fit(flawless, false_alarms) if flawless else {}
+    notes += [f"flawless, but not used: {name}: {why}" for name, why in unread.items()]
+    unread, masks = work.run(found.photographs)
+    found.skipped.update(
+        {"with at most two grey levels, so a mask or empty": masks} if masks else {}
+    )
 
-    frame = pd.DataFrame(
-        rows, columns=["image", "score", "percentile", "probability", "map_max", "label"]
+    scores = work.table(
+        [p for p in found.photographs if work.name(p) not in unread and p not in masks], labels
     )
-    metrics = _metrics(
-        frame,
-        [s for s in samples if s.image_path.relative_to(root).as_posix() not in broken],
-        output_dir,
+    report = Report(
+        scores,
+        unread,
+        found.skipped_lines(root),
+        settings,
+        inspector.rule,
+        warning,
+        _observed(scores),
+        notes + work.notes(scores),
     )
-    report = Report(frame, broken, metrics, calibration)
-    _write_report(report, detector, object_name, output_dir)
+    write_report(report, work.folder, work.scale, inspector)
+    work.sweep(scores)
     return report
 
 
-def find_images(path: Path, object_name: str) -> list[Sample]:
-    """The images below a path, all called ``object_name``; with labels and masks where the layout tells them."""
+def summary(report: Report, output_dir: Path, shown: int = 10) -> list[str]:
+    """What a terminal shows: counts, the images that score highest, what was left out, where the report is."""
+    lines = [f"left out: {line}" for line in report.skipped]
+    lines += [f"note: {line}" for line in report.notes]
+    lines += [f"not readable: {name}: {why}" for name, why in report.unread.items()]
+    if report.rule:
+        lines += [f"{name}: {text}" for name, text in report.rule.words().items()]
+    if report.observed:
+        lines.append("  ".join(f"{k} {v:.3f}" for k, v in report.observed.items()))
+    for row in report.scores.head(shown).itertuples():
+        lines.append(f"{row.score:8.2f}  {row.verdict:6}{row.image}")
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in report.counts.items())
+    highest = f" (the {shown} highest shown)" if len(report.scores) > shown else ""
+    lines.append(
+        f"{len(report.scores)} images{f': {counts}' if report.rule else ''}{highest}; {output_dir / 'report.html'}"
+    )
+    return lines
+
+
+# ------------------------------------------------------------------------------------- which images
+
+
+def check_input(
+    path, object_name, output_dir, normal=None, false_alarms=0.05, normal_folder="", **_
+) -> None:
+    """All of ``detect``'s refusals that need no model."""
+    if not object_name.strip():
+        raise ValueError("the object has no name: a prompt needs one, such as 'metal nut'")
+    images_needed(false_alarms)
+    root, found = find_photographs(path, output_dir)
+    flawless, _ = find_flawless(normal, normal_folder, output_dir) if normal else ([], [])
+    _labels(found.photographs, root, normal_folder, flawless)
+    if normal:
+        require_enough(len(flawless), false_alarms)
+        _refuse_shared(found.photographs, flawless)
+
+
+def find_photographs(path: str | Path, output_dir: str | Path | None = None) -> tuple[Path, Scan]:
+    """The folder that names are relative to, and what lies in it (or the one image). Results of clipad are left out.
+
+    Raises FileNotFoundError or ValueError if there is no photograph.
+    """
+    path = Path(path).expanduser()
+    path = path.resolve() if ".." in path.parts else path.absolute()
+    out = Path(output_dir).expanduser().resolve() if output_dir is not None else None
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: expected an image or a folder of images")
     if path.is_file():
-        return [Sample(path, None, object_name, -1, "unknown")]
-    try:
-        found = load_dataset("folder", path).samples
-    except LayoutError:  # images here and there: no labels then
-        files = sorted(
-            p
-            for p in path.rglob("*")
-            if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+        return path.parent, Scan((path,), {})
+    if out == path.resolve():
+        raise ValueError(f"--out {out} is the folder of the images itself: choose another one")
+    found = scan(path, out)
+    if not found.photographs:
+        skipped = "; ".join(found.skipped_lines(path))
+        raise ValueError(f"{path} holds no images" + (f". It holds {skipped}" if skipped else ""))
+    return path, found
+
+
+def find_flawless(
+    folder: str | Path, normal_folder: str = "", output_dir: str | Path | None = None
+) -> tuple[list[Path], list[str]]:
+    """The flawless images of a folder, each content once, and notes on what was left out.
+
+    Images directly in the folder all count. With sub-folders, those called ``normal_folder`` do ("." for all), or, if
+    none is given, those called good, normal or ok, if only one of these names occurs. Anything else is a ValueError.
+    """
+    root, found = find_photographs(folder, output_dir)
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is one image: flawless images are given as a folder")
+    photographs = found.photographs
+    names = sorted({_plain(p.parent.name) for p in photographs if p.parent != root})
+    if normal_folder and normal_folder != ".":
+        within = [p for p in photographs if _below(p, root, normal_folder)]
+        photographs = within or ([] if names else photographs)
+    elif names and not normal_folder:
+        known = [name for name in names if name.lower() in NORMAL_NAMES]
+        flat = any(p.parent == root for p in photographs)
+        photographs = (
+            [p for p in photographs if _plain(p.parent.name) == known[0]]
+            if len(known) == 1 and not flat
+            else []
         )
-        found = [Sample(p, None, object_name, -1, "unknown") for p in files if p.is_file()]
-    if not found:
-        raise ValueError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return [Sample(s.image_path, s.mask_path, object_name, s.label, s.defect) for s in found]
+    if not photographs:
+        raise ValueError(
+            f"{root} has images in the sub-folders {', '.join(names)}: which of them are flawless? "
+            "Give the folder that holds only these, or its name (--normal-folder NAME; . for all)"
+        )
+    once = list({content_hash(path): path for path in reversed(photographs)}.values())[::-1]
+    notes = [f"beside the flawless images: {line}" for line in found.skipped_lines(root)]
+    if len(photographs) < len(found.photographs):
+        notes.append(
+            f"flawless: the {len(photographs)} images in folders called {printable(photographs[0].parent.name)}; "
+            f"{len(found.photographs) - len(photographs)} others not"
+        )
+    if len(once) < len(photographs):
+        notes.append(
+            f"flawless: {len(photographs) - len(once)} copies of another flawless image count once"
+        )
+    return once, notes
 
 
-def _predictions(detector, samples, what: str, progress: bool, batch_size: int = 16) -> Iterator:
-    """(sample, thumbnail or the exception that reading raised, (map, probability)) in order, read ahead by threads."""
+def _labels(photographs, root: Path, normal_folder: str, flawless) -> dict[Path, int]:
+    """0 and 1 by the sub-folder that the user named; -1 where none was."""
+    if not normal_folder or normal_folder == ".":
+        return dict.fromkeys(photographs, -1)
+    labels = {path: int(not _below(path, root, normal_folder)) for path in photographs}
+    if 0 in labels.values():
+        return labels
+    if not any(_plain(normal_folder) in map(_plain, path.parts) for path in flawless):
+        names = sorted({printable(p.parent.name) for p in photographs})
+        raise ValueError(f"no folder is called {normal_folder!r}; found {', '.join(names[:20])}")
+    return dict.fromkeys(photographs, -1)
 
-    def load(sample):
+
+def _below(path: Path, root: Path, name: str) -> bool:
+    return _plain(name) in map(_plain, path.relative_to(root).parts[:-1])
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", printable(name)).casefold()
+
+
+def _refuse_shared(photographs, flawless) -> None:
+    known = {content_hash(path): path for path in flawless}
+    shared = [path for path in photographs if content_hash(path) in known]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} images are among the flawless ones as well ({printable(shared[0].name)}, ...): their "
+            "scores would look better than those of new images. Take them out of one of the two folders"
+        )
+
+
+def demo_warning(detector, photographs) -> str:
+    """Empty, or what has to be said first: the demo model on pictures that are not the demo's, by content."""
+    if detector.backbone.name != "demo":
+        return ""
+    shipped = {content_hash(p) for p in (data_dir() / "demo" / "collections").glob("*/*/test/*/*")}
+    return "" if all(content_hash(path) in shipped for path in photographs) else DEMO_WARNING
+
+
+def claim(folder: Path, settings: dict) -> Path:
+    """Make the output folder, or see that it holds results of these settings. ValueError for any other content."""
+    folder = folder.expanduser().absolute()
+    path = folder / "settings.json"
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / RESULT_MARK).is_file():
+            raise ValueError(f"{folder} holds files that are not ours: choose another --out")
         try:
-            image = read_image(sample.image_path)
-            tensor = detector.backbone.preprocess(image)
-            thumbnail = image.convert("RGB")
-            thumbnail.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
-            return tensor, thumbnail
-        except (OSError, ValueError) as error:
-            return error
-
-    groups = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-    with (
-        ThreadPoolExecutor(4) as readers,
-        tqdm(total=len(samples), desc=what, unit="image", disable=not progress) as bar,
-    ):
-        ahead: deque = deque()
-        for number, group in enumerate(groups):
-            for later in groups[number + len(ahead) : number + 2]:
-                ahead.append([readers.submit(load, sample) for sample in later])
-            items = [future.result() for future in ahead.popleft()]
-            good = [i for i, item in enumerate(items) if not isinstance(item, Exception)]
-            names = {group[i].category for i in good}
-            results = {}
-            for name in names:  # one object per call of the detector
-                of_name = [i for i in good if group[i].category == name]
-                maps, probabilities = predict_halving(
-                    detector, torch.stack([items[i][0] for i in of_name]), name
-                )
-                results |= {
-                    i: (maps[k].numpy(), float(probabilities[k])) for k, i in enumerate(of_name)
-                }
-            for i, sample in enumerate(group):
-                failed = isinstance(items[i], Exception)
-                yield sample, items[i] if failed else items[i][1], results.get(i)
-            bar.update(len(group))
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise ValueError(
+                f"{path} is missing or damaged: choose another --out or remove {folder.name}"
+            ) from None
+        now = json.loads(json.dumps(settings))
+        different = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        if different:
+            raise ValueError(
+                f"{folder} holds results of other settings (different: {', '.join(different)}): choose another --out "
+                "or remove it"
+            )
+        return folder
+    require_writable(folder)
+    write_atomically(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(folder / RESULT_MARK, b"")
+    return folder
 
 
-def _scale_of(detector, samples) -> tuple[float, float]:
-    """Without calibration: 1st to 99.9th percentile over up to 32 images spread over the folder."""
-    chosen = samples[:: max(1, len(samples) // 32)][:32]
-    found = [p[0] for _, _, p in _predictions(detector, chosen, "scaling", False) if p is not None]
-    if not found:
-        return 0.0, 1.0
-    low, high = np.percentile(np.stack(found), [1, 99.9])
-    return float(low), float(max(high, low + 1e-6))
+# --------------------------------------------------------------------------------------- the work
 
 
-def _write_image(
-    output_dir: Path, name: str, picture: Image.Image, heat: np.ndarray, scale
-) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, heat.astype(np.float16))
-    write_atomically(output_dir / "maps" / f"{name}.npy", buffer.getvalue())
-    buffer = io.BytesIO()
-    overlay(picture, heat, scale).save(buffer, "JPEG", quality=88)
-    write_atomically(output_dir / "overlays" / f"{name}.jpg", buffer.getvalue())
+class _Work:
+    """Images read ahead by threads, looked at in batches, and what is kept of each in the output folder."""
 
+    def __init__(self, inspector: Inspector, root: Path, folder: Path, progress: bool):
+        self.inspector, self.root, self.folder, self.progress = inspector, root, folder, progress
+        self.scale: tuple[float, float] = (0.0, 1.0)
 
-def overlay(picture: Image.Image, heat: np.ndarray, scale: tuple[float, float]) -> Image.Image:
-    """The map over the image: what is dark on the scale stays see-through."""
-    strength = np.clip((heat - scale[0]) / (scale[1] - scale[0]), 0, 1).astype(np.float32)
-    strength = np.asarray(Image.fromarray(strength).resize(picture.size, Image.Resampling.BILINEAR))
-    colour = matplotlib.colormaps["inferno"](strength)[..., :3]
-    share = (0.75 * strength)[..., None]
-    mixed = np.asarray(picture) / 255 * (1 - share) + colour * share
-    return Image.fromarray((255 * mixed).round().astype(np.uint8))
+    def name(self, path: Path) -> str:
+        return printable(path.relative_to(self.root).as_posix())
 
+    def file(self, kind: str, path: Path) -> Path:
+        ending = {"maps": ".npz", "heat": ".png", "masks": ".png"}.get(kind, ".jpg")
+        return self.folder / kind / (file_name(path.relative_to(self.root).as_posix()) + ending)
 
-def _metrics(
-    frame: pd.DataFrame, samples: list[Sample], output_dir: Path
-) -> dict[str, float] | None:
-    if len(frame) == 0 or (frame["label"] < 0).any():
-        return None
-    found = {f"image_{k}": v for k, v in image_metrics(frame["score"], frame["label"]).items()}
-    if any(s.mask_path for s in samples):
-        maps = np.stack(
-            [np.load(output_dir / "maps" / f"{name}.npy") for name in frame["image"]]
-        ).astype(np.float32)
-        masks = read_masks(samples, maps.shape[-1])
-        found |= {f"pixel_{k}": v for k, v in pixel_metrics(maps, masks).items()}
-    return {k: float(v) for k, v in found.items() if not np.isnan(v)} or None
+    def fit(self, flawless: list[Path], false_alarms: float) -> dict[str, str]:
+        """Learn from the flawless images; returns those that could not be read."""
+        unread: dict[str, str] = {}
 
+        def looks():
+            for paths, items in self._read(flawless, self._load_flawless, "flawless images"):
+                for path, item in zip(paths, items, strict=True):
+                    if isinstance(item, Exception):
+                        unread[printable(path.name)] = str(item)
+                good = [item for item in items if not isinstance(item, Exception)]
+                if good:
+                    yield self._look(good, paths)
 
-def _write_report(report: Report, detector, object_name: str, output_dir: Path) -> None:
-    calibration = report.calibration
-    how = (
-        f"score: standard deviations above {calibration.source} ({len(calibration.scores)} images), class probability "
-        "and map maximum added; percentile: share of those images that score lower"
-        if calibration
-        else "score: class probability, not calibrated (give normal images for that)"
-    )
-    columns = (
-        report.scores.drop(columns="label") if (report.scores["label"] < 0).all() else report.scores
-    )
-    write_atomically(output_dir / "scores.csv", columns.to_csv(index=False))
-    content = {
-        "detector": repr(detector),
-        "object": object_name,
-        "score": how,
-        "images": json.loads(columns.to_json(orient="records")),
-        "broken": report.broken,
-        "metrics": report.metrics,
-    }
-    write_atomically(
-        output_dir / "scores.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    )
+        self.inspector.fit(looks(), false_alarms)
+        rule, maps = self.inspector.rule, self.inspector.flawless_maps
+        middle = float(np.median(maps[:, ::4, ::4]))
+        self.scale = (middle, middle + 1.5 * (rule.map_threshold - middle))
+        return unread
 
-    rows = []
-    for row in report.scores.sort_values("score", ascending=False).itertuples():
-        name, source = html.escape(row.image), quote(f"overlays/{row.image}.jpg")
-        alt = f"{name} with its anomaly map, score {row.score:.2f}"
-        share = "" if row.percentile is None else f"{100 * row.percentile:.0f} %"
-        rows.append(
-            f'<tr><td><a href="{source}"><img src="{source}" alt="{alt}" loading="lazy"></a></td><td>{name}</td>'
-            f"<td>{row.score:.2f}</td><td>{share}</td><td>{row.probability:.3f}</td><td>{row.map_max:.3f}</td></tr>"
+    def _load_flawless(self, path: Path) -> torch.Tensor:
+        return self.inspector.prepare(_photograph(path)[0])
+
+    def run(self, photographs) -> tuple[dict[str, str], list[Path]]:
+        """Score what is not finished. Returns the images that could not be read, and those that are masks."""
+        for kind in KEPT:
+            require_writable(self.folder / kind)
+        with ThreadPoolExecutor(4) as pool:
+            finished = list(pool.map(self._finished, photographs))
+        todo = [path for path, done in zip(photographs, finished, strict=True) if not done]
+        if self.inspector.rule is None:
+            self.scale = self._scale_without_flawless(todo)
+        unread, masks = {}, []
+        with ThreadPoolExecutor(4) as writers:
+            pending: deque = deque()
+            for paths, items in self._read(todo, self._load, "photographs"):
+                good = []
+                for path, item in zip(paths, items, strict=True):
+                    if isinstance(item, NoPhotographError):
+                        masks.append(path)
+                    elif isinstance(item, Exception):
+                        unread[self.name(path)] = str(item).replace(f"{self.root}/", "")
+                    else:
+                        good.append((path, *item))
+                if not good:
+                    continue
+                look = self._look([item[1] for item in good], paths)
+                maps = self.inspector.maps(look)
+                for (path, _, picture, facts), logit, heat in zip(
+                    good, look.logits, maps, strict=True
+                ):
+                    facts |= {"logit": logit, "map": heat}
+                    pending.append(writers.submit(self._keep, path, picture, facts))
+                while len(pending) > BATCH:
+                    pending.popleft().result()
+            for future in pending:
+                future.result()
+        return unread, masks
+
+    def _look(self, tensors, paths):
+        try:
+            return self.inspector.look(torch.stack(tensors))
+        except ValueError as error:
+            names = ", ".join(printable(path.name) for path in paths[:3])
+            raise ValueError(f"{error}: one of {names}, ...") from error
+
+    def _read(self, paths, load, what: str) -> Iterator[tuple[list[Path], list]]:
+        """Batches of paths with what ``load`` made of them, or the exception it raised."""
+
+        def careful(path):
+            try:
+                return load(path)
+            except (OSError, ValueError, MemoryError) as error:
+                return error
+
+        groups = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
+        with (
+            ThreadPoolExecutor(4) as readers,
+            tqdm(total=len(paths), desc=what, unit="image", disable=not self.progress) as bar,
+        ):
+            ahead: deque = deque()
+            for number, group in enumerate(groups):
+                for later in groups[number + len(ahead) : number + 2]:
+                    ahead.append([readers.submit(careful, path) for path in later])
+                items = [future.result() for future in ahead.popleft()]
+                failed = [e for e in items if isinstance(e, OSError) and e.errno == 28]
+                if failed:  # a full disk is no fault of the image
+                    raise failed[0]
+                yield group, items
+                bar.update(len(group))
+
+    def _load(self, path: Path):
+        """(what the model takes, small picture, facts); writes the picture at native size on the way."""
+        image, turned = _photograph(path)
+        facts = {"sha256": content_hash(path), "size": np.array(image.size), "turned": turned}
+        tensor = self.inspector.prepare(image)
+        shown = image.copy() if max(image.size) > 65_000 else image  # JPEG's limit
+        shown.thumbnail((65_000, 65_000))
+        buffer = io.BytesIO()
+        shown.save(buffer, "JPEG", quality=88)
+        write_atomically(self.file("images", path), buffer.getvalue())
+        small = image.convert("RGB")
+        small.thumbnail((768, 768))
+        return tensor, small, facts
+
+    def _finished(self, path: Path) -> bool:
+        try:
+            with np.load(self.file("maps", path)) as kept:
+                same = str(kept["sha256"]) == content_hash(path)
+        except Exception:  # whatever is wrong with the file, its image is computed again
+            return False
+        return same and all(
+            self.file(kind, path).is_file() for kind in ("images", "overlays", "heat")
         )
-    broken = "".join(
-        f"<li>{html.escape(n)}: {html.escape(w)}</li>" for n, w in report.broken.items()
-    )
-    metrics = ", ".join(f"{k} {v:.3f}" for k, v in (report.metrics or {}).items())
-    page = _PAGE.format(
-        title=html.escape(f"{object_name}: {len(rows)} images"),
-        detector=html.escape(repr(detector)),
-        how=html.escape(how),
-        metrics=f"<p>Against the labels in the folder: {metrics}.</p>" if metrics else "",
-        broken=f"<h2>Not readable</h2><ul>{broken}</ul>" if broken else "",
-        rows="\n".join(rows),
-    )
-    write_atomically(output_dir / "report.html", page)
+
+    def _keep(self, path: Path, picture: Image.Image, facts: dict) -> None:
+        """Write all pictures, then the map, whose presence says that the image is finished."""
+        heat, size = facts["map"], tuple(int(v) for v in facts["size"])
+        threshold = self.inspector.rule.map_threshold if self.inspector.rule else np.inf
+        regions = find_regions(heat, threshold, size)
+        pictures = {
+            "overlays": draw(picture, heat, self.scale, regions, size),
+            "heat": heat_layer(heat, self.scale),
+        }
+        if regions:
+            pictures["masks"] = region_mask(heat, threshold, size)
+        for kind, shown in pictures.items():
+            buffer = io.BytesIO()
+            if kind == "overlays":
+                shown.save(buffer, "JPEG", quality=88)
+            else:
+                shown.save(buffer, "PNG")
+            write_atomically(self.file(kind, path), buffer.getvalue())
+        buffer = io.BytesIO()
+        np.savez(buffer, **facts)
+        write_atomically(self.file("maps", path), buffer.getvalue())
+
+    def _scale_without_flawless(self, todo) -> tuple[float, float]:
+        """1st to 99.9th percentile over up to 32 images spread over the folder; kept, so that it stays the same."""
+        path = self.folder / "scale.json"
+        if path.is_file():
+            return tuple(json.loads(path.read_text()))
+        found = []
+        chosen = todo[:: max(1, len(todo) // 32)][:32]
+        for paths, items in self._read(chosen, self._load_flawless, "scale of the maps"):
+            good = [item for item in items if not isinstance(item, Exception)]
+            if good:
+                found.append(self._look(good, paths).words)
+        low, high = np.percentile(np.concatenate(found), [1, 99.9]) if found else (0.0, 1.0)
+        if not high > low:
+            high = low + 1
+        write_atomically(path, json.dumps([float(low), float(high)]))
+        return float(low), float(high)
+
+    def table(self, photographs, labels: dict[Path, int]) -> pd.DataFrame:
+        """A row per finished image, highest score first."""
+        rows, rule = [], self.inspector.rule
+        for path in photographs:
+            with np.load(self.file("maps", path)) as kept:
+                heat, logit = kept["map"], float(kept["logit"])
+                size, turned = tuple(int(v) for v in kept["size"]), bool(kept["turned"])
+            highest = float(heat.max())
+            score = rule.score(logit, highest) if rule else logit
+            regions = find_regions(heat, rule.map_threshold, size) if rule else []
+            rows.append(
+                {
+                    "image": self.name(path),
+                    "verdict": rule.verdict(score, highest) if rule else "",
+                    "score": score,
+                    "p_value": rule.p_value(score) if rule else None,
+                    "logit": logit,
+                    "map_max": highest,
+                    "regions": len(regions),
+                    "area": float((heat > rule.map_threshold).mean()) if rule else None,
+                    "boxes": [region.box for region in regions],
+                    "width": size[0],
+                    "height": size[1],
+                    "label": labels[path],
+                    "turned": turned,
+                    "outlines": [region.outline for region in regions],
+                    "file": self.file("images", path).stem,
+                }
+            )
+        columns = list(rows[0]) if rows else ["image", "verdict", "score", "label", "file"]
+        return pd.DataFrame(rows, columns=columns).sort_values(
+            "score", ascending=False, kind="stable", ignore_index=True
+        )
+
+    def notes(self, scores: pd.DataFrame) -> list[str]:
+        """What was done to the images that a reader has to know."""
+        if not len(scores):
+            return []
+        notes = []
+        turned = int(scores["turned"].sum())
+        if turned:
+            notes.append(f"{turned} images were turned as their EXIF orientation says")
+        grid = self.inspector.detector.backbone.visual.grid_size[0] * self.inspector.tiles
+        sides = [(int(w), int(h)) for w, h in zip(scores["width"], scores["height"], strict=True)]
+        (w, h), count = pd.Series(sides).mode()[0], len(set(sides))
+        notes.append(
+            f"the model reads {grid} x {grid} patches: one covers {w / grid:.0f} x {h / grid:.0f} pixels of an "
+            f"image of {w} x {h}{' (the most frequent size)' if count > 1 else ''}; much smaller defects are hardly "
+            "seen (--tiles)"
+        )
+        long = sum(max(side) > 3 * min(side) for side in sides)
+        if long:
+            notes.append(
+                f"{long} images are more than three times as long as wide: squashed to a square"
+            )
+        return notes
+
+    def sweep(self, scores: pd.DataFrame) -> None:
+        """Remove what is left of images that are gone, and of regions that are none any more."""
+        present = set(scores["file"])
+        regions = set(scores["file"][scores["regions"] > 0]) if len(scores) else set()
+        for kind in KEPT:
+            for path in (self.folder / kind).iterdir():
+                if path.stem not in (regions if kind == "masks" else present):
+                    path.unlink()
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; width: 100% }}
-th, td {{ text-align: left; padding: .4rem .6rem; border-bottom: 1px solid #ccc; overflow-wrap: anywhere }}
-img {{ width: 160px; height: auto; display: block }}
-</style></head>
-<body><main>
-<h1>{title}</h1>
-<p>{detector}. {how}.</p>
-{metrics}
-{broken}
-<table>
-<thead><tr><th>overlay</th><th>image</th><th>score</th><th>percentile</th><th>class probability</th>
-<th>map maximum</th></tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-</main></body>
-</html>
-"""
+def _photograph(path: Path) -> tuple[Image.Image, bool]:
+    image, turned = read_photograph(path)
+    if two_levels(image):
+        raise NoPhotographError(f"{path} has at most two grey levels: a mask or an empty picture")
+    return image, turned
+
+
+def file_name(name: str) -> str:
+    """A name below the input folder as one file name: unique, at most 150 bytes, of printable characters.
+
+    >>> file_name("a/b c.png"), file_name("a_b c.png")
+    ('a_b c.png-65036e', 'a_b c.png')
+    """
+    safe = "".join(
+        c if c.isprintable() and c not in '/\\:*?"<>|%#' else "_" for c in printable(name)
+    )
+    short = safe.encode()[:140].decode("utf-8", "ignore")
+    if short == name and not name.startswith("."):
+        return name
+    return f"{short}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:6]}"
+
+
+def _observed(scores: pd.DataFrame) -> dict[str, float] | None:
+    """What the labels say: false alarms and defects found, with exact 95 % intervals, and AUROC."""
+    if not len(scores) or (scores["label"] < 0).any():
+        return None
+    found = {"auroc": float(image_metrics(scores["score"], scores["label"])["auroc"])}
+    if (scores["verdict"] != "").all():
+        for label, what in ((0, "false_alarms"), (1, "defects_found")):
+            bad = scores["verdict"][scores["label"] == label] == "bad"
+            if len(bad):
+                low, high = observed_interval(int(bad.sum()), len(bad))
+                found |= {what: float(bad.mean()), f"{what}_low": low, f"{what}_high": high}
+    return {key: value for key, value in found.items() if not np.isnan(value)}

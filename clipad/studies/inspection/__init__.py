@@ -1,0 +1,381 @@
+"""From a few flawless images to a decision per image: notebook 07, and what ``clipad detect`` computes with.
+
+An image gives two numbers: the *logit* l = 100 (cos(f, t_a) - cos(f, t_n)) of the whole image, which does not
+saturate as the class probability does, and the *map maximum* m. Both are put on the robust scale of the flawless
+images, z(x) = (x - median) / (1.4826 MAD), and added: score = (z(l) + z(m)) / sqrt(2). So a score depends on the
+flawless images only, never on the other new ones. :class:`Rule` turns scores into verdicts, :class:`Inspector` images
+into l and m.
+
+Shapes: B images, n flawless images, J stages, T x T tiles, K = T^2 N patches of an image, S image side,
+R = T S side of a map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import beta
+
+from clipad.detectors import CLIP_TEMPERATURE, SDP, Detector, Features
+from clipad.dual_path import staged_features
+from clipad.surgery import similarity_map
+
+NEIGHBOURS = ("no", "alone", "added")
+FEWEST_FLAWLESS = 8
+"""a median and a MAD of fewer images say nothing"""
+BANK = 100
+"""flawless images whose patches are remembered; further ones are compared with these, as a new image is"""
+
+
+def images_needed(false_alarms: float) -> int:
+    """How many flawless images it takes to promise this rate: with n of them no rate below 1 / (n + 1) can be.
+
+    >>> images_needed(0.05), images_needed(0.1)
+    (19, 9)
+    """
+    if not 0 < false_alarms <= 0.25:
+        raise ValueError(
+            f"the false-alarm rate has to be above 0 and at most 0.25, found {false_alarms}"
+        )
+    return max(FEWEST_FLAWLESS, math.ceil(1 / false_alarms - 1 - 1e-9))
+
+
+def require_enough(n: int, false_alarms: float) -> None:
+    """ValueError if n flawless images cannot promise this false-alarm rate; says how many can."""
+    needed = images_needed(false_alarms)
+    if n < needed:
+        possible = f"or a rate of {1 / (n + 1):.3f}" if n >= FEWEST_FLAWLESS else ""
+        raise ValueError(
+            f"{n} flawless images cannot promise a false-alarm rate of {false_alarms:g}: it takes at least {needed} "
+            f"images {possible}".strip()
+        )
+
+
+def alarms_allowed(n: int, false_alarms: float) -> int:
+    """k = floor(rate (n + 1)): the threshold is the k-th highest of n flawless scores."""
+    return math.floor(false_alarms * (n + 1) + 1e-9)
+
+
+def conformal_threshold(scores: Sequence[float], false_alarms: float) -> float:
+    """The k-th highest of n flawless scores, k = floor(rate (n + 1)) (split conformal prediction, Vovk et al. 2005).
+
+    A new flawless image is one more draw from the same source: its rank among the n + 1 is uniform, so it is *above*
+    the k-th highest with probability at most k / (n + 1), whatever the distribution. ValueError if k would be 0.
+
+    >>> conformal_threshold(range(19), 0.05), conformal_threshold(range(19), 0.1)
+    (18.0, 17.0)
+    """
+    require_enough(len(scores), false_alarms)
+    return float(np.sort(scores)[-alarms_allowed(len(scores), false_alarms)])
+
+
+def rate_interval(n: int, false_alarms: float, level: float = 0.95) -> tuple[float, float]:
+    """Exact interval of the true false-alarm rate of *this* threshold, over draws of the n flawless images.
+
+    The rate above the k-th highest of n continuous scores is Beta(k, n + 1 - k) distributed; its mean is k / (n + 1).
+    With the leave-one-out scores of :class:`Rule` rates are a little lower (simulated: 4.3 % for 5 % and n = 19; scores
+    in sample, on the scale of all n, would give 5.5 %).
+    """
+    k = alarms_allowed(n, false_alarms)
+    low, high = beta.ppf([(1 - level) / 2, (1 + level) / 2], k, n + 1 - k)
+    return float(low), float(high)
+
+
+def observed_interval(events: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Clopper and Pearson's exact interval of a rate of which ``events`` of n were seen."""
+    tail = (1 - level) / 2
+    low = beta.ppf(tail, events, n - events + 1) if events else 0.0
+    high = beta.ppf(1 - tail, events + 1, n - events) if events < n else 1.0
+    return float(low), float(high)
+
+
+def robust_scale(values: Sequence[float], what: str = "value") -> tuple[float, float]:
+    """Median and 1.4826 MAD, which estimates the standard deviation of a normal distribution.
+
+    ValueError where the MAD is 0: no floor is put in its place.
+
+    >>> robust_scale([1, 2, 3, 4, 100])
+    (3.0, 1.4826)
+    """
+    values = np.asarray(values, dtype=np.float64)
+    centre = float(np.median(values))
+    spread = float(1.4826 * np.median(np.abs(values - centre)))
+    if not spread > 0:
+        raise ValueError(
+            f"half of the flawless images have the same {what} ({centre:.6g}), so it has no scale: are they copies of "
+            "one picture? Give different ones"
+        )
+    return centre, spread
+
+
+def combined_score(logits, maxima, flawless_logits, flawless_maxima):
+    """(z(l) + z(m)) / sqrt(2) on the robust scale of the flawless images; arrays or numbers."""
+    total = 0
+    for value, flawless, what in (
+        (logits, flawless_logits, "logit"),
+        (maxima, flawless_maxima, "map maximum"),
+    ):
+        centre, spread = robust_scale(flawless, what)
+        total = total + (value - centre) / spread
+    return total / math.sqrt(2)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How scores become verdicts. ``logits`` and ``maxima`` are those of the n flawless images.
+
+    * Each flawless image is scored as if it were new: on the scale of the other n - 1.
+    * *bad*: the score is above ``threshold``, the k-th highest flawless score, k = floor(rate (n + 1)).
+    * *check*: it is not, but the map alone is above ``map_threshold``, found in the same way: a region stands out.
+    * *good*: neither.
+
+    A flawless image is called bad with probability at most ``false_alarms``, and bad or check with at most twice that.
+    """
+
+    logits: np.ndarray
+    maxima: np.ndarray
+    false_alarms: float = 0.05
+
+    def __post_init__(self):
+        require_enough(len(self.logits), self.false_alarms)
+
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """n scores of the flawless images, each from the others."""
+        rest = ~np.eye(len(self.logits), dtype=bool)
+        pairs = zip(self.logits, self.maxima, rest, strict=True)
+        return np.array([combined_score(x, m, self.logits[r], self.maxima[r]) for x, m, r in pairs])
+
+    @cached_property
+    def threshold(self) -> float:
+        return conformal_threshold(self.scores, self.false_alarms)
+
+    @cached_property
+    def map_threshold(self) -> float:
+        return conformal_threshold(self.maxima, self.false_alarms)
+
+    def score(self, logit: float, maximum: float) -> float:
+        return float(combined_score(logit, maximum, self.logits, self.maxima))
+
+    def p_value(self, score: float) -> float:
+        """(1 + flawless images that score as high) / (n + 1): small means unusual."""
+        return float((1 + (self.scores >= score).sum()) / (len(self.scores) + 1))
+
+    def verdict(self, score: float, maximum: float) -> str:
+        if score > self.threshold:
+            return "bad"
+        return "check" if maximum > self.map_threshold else "good"
+
+    def words(self) -> dict[str, str]:
+        """The rule and what it promises, in words: a sentence for each verdict, and one for the rate."""
+        n, k = len(self.logits), alarms_allowed(len(self.logits), self.false_alarms)
+        low, high = rate_interval(n, self.false_alarms)
+        return {
+            "bad": f"the score is above {self.threshold:.2f}, the {_ordinal(k)}highest of the {n} flawless images, "
+            f"each scored as if it were new, from the other {n - 1}",
+            "check": "the score is not, but a region of the map is above "
+            f"{self.map_threshold:.4g}, found by the same rule",
+            "good": "neither",
+            "promised": "a new flawless image is called bad with probability at most "
+            f"{k}/{n + 1} = {k / (n + 1):.1%}, over all choices of {n} flawless images, and bad or check with at most "
+            f"{2 * k / (n + 1):.1%}; with these {n} images the true rate of bad lies between {low:.1%} and {high:.1%} "
+            "(95 % interval). This holds for images that are taken as the flawless ones were",
+        }
+
+
+def _ordinal(k: int) -> str:
+    if k == 1:
+        return ""
+    ending = "th" if 10 <= k % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(k % 10, "th")
+    return f"{k}{ending} "
+
+
+def nearest_distance(
+    tokens: Sequence[torch.Tensor], bank: Sequence[torch.Tensor], same: bool = False
+) -> torch.Tensor:
+    """How far each patch is from the nearest patch of the flawless images: B x K, mean of 1 - cosine over stages.
+
+    ``tokens``: per stage B x K x D; ``bank``: per stage n x K x D (normalised inside). ``same``: the tokens *are* the
+    bank's, and each image is compared with the others only. The idea of WinCLIP+ and AnomalyDINO, on the frozen tokens
+    that SDP reads anyway.
+    """
+    total = 0
+    for x, y in zip(tokens, bank, strict=True):
+        x, y = F.normalize(x.float(), dim=-1), F.normalize(y.float(), dim=-1)
+        found = []
+        for i, image in enumerate(x):  # one image at a time: K x n K cosines
+            cosines = (image @ y.flatten(0, 1).T).unflatten(1, y.shape[:2])
+            if same:
+                cosines[:, i] = -1
+            found.append(cosines.amax(dim=(1, 2)))
+        total = total + 1 - torch.stack(found)
+    return total / len(tokens)
+
+
+def tile(image, tiles: int) -> list:
+    """A PIL image cut into tiles x tiles pieces, row by row; the model reads each at its full size."""
+    edges = [[round(side * i / tiles) for i in range(tiles + 1)] for side in image.size]
+    return [
+        image.crop((edges[0][x], edges[1][y], edges[0][x + 1], edges[1][y + 1]))
+        for y in range(tiles)
+        for x in range(tiles)
+    ]
+
+
+def stitch(maps: torch.Tensor, tiles: int) -> torch.Tensor:
+    """Maps of tiles, (B T^2) x S x S in ``tile``'s order -> B x R x R.
+
+    >>> stitch(torch.arange(4.0).view(4, 1, 1), 2)
+    tensor([[[0., 1.],
+             [2., 3.]]])
+    """
+    side = maps.shape[-1]
+    grid = maps.reshape(-1, tiles, tiles, side, side).transpose(2, 3)
+    return grid.reshape(-1, tiles * side, tiles * side)
+
+
+@dataclass
+class Look:
+    """What the backbone says of B images: ``logits`` B, ``words`` B x R x R (the detector's map), and per stage the
+    ordinary path's patch ``tokens`` B x K x D (None without neighbours)."""
+
+    logits: np.ndarray
+    words: np.ndarray
+    tokens: list[torch.Tensor] | None
+
+
+class Inspector:
+    """A detector for one product: from images to logit and map, with or without flawless images' patches.
+
+    ``neighbours``: ``no`` for the detector's own map, ``alone`` for the distance to the nearest flawless patch,
+    ``added`` for both, each on the robust scale of the flawless images' map values. SDP and SDP+ only.
+    ``tiles``: the image is also cut into tiles x tiles pieces, whose maps are put together.
+
+    After :meth:`fit`: ``rule`` (:class:`Rule`), ``flawless_maps`` (n x R x R), ``scale`` of the drawings.
+    """
+
+    def __init__(self, detector: Detector, name: str, neighbours: str = "no", tiles: int = 1):
+        if neighbours not in NEIGHBOURS:
+            raise ValueError(f"neighbours is one of {', '.join(NEIGHBOURS)}; found {neighbours!r}")
+        if neighbours != "no" and not isinstance(detector, SDP):
+            raise ValueError(f"nearest neighbours go with sdp and sdp_plus, not with {detector}")
+        if not 1 <= tiles <= 8:
+            raise ValueError(f"tiles has to be 1 to 8, found {tiles}")
+        self.detector, self.name = detector, name
+        self.neighbours, self.tiles = neighbours, tiles
+        self.bank: list[torch.Tensor] | None = None
+        self.rule: Rule | None = None
+        self._scales: list[tuple[float, float]] = []
+
+    def prepare(self, image) -> torch.Tensor:
+        """A PIL image -> what ``look`` takes of it: (1 + T^2) x 3 x S x S, whole and tiles; 1 x 3 x S x S without."""
+        pieces = [image, *(tile(image, self.tiles) if self.tiles > 1 else [])]
+        return torch.stack([self.detector.backbone.preprocess(piece) for piece in pieces])
+
+    def look(self, images: torch.Tensor) -> Look:
+        """Run the backbone over prepared images, B x (1 or 1 + T^2) x 3 x S x S.
+
+        ValueError for maps or logits that are not finite.
+        """
+        try:
+            return self._look(images)
+        except torch.OutOfMemoryError:
+            if len(images) == 1:
+                raise
+            torch.cuda.empty_cache()
+        parts = [self.look(half) for half in images.chunk(2)]
+        tokens = None
+        if parts[0].tokens is not None:
+            tokens = [torch.cat(stage) for stage in zip(*(p.tokens for p in parts), strict=True)]
+        return Look(
+            np.concatenate([p.logits for p in parts]),
+            np.concatenate([p.words for p in parts]),
+            tokens,
+        )
+
+    def _look(self, images):
+        text = self.detector.text_vectors(self.name)
+        seen = self._features(images.flatten(0, 1))
+        whole = torch.arange(0, len(images) * images.shape[1], images.shape[1])
+        logits = class_logit(seen[whole].image_embedding, text)
+        if self.tiles > 1:
+            rest = torch.ones(images.shape[:2], dtype=torch.bool)
+            rest[:, 0] = False
+            seen = seen[rest.flatten()]
+        words = stitch(self.detector.score_with(seen, text).maps, self.tiles).numpy()
+        if not (np.isfinite(words).all() and np.isfinite(logits).all()):
+            raise ValueError(f"{self.detector.name} gave a map or a logit that is not finite")
+        tokens = None
+        if self.neighbours != "no":
+            tokens = [t[:, 1:].reshape(len(images), -1, t.shape[-1]) for t in seen.ordinary]
+        return Look(logits, words, tokens)
+
+    def _features(self, images) -> Features:
+        if self.neighbours == "no":
+            return self.detector.features(images)
+        backbone, stages = self.detector.backbone, self.detector.stages
+        with torch.no_grad(), backbone.autocast():
+            images = images.to(backbone.device)
+            found = staged_features(backbone.visual, images, stages, self.detector.as_released)
+        paths = ([t.float() for t in path] for path in (found.surgery, found.ordinary))
+        return Features(found.image_embedding.float(), *paths)
+
+    def fit(self, looks: Iterable[Look], false_alarms: float = 0.05) -> Inspector:
+        """Learn from flawless images (batches of ``look``): the patches to remember, the scales, the rule."""
+        kept, words, logits, near = [], [], [], []
+        for look in looks:
+            words.append(look.words)
+            logits.append(look.logits)
+            if self.neighbours == "no":
+                continue
+            if sum(len(tokens[0]) for tokens in kept) < BANK:
+                kept.append(look.tokens)
+            else:
+                self._close_bank(kept, near)
+                near.append(self._distance_map(look.tokens))
+        require_enough(sum(map(len, logits)), false_alarms)
+        if self.neighbours != "no":
+            self._close_bank(kept, near)
+        maps = [np.concatenate(words)] if self.neighbours != "alone" else []
+        maps += [np.concatenate(near)] if near else []
+        if len(maps) > 1:
+            self._scales = [robust_scale(m[:, ::2, ::2], "map value") for m in maps]
+        self.flawless_maps = self._fuse(maps)
+        self.rule = Rule(np.concatenate(logits), self.flawless_maps.max(axis=(1, 2)), false_alarms)
+        return self
+
+    def _close_bank(self, kept, near) -> None:
+        if self.bank is None:
+            self.bank = [torch.cat(stage) for stage in zip(*kept, strict=True)]
+            near.append(self._distance_map(self.bank, same=True))
+
+    def maps(self, look: Look) -> np.ndarray:
+        """B x R x R, higher = more anomalous."""
+        if self.neighbours == "no":
+            return look.words
+        maps = [look.words] if self.neighbours == "added" else []
+        return self._fuse([*maps, self._distance_map(look.tokens)])
+
+    def _distance_map(self, tokens, same: bool = False) -> np.ndarray:
+        values = nearest_distance(tokens, self.bank, same)
+        size, smoothing = self.detector.backbone.image_size, self.detector.smoothing
+        values = values.reshape(len(values) * self.tiles**2, -1)
+        return stitch(similarity_map(values, size, smoothing), self.tiles).cpu().numpy()
+
+    def _fuse(self, maps):
+        if len(maps) == 1:
+            return maps[0]
+        scaled = ((m - c) / s for m, (c, s) in zip(maps, self._scales, strict=True))
+        return (sum(scaled) / math.sqrt(2)).astype(np.float32)
+
+
+def class_logit(image_embedding: torch.Tensor, text: torch.Tensor) -> np.ndarray:
+    """B: 100 (cos(f, t_a) - cos(f, t_n)); the class probability is its logistic function."""
+    cosines = F.normalize(image_embedding.float(), dim=-1) @ text.to(image_embedding.device)
+    return (CLIP_TEMPERATURE * (cosines[:, 1] - cosines[:, 0])).double().cpu().numpy()
