@@ -15,10 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
+from clipad.backbone import load_backbone
 from clipad.datasets import load_dataset
+from clipad.detectors import SDP, Direct
 from clipad.prompts import CLIP_AD, words
 from clipad.published import data_dir
-from demo_world import captions, collections, renderer, training
+from clipad.studies.trainings import read_trainings
+from clipad.surgery import feature_surgery
+from demo_world import captions, collections, renderer, training, trainings
 from demo_world.captions import Caption, caption, seen_words, truth_matrix
 from demo_world.renderer import ATTRIBUTES, CATEGORIES, DEFECTS, Facts, render
 
@@ -253,6 +257,7 @@ def model():
     return model.eval()
 
 
+@pytest.mark.slow
 def test_model_card_states_what_the_model_reaches(model):
     """The image AUROCs in data/demo/README.md, recomputed from the shipped files of the test collection."""
     tokenizer = open_clip.SimpleTokenizer(context_length=training.CONTEXT_LENGTH)
@@ -291,6 +296,7 @@ def small_validation(monkeypatch):
     monkeypatch.setattr(training, "rendered", lambda seed: pictures)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_ends_with_the_weights_of_an_unbroken_one(tmp_path, small_validation):
     unbroken = training.train(TINY, tmp_path / "unbroken", validate_every=1)
     training.train(TINY, tmp_path / "broken", validate_every=1, stop_after=1e-9)
@@ -308,6 +314,7 @@ def test_a_resumed_training_ends_with_the_weights_of_an_unbroken_one(tmp_path, s
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_a_finished_training_goes_on_with_another_cycle(tmp_path, small_validation):
     two_cycles = replace(TINY, steps=(3, 2))
     at_once = training.train(two_cycles, tmp_path / "at_once", validate_every=3)
@@ -409,3 +416,66 @@ def test_a_model_too_large_to_ship_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"17\.6 MB, more than 15"):
         training.train(training.Settings(width=192), tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+# Results of several trainings -------------------------------------------------------------------------------------
+
+
+def test_alterations_of_sdp_change_what_they_name_and_nothing_else():
+    backbone = load_backbone("demo", device="cpu")
+    images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+
+    def maps(detector):
+        return detector.predict(images, "gear").maps
+
+    def altered(**options):
+        return maps(trainings.Altered(backbone, "x", rvs="mean", **options))
+
+    sdp = maps(SDP(backbone, rvs="mean"))
+    assert torch.equal(altered(), sdp)
+    written = maps(SDP(backbone, rvs="mean", as_released=False))
+    assert not torch.allclose(altered(restart=False, as_released=False), written, atol=1e-3)
+    assert not torch.allclose(altered(weights=False), sdp, atol=1e-4)
+    # the weights are 2p of the class token: with a class token halfway between the states they are 1
+    tokens, text = torch.randn(1, 5, 4), F.normalize(torch.randn(4, 2), dim=0)
+    tokens[:, 0] = text[:, 0] + text[:, 1]
+    assert torch.allclose(
+        trainings.difference([tokens], text), feature_surgery([tokens], text)[:, 1:, 1], atol=1e-6
+    )
+
+
+def test_results_are_added_once_per_weights_and_method(tmp_path, monkeypatch):
+    backbone, file = load_backbone("demo", device="cpu"), tmp_path / "trainings.csv"
+    made = []
+
+    def direct():
+        made.append(1)
+        return Direct(backbone, rvs="mean")
+
+    monkeypatch.setattr(trainings, "detectors", lambda backbone: {"Direct": direct})
+    monkeypatch.setattr(
+        trainings, "load_dataset", lambda name: load_dataset(name, categories=["gear"])
+    )
+    for seed in (1, 2):  # the same weights under another name are the same weights
+        trainings.append_rows(backbone, seed, 12_000, file)
+    found = read_trainings(file)
+    assert len(made) == 1
+    assert found[["seed", "steps", "weights", "method", "category"]].to_numpy().tolist() == [
+        [1, 12_000, backbone.weights_hash, "Direct", "gear"]
+    ]
+    assert 0 <= found["pixel_auroc"][0] <= 1
+    assert found["opposite_on_object"].notna().all()
+
+
+def test_weights_of_a_running_training_are_read_from_its_state(tmp_path, small_validation):
+    training.train(replace(TINY, seed=7), tmp_path / "run", validate_every=2)
+    (tmp_path / "out").mkdir()
+    file, seed, steps = trainings.exported(tmp_path / "run" / "state.pt", tmp_path / "out")
+    assert (seed, steps) == (7, 3)
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, state[name].half()) for name, value in load_file(file).items())
+    chosen = trainings.exported(tmp_path / "run" / "model.safetensors", tmp_path)
+    assert chosen[1] == 7
+    (tmp_path / "run" / "training.json").unlink()
+    with pytest.raises(ValueError, match=r"no training\.json beside it"):
+        trainings.exported(tmp_path / "run" / "model.safetensors", tmp_path)
