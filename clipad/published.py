@@ -27,9 +27,9 @@ TRAINED_ON = {
     "folder": "visa",
 }
 
-# Nothing is published for the demo. Of 1e-4, 3e-4, 1e-3, 3e-3 and 1e-2, this one and 1e-2 have, with the released program's
-# 5 epochs in its fixed order, the highest pixel AUROC of SDP+ on the validation rendering (0.938). Without these two
-# bounds, 10 shuffled epochs at 1e-2 reach 0.944. ``python -m demo_world.sdp_plus`` repeats the search.
+# Nothing is published for the demo. Of 1e-4, 3e-4, 1e-3, 3e-3 and 1e-2, this one and 1e-2 have, with the released
+# program's 5 epochs in its fixed order, the highest pixel AUROC of SDP+ on the validation rendering (0.938). Without
+# these two bounds, 10 shuffled epochs at 1e-2 reach 0.944. ``python -m demo_world.sdp_plus`` repeats the search.
 DEMO_LEARNING_RATE = 3e-3
 
 
