@@ -19,7 +19,7 @@ from clipad.backbone import Backbone, load_backbone
 from clipad.detectors import SDP
 from clipad.evaluation import PART, evaluate, load_images
 from tests.conftest import tiny_clip
-from tests.test_evaluation import files_of, make_folder
+from tests.small_data import files_of, make_folder
 
 
 def rows(quick: bool) -> Iterator[Row]:

@@ -22,10 +22,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from clipad.bootstrap import resampled_metrics
 from clipad.datasets import Dataset, MaskSizeError, Sample, native_size, read_image, read_mask
 from clipad.files import content_hash, require_writable, write_atomically
-from clipad.metrics import image_metrics, pixel_metrics
+from clipad.metrics import image_metrics, pixel_metrics, resampled_metrics
 
 COLUMNS = [
     *(f"image_{m}" for m in ("auroc", "f1_max", "ap")),

@@ -17,21 +17,17 @@ the industrial data sets). So only the normal scores are sorted, in their own pr
 that is made, and each distinct anomalous score is looked up among them. Memory besides the caller's arrays:
 about 5 bytes for each pixel of float32 scores, and 75 for each anomalous pixel.
 
-Intervals come from SciPy. For the AUROC over images, resample images together with their labels:
+Bootstrap: what is resampled are whole images (``draw_counts``), and a resample is a count per image. All that the
+metrics need is linear in these counts: the false positives of a resample at a threshold are the counts times each
+image's own number of normal pixels at or above it. So the pixels are sorted once for all resamples
+(``resampled_metrics``), no threshold is left out or binned, and the numbers equal those of the images written out as
+often as they were drawn.
 
->>> from scipy.stats import bootstrap
->>> def auroc(scores, labels):
-...     return image_metrics(scores, labels)["auroc"]
->>> labels = np.arange(40) % 2
->>> scores = labels + np.random.default_rng(0).normal(size=40)
->>> interval = bootstrap(
-...     (scores, labels), auroc, paired=True, vectorized=False, method="percentile",
-...     n_resamples=200, random_state=0,
-... ).confidence_interval
->>> bool(interval.low < auroc(scores, labels) < interval.high)
-True
+Shapes: N images, R resamples, K distinct scores of anomalous pixels.
 """
 
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +36,9 @@ from numpy.typing import ArrayLike
 from scipy import integrate, ndimage
 
 PRO_LIMIT = 0.3  # largest false positive rate that PRO looks at
+METRICS = ("auroc", "f1_max", "ap", "pro")
+_TALLIES = 1_000_000  # N x thresholds that are looked up at once
+_BLOCK = 250_000  # resamples x thresholds that are held at once: they stay in the processor's cache
 
 
 def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
@@ -61,7 +60,7 @@ def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     scores, labels = _checked(scores, labels, "N", "labels")
     if labels.all() or not labels.any():
         return dict.fromkeys(("auroc", "f1_max", "ap"), float("nan"))
-    return _ranking_metrics(_counts(scores, labels))
+    return _of_one(scores, labels)
 
 
 def pixel_metrics(scores: ArrayLike, masks: ArrayLike) -> dict[str, float]:
@@ -85,8 +84,8 @@ def pixel_metrics(scores: ArrayLike, masks: ArrayLike) -> dict[str, float]:
     scores, masks = _checked(scores, masks, "N x H x W", "masks")
     if masks.all() or not masks.any():
         return dict.fromkeys(("auroc", "f1_max", "ap", "pro"), float("nan"))
-    counts = _counts(scores, masks, _region_weights(masks))
-    return {**_ranking_metrics(counts), "pro": _area(*_pro_polyline(counts))}
+    weights, regions = _region_weights(masks)
+    return _of_one(scores, masks, weights, regions.sum())
 
 
 def pro_curve(scores: ArrayLike, masks: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +102,13 @@ def pro_curve(scores: ArrayLike, masks: ArrayLike) -> tuple[np.ndarray, np.ndarr
         raise ValueError(
             "The curve needs anomalous and normal pixels; the masks hold only one of the two."
         )
-    return _pro_polyline(_counts(scores, masks, _region_weights(masks)))
+    curve = _curve(scores, masks, _region_weights(masks)[0])
+    above = curve.fp.copy()
+    above[curve.tied] -= curve.ties
+    # Flat between two anomalous scores, sloped where normal scores tie with one.
+    rate = np.stack([above, curve.fp], axis=-1).ravel() / curve.fp[-1]
+    overlap = np.stack([np.append(0, curve.overlap[:-1]), curve.overlap], axis=-1).ravel()
+    return rate[1:-1], overlap[1:-1] / overlap[-1]
 
 
 def pro_200_thresholds(scores: ArrayLike, masks: ArrayLike) -> float:
@@ -122,7 +127,8 @@ def pro_200_thresholds(scores: ArrayLike, masks: ArrayLike) -> float:
         return float("nan")
     # In the dtype of the scores: to search float32 for float64 would copy all of it.
     thresholds = np.linspace(scores.min(), scores.max(), 200, endpoint=False, dtype=scores.dtype)
-    weights = _region_weights(masks)
+    weights, regions = _region_weights(masks)
+    weights = weights / regions.sum()
     normal, anomalous = np.sort(scores[~masks]), scores[masks]
     order = np.argsort(anomalous)
     # Detected means strictly above the threshold here.
@@ -135,92 +141,217 @@ def pro_200_thresholds(scores: ArrayLike, masks: ArrayLike) -> float:
     return float(integrate.trapezoid(overlap[::-1], rate[::-1]) / (rate.max() - rate.min()))
 
 
-class _Counts(NamedTuple):
-    """What is detected at each distinct anomalous score t, from the highest down (K of them)."""
-
-    anomalous_at: np.ndarray  # K: anomalous scores >= t
-    normal_at: np.ndarray  # K: normal scores >= t
-    normal_above: np.ndarray  # K: normal scores > t; the difference to normal_at are ties
-    overlap_at: np.ndarray  # K: sum of the weights of the anomalous scores >= t
-    n_normal: int
+# One curve, one way to the metrics --------------------------------------------------------------------------------
 
 
-def _counts(
-    scores: np.ndarray, anomalous: np.ndarray, weights: np.ndarray | None = None
-) -> _Counts:
+class _Curve(NamedTuple):
+    """What is detected at falling thresholds t: one above all scores, each distinct anomalous score, one below all.
+
+    K + 2 thresholds, or consecutive ones of them; ... is nothing for one sample and R for resamples.
+    """
+
+    tp: np.ndarray  # ... x (K + 2): anomalous scores >= t
+    fp: np.ndarray  # ... x (K + 2): normal scores >= t
+    tied: np.ndarray  # T: positions of the thresholds that equal a normal score
+    ties: np.ndarray  # ... x T: how many they equal
+    overlap: np.ndarray | None  # ... x (K + 2): sum of the weights of the anomalous scores >= t
+
+
+def _curve(scores: np.ndarray, anomalous: np.ndarray, weights: np.ndarray | None = None) -> _Curve:
     """Sort, look up, count. Weights: one for each anomalous score, in the order of ``scores[anomalous]``."""
     normal = scores[~anomalous]
     normal.sort()  # a copy, so in place; of float32, where NumPy has a vectorised sort
     found = scores[anomalous]
     order = np.argsort(found)
     found = found[order]
-    first = np.flatnonzero(
-        np.append(True, found[1:] != found[:-1])
-    )  # the first of each run of equal scores
+    first = np.flatnonzero(np.append(True, found[1:] != found[:-1]))  # of each run of equal scores
     thresholds = found[first]  # rising, because a search in the order of memory is faster
-    anomalous_at = found.size - first
-    overlap = anomalous_at if weights is None else np.cumsum(weights[order[::-1]])[anomalous_at - 1]
     below = np.searchsorted(normal, thresholds, side="left")
-    # Only a threshold that ties with several normal scores needs a second search.
-    last = normal.size - 1
-    tied = np.flatnonzero(normal[np.minimum(below, last)] == thresholds)
-    not_above = below.copy()
-    not_above[tied] += 1
-    several = tied[normal[np.minimum(not_above[tied], last)] == thresholds[tied]]
-    not_above[several] = np.searchsorted(normal, thresholds[several], side="right")
-    falling = (
-        values[::-1]
-        for values in (anomalous_at, normal.size - below, normal.size - not_above, overlap)
-    )
-    return _Counts(*falling, normal.size)
+    tied = np.flatnonzero(normal[np.minimum(below, normal.size - 1)] == thresholds)
+    ties = np.searchsorted(normal, thresholds[tied], side="right") - below[tied]
+    tp = np.concatenate([[0], found.size - first[::-1], [found.size]])
+    fp = np.concatenate([[0], normal.size - below[::-1], [normal.size]])
+    if weights is not None:
+        weights = np.append(0, np.cumsum(weights[order[::-1]]))[tp]
+    return _Curve(tp, fp, first.size - tied, ties, weights)
 
 
-def _ranking_metrics(counts: _Counts) -> dict[str, float]:
-    found, false = counts.anomalous_at, counts.normal_at
-    n_anomalous = int(found[-1])
-    new = np.diff(found, prepend=0)  # anomalous scores equal to the threshold
+def _sums(curve: _Curve, anomalous, limit) -> np.ndarray:
+    """4 x ...: pairs in the wrong order, F1-max, the sum of AP, the area of PRO; of a curve or of one of its pieces.
+
+    ``anomalous``: how many there are; ``limit``: the false positives at which PRO ends. Numbers, or R of them.
+    """
+    tp, fp, tied, ties, overlap = curve
+    new = np.diff(tp)  # anomalous scores equal to the threshold
     # A pair (anomalous, normal) is in the wrong order when the normal score is higher; a tie is half a pair.
-    wrong_pairs = int(new @ (false + counts.normal_above)) / 2
-    return {
-        "auroc": 1 - wrong_pairs / (n_anomalous * counts.n_normal),
-        # F1 = 2 TP / (2 TP + FP + FN) can only fall between two anomalous scores: its maximum is at one.
-        "f1_max": float(np.max(2 * found / (found + false + n_anomalous))),
-        "ap": float(new @ (found / (found + false)) / n_anomalous),
-    }
+    wrong = _dot(new, fp[..., 1:]) - _dot(new[..., tied - 1], ties) / 2
+    detected = tp[..., 1:] + fp[..., 1:]
+    precisions = _dot(new, tp[..., 1:] / np.maximum(detected, 1))
+    # F1 = 2 TP / (2 TP + FP + FN) can only fall between two anomalous scores: its maximum is at one.
+    f1_max = (tp[..., 1:] / (detected + np.asarray(anomalous)[..., None])).max(axis=-1) * 2
+    area = np.zeros_like(f1_max)
+    if overlap is not None:
+        # The overlap stays while false positives are added, and rises along a line where they tie with a threshold.
+        limit = np.asarray(limit)[..., None]
+        rate = np.minimum(fp, limit)
+        inside = rate[..., tied] - np.minimum(fp[..., tied] - ties, limit)
+        rise = overlap[..., tied] - overlap[..., tied - 1]
+        area = _dot(overlap[..., :-1], np.diff(rate))
+        area = area + _dot(inside * inside / np.maximum(ties, 1), rise) / 2
+    return np.stack([wrong, f1_max, precisions, area])
 
 
-def _pro_polyline(counts: _Counts) -> tuple[np.ndarray, np.ndarray]:
-    """Corners (rate, overlap): flat between two anomalous scores, sloped where normal scores tie with one."""
-    k = counts.overlap_at.size
-    rate, overlap = np.zeros(2 * k + 2), np.zeros(2 * k + 2)
-    rate[1:-1:2], rate[2:-1:2] = counts.normal_above, counts.normal_at
-    rate[-1] = counts.n_normal
-    rate /= counts.n_normal
-    overlap[2:-1:2] = overlap[3::2] = counts.overlap_at
-    return rate, overlap
+def _metrics(sums: np.ndarray, anomalous, normal, regions) -> dict[str, np.ndarray]:
+    """The metrics from the sums over all thresholds; ``regions`` None: without ``pro``."""
+    wrong, f1_max, precisions, area = sums
+    metrics = {"auroc": 1 - wrong / (anomalous * normal), "f1_max": f1_max}
+    metrics["ap"] = precisions / anomalous
+    if regions is not None:
+        metrics["pro"] = area / (PRO_LIMIT * normal * regions)
+    return metrics
 
 
-def _area(rate: np.ndarray, overlap: np.ndarray) -> float:
-    """Area under the polyline up to PRO_LIMIT, linearly interpolated there, divided by PRO_LIMIT."""
-    end = np.searchsorted(rate, PRO_LIMIT, side="right")
-    at_limit = np.interp(PRO_LIMIT, rate[end - 1 : end + 1], overlap[end - 1 : end + 1])
-    rate, overlap = np.append(rate[:end], PRO_LIMIT), np.append(overlap[:end], at_limit)
-    return float(integrate.trapezoid(overlap, rate) / PRO_LIMIT)
+def _of_one(scores, anomalous, weights=None, regions=None) -> dict[str, float]:
+    n_anomalous = np.count_nonzero(anomalous)
+    n_normal = anomalous.size - n_anomalous
+    sums = _sums(_curve(scores, anomalous, weights), n_anomalous, PRO_LIMIT * n_normal)
+    found = _metrics(sums, n_anomalous, n_normal, regions)
+    return {name: float(value) for name, value in found.items()}
 
 
-def _region_weights(masks: np.ndarray) -> np.ndarray:
-    """1 / (number of regions x size of its own region) for each anomalous pixel, ordered as masks[masks]."""
-    weights, n_regions = [], 0
-    for mask in masks:
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.einsum("...k,...k->...", a, b)
+
+
+def _pieces(images: Sequence[tuple], thresholds: np.ndarray) -> Iterator[_Curve]:
+    """The curve of each of N images at common thresholds (falling), in pieces; every array N x ...
+
+    ``images``: per image its normal scores and its anomalous scores, both rising, and the sum of the weights of the
+    highest 0, 1, 2, ... anomalous scores.
+    """
+    thresholds = np.concatenate([[np.inf], thresholds, [-np.inf]]).astype(thresholds.dtype)
+    step = max(1, _TALLIES // len(images))
+    for start in range(0, len(thresholds) - 1, step):
+        piece = thresholds[start : start + step + 1]
+        fp, above, tp = np.empty((3, len(images), len(piece)))
+        overlap = np.empty_like(tp)
+        for i, (normal, anomalous, weight) in enumerate(images):
+            fp[i] = normal.size - np.searchsorted(normal, piece, side="left")
+            above[i] = normal.size - np.searchsorted(normal, piece, side="right")
+            found = anomalous.size - np.searchsorted(anomalous, piece, side="left")
+            tp[i], overlap[i] = found, weight[found]
+        ties = fp - above
+        tied = np.flatnonzero(ties[:, 1:].any(axis=0)) + 1
+        yield _Curve(tp, fp, tied, ties[:, tied], overlap)
+
+
+def _region_weights(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """1 / size of its own region (8-connected) for each anomalous pixel, ordered as masks[masks]; regions per image."""
+    weights, numbers = [np.zeros(0)], np.zeros(len(masks), dtype=np.int64)
+    for i, mask in enumerate(masks):
         if mask.any():
             rows = np.flatnonzero(mask.any(axis=1))
             cut = mask[rows[0] : rows[-1] + 1]  # labelling is slow, and the rest is empty
             # SciPy's default would be 4-connected.
-            regions, n = ndimage.label(cut, structure=np.ones((3, 3)))
+            regions, numbers[i] = ndimage.label(cut, structure=np.ones((3, 3)))
             own_region = regions[cut]
             weights.append(1 / np.bincount(own_region)[own_region])
-            n_regions += n
-    return np.concatenate(weights) / n_regions
+    return np.concatenate(weights), numbers
+
+
+# Bootstrap --------------------------------------------------------------------------------------------------------
+
+
+def draw_counts(labels: ArrayLike, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each image is in each bootstrap resample, (1 + R) x N: row 0 is the sample itself (all 1).
+
+    Drawn with replacement within each label, so that no resample loses a class. ``labels``: N values of any kind.
+
+    >>> draw_counts([0, 0, 1], 2, np.random.default_rng(0)).sum(axis=1)
+    array([3, 3, 3])
+    """
+    labels = np.asarray(labels)
+    counts = np.ones((1 + n_resamples, len(labels)), dtype=np.int64)
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        counts[1:, own] = rng.multinomial(
+            len(own), np.full(len(own), 1 / len(own)), size=n_resamples
+        )
+    return counts
+
+
+def interval(
+    values: np.ndarray, level: float = 0.95, axis: int = -1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile interval: the middle ``level`` of resampled values; NaN (nothing to measure) is left out."""
+    return tuple(np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=axis))
+
+
+def resampled_metrics(
+    scores: ArrayLike, truth: ArrayLike, counts: ArrayLike
+) -> dict[str, np.ndarray]:
+    """The metrics of many resamples of the images: R numbers for each.
+
+    Args:
+        scores, truth: as in ``pixel_metrics`` (N x H x W), or as in ``image_metrics`` (N; then without ``pro``).
+        counts: R x N, how often each image was drawn (``draw_counts``).
+
+    A resample with one class only is NaN; where others are not, a warning says how many: leave them out of an
+    interval, as ``np.nanquantile`` does. (Images are drawn by their label, and an anomalous image's mask can be empty.)
+
+    Raises:
+        ValueError: as the functions for one sample; counts that are not R x N numbers of 0 or more.
+    """
+    per_pixel = np.ndim(scores) == 3
+    kind = ("N x H x W", "masks") if per_pixel else ("N", "labels")
+    scores, truth = _checked(scores, truth, *kind)
+    counts = np.asarray(counts, dtype=np.float64)  # sums of them are whole numbers far below 2^53
+    if counts.ndim != 2 or counts.shape[1] != len(scores) or (counts < 0).any():
+        raise ValueError(f"counts must be R x {len(scores)}, 0 or more, found {counts.shape}.")
+
+    weights, regions = _region_weights(truth) if per_pixel else (np.ones(truth.sum()), None)
+    scores, truth = scores.reshape(len(scores), -1), truth.reshape(len(truth), -1)
+    n_anomalous, n_normal = truth.sum(axis=1), (~truth).sum(axis=1)
+    images, own_weights = [], np.split(weights, np.cumsum(n_anomalous)[:-1])
+    for image, mask, weight in zip(scores, truth, own_weights, strict=True):
+        order = np.argsort(image[mask])
+        heights = np.append(0, np.cumsum(weight[order[::-1]]))
+        images.append((np.sort(image[~mask]), image[mask][order], heights))
+    pieces = _pieces(images, np.unique(scores[truth])[::-1])
+
+    defined = (counts @ n_anomalous > 0) & (counts @ n_normal > 0)
+    if 0 < defined.sum() < len(counts):
+        message = f"{(~defined).sum()} of {len(counts)} resamples hold one class only and are NaN"
+        warnings.warn(message, stacklevel=2)
+    found = {name: np.full(len(counts), np.nan) for name in METRICS[: 4 if per_pixel else 3]}
+    if defined.any():
+        counts = counts[defined]
+        totals = [counts @ each for each in (n_anomalous, n_normal)]
+        of_regions = counts @ regions if per_pixel else None
+        sums = _resampled_sums(pieces, counts, *totals)
+        for name, values in _metrics(sums, *totals, of_regions).items():
+            found[name][defined] = values
+    return found
+
+
+def _resampled_sums(pieces: Iterable[_Curve], counts, anomalous, normal) -> np.ndarray:
+    """4 x R from the curves of the N images (:func:`_pieces`) and the counts R x N."""
+    sums = np.zeros((4, len(counts)))
+    for piece in pieces:
+        step = max(1, _BLOCK // piece.tp.shape[1])
+        for start in range(0, len(counts), step):
+            rows = slice(start, start + step)
+            tp, fp, ties, overlap = (
+                counts[rows] @ tally for tally in (piece.tp, piece.fp, piece.ties, piece.overlap)
+            )
+            curve = _Curve(tp, fp, piece.tied, ties, overlap)
+            new = _sums(curve, anomalous[rows], PRO_LIMIT * normal[rows])
+            sums[[0, 2, 3], rows] += new[[0, 2, 3]]
+            sums[1, rows] = np.maximum(sums[1, rows], new[1])
+    return sums
+
+
+# Input ----------------------------------------------------------------------------------------------------------
 
 
 def _checked(

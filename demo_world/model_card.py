@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from clipad import SDP, load_backbone
-from clipad.bootstrap import draw_counts, resampled_metrics
+from clipad.metrics import draw_counts, resampled_metrics
 from demo_world.collections import GROUPS, SHIPPED_SEED, render_category
 from demo_world.renderer import CATEGORIES
 from demo_world.training import normalised

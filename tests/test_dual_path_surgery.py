@@ -7,9 +7,7 @@ from conftest import tiny_clip
 from PIL import Image
 
 import clipad
-from clipad import bootstrap
 from clipad.backbone import Backbone
-from clipad.bootstrap import draw_counts, resampled_metrics
 from clipad.dual_path import staged_features
 from clipad.studies.dual_path_surgery import (
     COLUMNS,
@@ -26,62 +24,6 @@ from clipad.studies.dual_path_surgery import (
 from clipad.studies.dual_path_surgery.figures import in_words
 
 RNG = np.random.default_rng(0)
-
-
-def made_maps(ties):
-    """7 images: one normal, one anomalous in every pixel, several with two regions."""
-    masks = np.zeros((7, 12, 10), bool)
-    masks[1] = True
-    masks[2:, 2:5, 3:7] = True
-    masks[4:, 8:10, 1:3] = True
-    scores = (RNG.normal(size=masks.shape) + masks).astype(np.float32)
-    return (np.round(scores) if ties else scores), masks
-
-
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("block", [4_000_000, 40])
-def test_counts_give_the_metrics_of_the_images_written_out(ties, block, monkeypatch):
-    monkeypatch.setattr(bootstrap, "_BLOCK", block)  # 40: a handful of thresholds at a time
-    scores, masks = made_maps(ties)
-    counts = draw_counts(np.array([0, 1, 1, 1, 1, 1, 1]), 20, RNG)
-    found = resampled_metrics(scores, masks, counts)
-    for r, row in enumerate(counts):
-        drawn = np.repeat(np.arange(7), row)
-        expected = clipad.pixel_metrics(scores[drawn], masks[drawn])
-        for name, value in expected.items():
-            assert found[name][r] == pytest.approx(value, abs=1e-12), (name, r)
-
-
-def test_image_scores_too():
-    labels = np.arange(30) % 2
-    scores = np.round(labels + RNG.normal(size=30), 1)
-    counts = draw_counts(labels, 10, RNG)
-    found = resampled_metrics(scores, labels, counts)
-    assert set(found) == {"auroc", "f1_max", "ap"}
-    for r, row in enumerate(counts):
-        drawn = np.repeat(np.arange(30), row)
-        expected = clipad.image_metrics(scores[drawn], labels[drawn])
-        assert {k: v[r] for k, v in found.items()} == pytest.approx(expected, abs=1e-12)
-
-
-def test_one_class_only_gives_nan():
-    found = resampled_metrics(
-        np.zeros((2, 4, 4), np.float32), np.zeros((2, 4, 4), bool), np.ones((3, 2))
-    )
-    assert all(np.isnan(values).all() and values.shape == (3,) for values in found.values())
-
-
-def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"counts R x N; found \(5,\), \(5,\) and \(3, 4\)"):
-        resampled_metrics(np.zeros(5), np.zeros(5), np.ones((3, 4)))
-
-
-def test_resamples_keep_the_size_of_both_classes():
-    labels = np.array([0, 1, 1, 0, 1])
-    counts = draw_counts(labels, 50, np.random.default_rng(1))
-    assert (counts[0] == 1).all()
-    assert (counts[:, labels == 1].sum(axis=1) == 3).all()
-    assert len(np.unique(counts, axis=0)) > 10
 
 
 @pytest.mark.parametrize("layers", [4, 12, 24])

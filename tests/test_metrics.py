@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from clipad.metrics import image_metrics, pixel_metrics, pro_200_thresholds, pro_curve
+from clipad.metrics import (
+    draw_counts,
+    image_metrics,
+    pixel_metrics,
+    pro_200_thresholds,
+    pro_curve,
+    resampled_metrics,
+)
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "pixel_metrics.npz")
 CASES = ["gaussian", "ties", "saturated", "heavy", "diagonal"]
@@ -292,6 +299,88 @@ def test_200_thresholds_undefined():
     _, masks = smooth_case()
     assert np.isnan(pro_200_thresholds(masks, masks))
     assert np.isnan(pro_200_thresholds(np.ones(masks.shape), masks))
+
+
+# --- resamples ---
+
+
+def written_out(scores, truth, row):
+    drawn = np.repeat(np.arange(len(scores)), row)
+    return (pixel_metrics if scores.ndim == 3 else image_metrics)(scores[drawn], truth[drawn])
+
+
+def assert_as_written_out(scores, truth, counts):
+    found = resampled_metrics(scores, truth, counts)
+    for r, row in enumerate(counts):
+        assert_same(
+            {name: values[r] for name, values in found.items()},
+            written_out(scores, truth, row),
+            1e-12,
+        )
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_counts_give_the_metrics_of_the_images_written_out(ties):
+    """7 images: one normal, one anomalous in every pixel, several with two regions."""
+    rng = np.random.default_rng(0)
+    masks = np.zeros((7, 12, 10), bool)
+    masks[1] = True
+    masks[2:, 2:5, 3:7] = True
+    masks[4:, 8:10, 1:3] = True
+    scores = (rng.normal(size=masks.shape) + masks).astype(np.float32)
+    scores = np.round(scores) if ties else scores
+    assert_as_written_out(scores, masks, draw_counts([0, 1, 1, 1, 1, 1, 1], 20, rng))
+
+
+def test_more_thresholds_than_are_looked_up_at_once_change_nothing():
+    rng = np.random.default_rng(0)
+    masks = rng.random((60, 40, 40)) < 0.5  # 48,000 thresholds of 60 images
+    scores = (rng.normal(size=masks.shape) + masks).astype(np.float32)
+    assert_as_written_out(scores, masks, draw_counts(np.ones(60), 2, rng))
+
+
+def test_counts_of_image_scores():
+    rng = np.random.default_rng(0)
+    labels = np.arange(30) % 2
+    scores = np.round(labels + rng.normal(size=30), 1)
+    assert set(resampled_metrics(scores, labels, np.ones((1, 30)))) == {"auroc", "f1_max", "ap"}
+    assert_as_written_out(scores, labels, draw_counts(labels, 10, rng))
+
+
+def test_resamples_keep_the_size_of_both_classes():
+    labels = np.array([0, 1, 1, 0, 1])
+    counts = draw_counts(labels, 50, np.random.default_rng(1))
+    assert (counts[0] == 1).all()
+    assert (counts[:, labels == 1].sum(axis=1) == 3).all()
+    assert len(np.unique(counts, axis=0)) > 10
+
+
+def test_resamples_of_one_class_are_nan_and_said():
+    scores, masks = smooth_case(n=4, side=16)
+    masks[2] = False  # an anomalous image whose mask is empty
+    counts = np.array([[1, 1, 1, 1], [0, 1, 2, 1], [2, 1, 0, 1]])
+    with pytest.warns(UserWarning, match="1 of 3 resamples"):
+        found = resampled_metrics(scores, masks, counts)
+    assert all(np.isnan(values).tolist() == [False, True, False] for values in found.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = resampled_metrics(scores, np.zeros_like(masks), counts)
+    assert np.isnan(list(found.values())).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_resampled_scores_have_to_be_finite(value):
+    scores, masks = smooth_case(n=2, side=16)
+    scores[1, 3, 3] = value
+    for function in (resampled_metrics, lambda s, m, _: pixel_metrics(s, m)):
+        with pytest.raises(ValueError, match="1 that are NaN or infinite"):
+            function(scores, masks, np.ones((3, 2)))
+
+
+@pytest.mark.parametrize("counts", [np.ones((3, 4)), np.ones(5), -np.ones((3, 5))])
+def test_counts_that_do_not_fit_are_refused(counts):
+    with pytest.raises(ValueError, match="counts must be R x 5"):
+        resampled_metrics(np.arange(5.0), [0, 1, 0, 1, 1], counts)
 
 
 # --- input ---

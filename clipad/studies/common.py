@@ -17,11 +17,10 @@ import torch
 from IPython.display import Markdown, display
 from scipy.stats import binomtest
 
-from clipad.bootstrap import draw_counts
 from clipad.datasets import Dataset
 from clipad.detectors import Detector, Features, Prediction
 from clipad.evaluation import batches, category_metrics, read_masks
-from clipad.metrics import pixel_metrics
+from clipad.metrics import draw_counts, pixel_metrics
 
 METRICS = (
     *(f"pixel_{m}" for m in ("auroc", "f1_max", "ap", "pro")),

@@ -22,7 +22,6 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from tqdm import tqdm
 
 from clipad.backbone import load_backbone
-from clipad.bootstrap import draw_counts, interval, resampled_metrics
 from clipad.datasets import EXPECTED, Dataset, Sample
 from clipad.detectors import SDP, ClipSurgery, Direct, SDPPlus
 from clipad.evaluation import (
@@ -33,7 +32,14 @@ from clipad.evaluation import (
     read_masks,
 )
 from clipad.files import code_version, write_atomically
-from clipad.metrics import PRO_LIMIT, pro_200_thresholds, pro_curve
+from clipad.metrics import (
+    PRO_LIMIT,
+    draw_counts,
+    interval,
+    pro_200_thresholds,
+    pro_curve,
+    resampled_metrics,
+)
 from clipad.published import protocol, published_results
 from clipad.studies.figures import METRIC_NAMES
 from clipad.studies.opposite_predictions import untrained

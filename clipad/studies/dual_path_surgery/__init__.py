@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from clipad.bootstrap import draw_counts, interval, resampled_metrics
 from clipad.datasets import Dataset
 from clipad.detectors import CLIP_TEMPERATURE, class_probability
 from clipad.dual_path import (
@@ -27,7 +26,7 @@ from clipad.dual_path import (
     staged_features,
 )
 from clipad.evaluation import load_images, published_image_score, read_masks
-from clipad.metrics import pixel_metrics
+from clipad.metrics import draw_counts, interval, pixel_metrics, resampled_metrics
 from clipad.surgery import cosine, feature_surgery, similarity_map
 
 COLUMNS = (

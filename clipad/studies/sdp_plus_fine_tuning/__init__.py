@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from clipad.bootstrap import draw_counts, interval, resampled_metrics
 from clipad.datasets import Dataset, load_dataset
 from clipad.detectors import (
     CLIP_TEMPERATURE,
@@ -34,7 +33,7 @@ from clipad.dual_path import project, staged_features
 from clipad.evaluation import fingerprint, load_images, published_image_score, read_masks
 from clipad.files import code_version
 from clipad.linear_layers import LinearLayers, linear_logits
-from clipad.metrics import image_metrics, pixel_metrics
+from clipad.metrics import draw_counts, image_metrics, interval, pixel_metrics, resampled_metrics
 from clipad.published import protocol
 from clipad.studies.experiments import Experiment
 from clipad.studies.opposite_predictions import change, count_phenomena, ground_truth, rates
