@@ -21,11 +21,12 @@ _HOME = {
     "detectors": ["ClipSurgery", "Direct", "Features", "Prediction", "SDP", "SDPPlus"],
     "winclip": ["WinCLIP"],
     "backbone": ["Backbone", "load_backbone"],
-    "datasets": ["Dataset", "Sample", "load_dataset", "check_dataset", "read_image", "read_mask"],
+    "datasets": ["Dataset", "Sample", "load_dataset", "read_image", "read_mask"],
     "metrics": ["image_metrics", "pixel_metrics", "pro_200_thresholds", "pro_curve"],
     "evaluation": ["Result", "evaluate"],
     "published": ["data_dir", "published_results", "protocol"],
     "studies.experiments": ["Experiment", "experiment", "make_detector"],
+    "tools.check_data": ["check_dataset"],
     "tools.detect": ["detect"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

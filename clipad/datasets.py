@@ -3,29 +3,27 @@
 METHOD.md section 1 gives the rules for pixels, data/README.md the layouts.
 Only test images are listed: the method is zero-shot. The rules that the layouts leave open:
 
-* Listings are sorted by name; hidden files, ``__MACOSX`` and files without an image suffix are ignored.
+* Listings are sorted by name; hidden files, ``__MACOSX`` and files without an image suffix are ignored. So are masks
+  that lie beside their image, as ``x_mask.png`` or as ``x.png`` of ``x.jpg``.
 * A file is decoded by its content, whatever its suffix says. Of several frames the first counts.
 * Pixels are taken as stored: EXIF orientation is ignored, for image and mask alike, as in the released program.
   (A TIFF's own orientation field says how its rows are stored; the decoder applies it.)
 * Every file must lie inside the root once links are followed. The root itself may be a link.
-* Byte-identical images are kept; `check_dataset` reports them.
+* Byte-identical images are kept; `clipad data check` reports them, and every file that is left out.
 """
 
 import csv
 import difflib
-import hashlib
+import json
 import os
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 
 from clipad.published import data_dir
 
@@ -47,12 +45,35 @@ IMAGE_FORMATS = (
     "TIFF",
     "WEBP",
 )  # all others (EPS runs a program) stay closed
-NORMAL_NAMES = (
-    "good",
-    "normal",
+NORMAL_NAMES = ("good", "normal", "ok")  # sub-folders of data set "folder" that hold normal images
+STATES = (
+    "yes",
     "no",
-    "ok",
-)  # sub-folders of dataset "folder" that hold normal images
+    "pass",
+    "passed",
+    "fail",
+    "failed",
+    "reject",
+    "nok",
+    "ng",
+    "ko",
+    "bad",
+    "def",
+    "defect",
+)
+STATES += (
+    "defects",
+    "defective",
+    "anomaly",
+    "anomalous",
+    "abnormal",
+    "nominal",
+    "healthy",
+    "clean",
+    "free",
+    "okay",
+)
+NO_TEST_IMAGES = ("train", "validation", "test_private", "test_private_mixed", "object")
 
 # Test images per category, (normal, anomalous), of the published data sets (data/README.md says where each is from).
 EXPECTED = {
@@ -128,7 +149,7 @@ def read_image(path: str | Path) -> Image.Image:
     Raises `UnreadableImageError` (naming the file) for anything that is not a complete PNG, JPEG, BMP, TIFF or
     WebP image, or has floating-point or 32-bit pixels; `ImageTooLargeError` above `PIXEL_LIMIT` pixels.
     """
-    return _readable(path, _decode(path))
+    return _readable(path, decode(path))
 
 
 def read_photograph(path: str | Path) -> tuple[Image.Image, bool]:
@@ -136,14 +157,14 @@ def read_photograph(path: str | Path) -> tuple[Image.Image, bool]:
 
     Not for data sets: there masks lie on the pixels as stored.
     """
-    image = _decode(path)
+    image = decode(path)
     turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1
     return _readable(path, ImageOps.exif_transpose(image) if turned else image), turned
 
 
 def _readable(path, image: Image.Image) -> Image.Image:
     try:
-        return _eight_bit(image)
+        return eight_bit(image)
     except ValueError as error:
         raise UnreadableImageError(f"cannot read image {path}: {error}") from error
 
@@ -153,18 +174,19 @@ def read_mask(
 ) -> np.ndarray:
     """Read a ground-truth mask as an S x S bool array, S = `image_size` (METHOD.md section 1).
 
-    A pixel is anomalous where any colour channel is > 0 (alpha is ignored), decided at native size; then bilinear
-    resize to S x S and threshold at 0.5. On the 8-bit result 127 is out and 128 is in, so no value ties.
+    A pixel is anomalous where any colour channel is > 0 (of a palette the index; alpha is ignored), decided at native
+    size; then bilinear resize to S x S and threshold at 0.5. On the 8-bit result 127 is out and 128 is in, so that no
+    value ties.
 
     `expected_size` is the image's (width, height), see `native_size`; another size raises `MaskSizeError`.
     Other errors as `read_image`.
     """
-    return resize_mask(_native_mask(path, expected_size), image_size)
+    return resize_mask(native_mask(path, expected_size), image_size)
 
 
 def native_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of an image as `read_image` would return it, from its header. Errors as `read_image`."""
-    return _decode(path, header_only=True).size
+    return decode(path, header_only=True).size
 
 
 def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
@@ -194,13 +216,14 @@ def image_tensor(image: Image.Image, image_size: int, mean: Iterable[float], std
     import torch  # on first use: listing and checking data sets does not need it
 
     image = (
-        _eight_bit(image).resize((image_size, image_size), Image.Resampling.BICUBIC).convert("RGB")
+        eight_bit(image).resize((image_size, image_size), Image.Resampling.BICUBIC).convert("RGB")
     )
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def _decode(path: str | Path, header_only: bool = False) -> Image.Image:
+def decode(path: str | Path, header_only: bool = False) -> Image.Image:
+    """The image as its file has it, or only its header; errors as `read_image`."""
     if not Path(path).is_file() and Path(path).exists() and not Path(path).is_dir():
         raise UnreadableImageError(
             f"{path} is a pipe or device, no image file"
@@ -232,7 +255,8 @@ def _decode(path: str | Path, header_only: bool = False) -> Image.Image:
         ) from error
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def eight_bit(image: Image.Image) -> Image.Image:
+    """Mode L or RGB (see `read_image`); ValueError for pixels without a defined range."""
     if image.mode in ("L", "RGB"):
         return image
     if image.mode.startswith("I"):
@@ -250,17 +274,17 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _native_mask(path: str | Path, expected_size: tuple[int, int] | None = None) -> np.ndarray:
+def native_mask(path: str | Path, expected_size: tuple[int, int] | None = None) -> np.ndarray:
     """H x W bool at native size."""
-    image = _decode(path)
+    image = decode(path)
     if expected_size is not None and image.size != tuple(expected_size):
         raise MaskSizeError(
             f"mask {path} has {image.width} x {image.height} pixels, its image {expected_size[0]} x "
             f"{expected_size[1]}. Both are taken as stored (EXIF orientation is ignored); save them in one size"
         )
-    if image.mode in ("1", "L", "F") or image.mode.startswith("I"):
-        return np.asarray(image) > 0
-    return np.asarray(_eight_bit(image)).any(axis=-1)
+    if image.mode in ("1", "L", "F", "P") or image.mode.startswith("I"):
+        return np.asarray(image) > 0  # a palette's index counts, not its colour
+    return np.asarray(eight_bit(image)).any(axis=-1)
 
 
 # --------------------------------------------------------------------------------------------- samples
@@ -339,7 +363,10 @@ class Dataset:
 
 
 def load_dataset(
-    name: str, root: str | Path | None = None, categories: str | Iterable[str] | None = None
+    name: str,
+    root: str | Path | None = None,
+    categories: str | Iterable[str] | None = None,
+    normal_folder: str = "",
 ) -> Dataset:
     """List the test images of a data set. Nothing is decoded here.
 
@@ -348,16 +375,20 @@ def load_dataset(
     root : the data set's folder. The folder just above it, or one inside it, is understood where only one data set
         is meant.
     categories : None or empty for all that are present.
+    normal_folder : for data set "folder", the name of the sub-folders that hold normal images, or "none".
 
     Data set "folder" takes images of any origin, by what the root contains:
 
+    * ``meta.json``, a list as many programs of the field write it: its test images.
     * ``test/<defect>/...`` (MVTec AD's layout, one category, named after the root); masks are optional:
       ``ground_truth/<defect>/<stem>_mask.png`` or ``<stem>.png``. Where a category has a folder ``ground_truth``,
-      every anomalous image needs its mask.
-    * sub-folders of images of which one is called good, normal, no or ok: one category; those images are normal,
-      the other sub-folders anomalous.
-    * images: one category of unlabelled images (label -1). Labels are never guessed.
+      every anomalous image needs its mask. MVTec AD 2's ``test_public/`` is read, too.
+    * sub-folders of images, one of them with normal images: one category, the other sub-folders are anomalous.
+    * images: one category of unlabelled images (label -1).
     * anything else: each sub-folder is a category by these same rules.
+
+    Labels are never guessed: normal are the images in ``normal_folder``, or, without it, in the one sub-folder called
+    good, normal or ok. Where there is none, or two, the sub-folders are named and the answer is asked for.
 
     Raises ValueError (unknown name or category, with the nearest one), FileNotFoundError (root, image, mask or list
     missing), `LayoutError`, `OutsideRootError`.
@@ -366,54 +397,76 @@ def load_dataset(
     def stop(kind: type[Exception], message: str) -> None:
         raise kind(message)
 
-    dataset = _list_dataset(name, root, stop)
+    dataset = list_dataset(name, root, stop, normal_folder)
     return dataset.select(categories) if categories else dataset
 
 
-Problem = Callable[
-    [type[Exception], str], None
-]  # raises (load_dataset) or collects (check_dataset)
+Problem = Callable[[type[Exception], str], None]  # raises (load_dataset) or collects (data check)
 
 
-def _list_dataset(name: str, root: str | Path | None, problem: Problem) -> Dataset:
+def list_dataset(
+    name: str, root: str | Path | None, problem: Problem, normal_folder: str = ""
+) -> Dataset:
+    """`load_dataset` of all categories, with every fault of the files handed to ``problem``."""
     if name not in LAYOUTS:
         raise ValueError(
             f"unknown data set {name!r}{_nearest(name, LAYOUTS)}. Known: {', '.join(LAYOUTS)}"
         )
-    if root is None or str(root) == "":
-        if name not in ("demo", "demo_aux"):
-            raise ValueError(
-                f"data set {name!r} is not shipped and needs root=<its folder> (data_root on the command line); "
-                "data/README.md says where it comes from"
-            )
-        root = data_dir() / "demo" / "collections" / name
-    root = Path(root).expanduser()
+    if normal_folder and name != "folder":
+        raise ValueError(f"normal_folder is for data set 'folder'; {name!r} says what is normal")
+    shipped = data_dir() / "demo" / "collections"
+    given = root is not None and str(root) != ""
+    if not given and name not in ("demo", "demo_aux"):
+        raise ValueError(
+            f"data set {name!r} is not shipped and needs root=<its folder> (data_root on the command line); "
+            "data/README.md says where it comes from"
+        )
+    root = Path(root).expanduser() if given else shipped / name
     root = _locate(name, root.resolve() if ".." in root.parts else root.absolute())
-    listed = LAYOUTS[name].samples(root, problem)
-    samples = [kept for sample in listed if (kept := _inside(sample, root, problem)) is not None]
+    if given and name in ("demo", "demo_aux"):
+        own = {path.name for path in shipped.glob("*/*")}
+        strange = [folder.name for folder in _folders(root) if folder.name not in own]
+        if strange:
+            raise LayoutError(f"{strange[0]!r} is not of the demo: did you mean dataset='folder'?")
+    listing = LAYOUTS[name].samples
+    listed = listing(root, problem, *([normal_folder] if name == "folder" else []))
+    samples = [kept for sample in listed if (kept := _sound(sample, root, problem)) is not None]
     if not samples:
         problem(
             LayoutError,
             f"{root} holds no test images of data set {name!r}. {_expected_and_found(name, root)}",
         )
+    if name == "folder":
+        _require_most_used(root, samples, problem)
     categories = tuple(dict.fromkeys(s.category for s in samples))
     return Dataset(name, root, categories, tuple(samples))
+
+
+def left_over(root: Path, samples: Iterable[Sample]) -> list[Path]:
+    """Photographs below a root that belong to no sample and lie in no folder that is not for testing."""
+    used = {path for s in samples for path in (s.image_path, s.mask_path, s.object_mask_path)}
+    return [
+        path
+        for path in scan(root, used).photographs
+        if not set(path.relative_to(root).parts) & set(NO_TEST_IMAGES)
+    ]
+
+
+def _require_most_used(root: Path, samples: list[Sample], problem: Problem) -> None:
+    rest = left_over(root, samples)
+    if len(rest) > len(samples):
+        problem(
+            LayoutError,
+            f"{len(samples)} images of {root} fit a layout and {len(rest)} do not, such as "
+            f"{rest[0].relative_to(root)}: give the folder that holds them. Expected {LAYOUTS['folder'].text}",
+        )
 
 
 # --------------------------------------------------------------------------------------- files of a folder
 
 
-MASK_FOLDERS = (
-    "mask",
-    "masks",
-    "gt",
-    "groundtruth",
-    "label",
-    "labels",
-    "annotation",
-    "annotations",
-)
-MASK_FOLDERS += ("segmentation", "segmentations")
+MASK_FOLDERS = ("mask", "masks", "gt", "groundtruth", "label", "labels")
+MASK_FOLDERS += ("annotation", "annotations", "segmentation", "segmentations")
 MASK_ENDINGS = ("_mask", "_masks", "_label", "_gt", "_seg", "_segmentation", "_annotation")
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
 OTHER_IMAGES = (".gif", ".heic", ".heif", ".avif", ".svg", ".jp2", ".jxl", ".ppm", ".pgm", ".pbm")
@@ -439,12 +492,13 @@ class Scan:
         return lines
 
 
-def scan(root: Path, without: Path | None = None) -> Scan:
+def scan(root: Path, used: Iterable[Path | None] = (), without: Path | None = None) -> Scan:
     """Every file below a folder, at any depth; nothing is decoded, no file is opened.
 
     Photographs are files with an image's suffix. None are: masks (in a folder called masks, gt, labels, ..., or
     beside their photograph as ``x_mask.png`` or as ``x.png`` of ``x.jpg``), hidden files, results of clipad (folders
-    with its mark, and ``without``), pipes and devices, broken links, what cannot be opened, other formats.
+    with its mark, and ``without``), pipes and devices, broken links, what cannot be opened, other formats. Files in
+    ``used`` are neither.
     """
     skipped: dict[str, list[Path]] = defaultdict(list)
     photographs: list[Path] = []
@@ -482,7 +536,9 @@ def scan(root: Path, without: Path | None = None) -> Scan:
                 photographs.append(path)
 
     visit(root)
-    return Scan(tuple(sorted(photographs)), {why: sorted(paths) for why, paths in skipped.items()})
+    used = set(used)
+    kept = {why: sorted(set(paths) - used) for why, paths in skipped.items() if set(paths) - used}
+    return Scan(tuple(sorted(set(photographs) - used)), kept)
 
 
 def masks_beside(images: Iterable[Path]) -> set[Path]:
@@ -543,7 +599,7 @@ class Layout:
 
     text: str  # for error messages
     fits: Callable[[Path], bool]  # a cheap look at a root
-    samples: Callable[[Path, Problem], list[Sample]]
+    samples: Callable[..., list[Sample]]  # (root, problem)
     inner: tuple[str, ...] = ()  # its own sub-folders, which people give as root by mistake
 
 
@@ -577,12 +633,12 @@ def _labelled(
 ) -> list[Sample]:
     """Images in parent/<defect>/, masks in folder/ground_truth/<defect>/, object masks in folder/object/<defect>/."""
     samples = []
-    for defect_folder in _folders(parent, without=("ground_truth", "object", "train")):
+    for defect_folder in _class_folders(parent):
         defect = defect_folder.name
-        label = int(defect.lower() not in normal)
+        label = int(_nfc(defect).lower() not in normal)
         masks = _by_stem(folder / "ground_truth" / defect, "_mask", problem) if label else {}
         objects = _by_stem(folder / "object" / defect, "_object", problem)
-        for image in _images(defect_folder):
+        for image in _photographs(defect_folder):
             mask = masks.get(_nfc(image.stem))
             if label and mask is None and masks_needed:
                 problem(
@@ -608,12 +664,21 @@ def _demo(root: Path, problem: Problem) -> list[Sample]:
 
 
 def _visa_fits(root: Path) -> bool:
-    return (root / "split_csv" / "1cls.csv").is_file()
+    return (root / "split_csv" / "1cls.csv").is_file() or bool(_visa_converted(root))
+
+
+def _visa_converted(root: Path) -> list[Path]:
+    """Categories as the data set's own script converts them: <category>/test/{good,bad}, ground_truth/bad."""
+    return [root / name for name in EXPECTED["visa"] if (root / name / "test" / "good").is_dir()]
 
 
 def _visa(root: Path, problem: Problem) -> list[Sample]:
     path = root / "split_csv" / "1cls.csv"
     samples = []
+    if not path.is_file():
+        for folder in _visa_converted(root):
+            samples += _labelled(folder / "test", folder, folder.name, ("good",), True, problem)
+        return samples
     for line, row in _rows(path, ("object", "split", "label", "image", "mask"), root):
         # A category whose folder is absent was not unpacked; one that is there must be complete.
         if row["split"] != "test" or not (root / row["object"]).is_dir():
@@ -726,36 +791,101 @@ def _folder_fits(root: Path) -> bool:
     return True  # whether there are images is found by listing them
 
 
-def _folder(root: Path, problem: Problem) -> list[Sample]:
-    samples = _folder_category(root, problem)
+def _folder(root: Path, problem: Problem, normal_folder: str = "") -> list[Sample]:
+    if (root / "meta.json").is_file():
+        return _meta_json(root, problem)
+    samples = _folder_category(root, problem, normal_folder)
     if samples is None:
         samples = []
-        for folder in _folders(root):
-            samples += _folder_category(folder, problem) or []
+        for folder in _class_folders(root):
+            samples += _folder_category(folder, problem, normal_folder) or []
+    if normal_folder.lower() not in ("", "none") and all(s.label != 0 for s in samples):
+        names = ", ".join(sorted({s.image_path.parent.name for s in samples})[:20])
+        problem(LayoutError, f"{root} has no folder {normal_folder!r} with images; found {names}")
     return samples
 
 
-def _folder_category(folder: Path, problem: Problem) -> list[Sample] | None:
+def _folder_category(folder: Path, problem: Problem, normal_folder: str) -> list[Sample] | None:
     """The samples of one category, or None if `folder` is not one (see load_dataset)."""
     category = _nfc(folder.name)
-    parent = folder / "test" if (folder / "test").is_dir() else folder
-    subfolders = _folders(parent)
-    flat = _images(parent)
-    labelled = parent != folder or any(
-        f.name.lower() in NORMAL_NAMES and _images(f) for f in subfolders
-    )
-    if flat and any(_images(f) for f in subfolders):
+    public = folder / "test_public"  # MVTec AD 2; its masks lie beside the defects
+    parent = public if public.is_dir() else folder / "test"
+    truth = public if public.is_dir() else folder
+    if not parent.is_dir():
+        parent = truth = folder
+    flat = _photographs(parent)
+    classes = [
+        f for f in _class_folders(parent) if _photographs(f) and f.name not in NO_TEST_IMAGES
+    ]
+    if flat and classes:
         problem(
             LayoutError,
             f"{parent} holds images ({flat[0].name}, ...) beside sub-folders of images "
-            f"({', '.join(f.name for f in subfolders)}): move them into a sub-folder, so that they have a label",
+            f"({', '.join(f.name for f in classes)}): move them into a sub-folder, so that they have a label",
         )
     if flat:
         return [Sample(image, None, category, -1, "unknown") for image in flat]
-    if labelled:
-        masks_needed = (folder / "ground_truth").is_dir()
-        return _labelled(parent, folder, category, NORMAL_NAMES, masks_needed, problem)
+    normal = _normal_name([f.name for f in classes], normal_folder, parent, problem)
+    if normal is None and parent == folder:
+        return None
+    _refuse_loco(truth / "ground_truth", problem)
+    masks_needed = (truth / "ground_truth").is_dir()
+    return _labelled(parent, truth, category, (normal or "",), masks_needed, problem)
+
+
+def _normal_name(names: list[str], given: str, parent: Path, problem: Problem) -> str | None:
+    """The sub-folder of normal images in lower case; "" if none is normal, None if these are no states at all."""
+    lower = [_nfc(name).lower() for name in names]
+    if given.lower() == "none":
+        return "" if names else None
+    if given:
+        return _nfc(given).lower() if _nfc(given).lower() in lower else None
+    known = [name for name in lower if name in NORMAL_NAMES]
+    if len(known) == 1:
+        return known[0]
+    words = {word for name in lower for word in name.replace("-", "_").replace(" ", "_").split("_")}
+    if names and (
+        known or parent.name in ("test", "test_public") or words & {*STATES, *NORMAL_NAMES}
+    ):
+        problem(
+            LayoutError,
+            f"{parent} has the sub-folders {', '.join(names[:20])}: which one holds flawless images? Labels are not "
+            "guessed: give normal_folder=NAME (--normal-folder on the command line), or none if no image is flawless",
+        )
     return None
+
+
+def _refuse_loco(truth: Path, problem: Problem) -> None:
+    """MVTec LOCO AD has several masks an image and a metric of its own."""
+    for defect in _folders(truth):
+        if not _images(defect) and any(_images(folder) for folder in _folders(defect)):
+            problem(
+                LayoutError,
+                f"{defect} holds a folder of masks per image, as MVTec LOCO AD does; its metric (sPRO) is not ours. "
+                "Put one mask an image there (<stem>_mask.png), or take ground_truth away to work with labels only",
+            )
+
+
+def _meta_json(root: Path, problem: Problem) -> list[Sample]:
+    """The list that AdaCLIP, AnomalyCLIP and others write: {"test": {category: [{"img_path", "mask_path", ...}]}}."""
+    path = root / "meta.json"
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["test"]
+        rows = [(_nfc(category), row) for category, group in listed.items() for row in group]
+        samples = []
+        for category, row in rows:
+            label, mask = int(row["anomaly"]), row.get("mask_path") or None
+            kind = str(row.get("specie_name") or "anomaly") if label else "good"
+            mask = root / mask if label and mask else None
+            samples.append(Sample(root / row["img_path"], mask, category, label, kind))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem(
+            LayoutError,
+            f"{path} is not the expected list, {{'test': {{category: [{{'img_path', 'mask_path', 'anomaly'}}]}}}} "
+            f"({type(error).__name__}: {error}): mend it or take it away",
+        )
+        return []
+    return sorted(samples, key=lambda s: (s.category, s.image_path))
 
 
 LAYOUTS = {
@@ -836,7 +966,7 @@ def _expected_and_found(name: str, root: Path) -> str:
             f"{len(folders)} sub-folders{f' ({shown})' if folders else ''} and {len(images)} images"
         )
     fitting = [other for other in EXPECTED if other != name and LAYOUTS[other].fits(root)]
-    if not fitting and name != "folder" and any(_folder(root, lambda *problem: None)):
+    if not fitting and name != "folder" and _folder(root, lambda *problem: None):
         fitting = ["folder"]
     hint = f" This is a layout for dataset={fitting[0]!r}." if fitting else ""
     return f"Expected {LAYOUTS[name].text}; found {found}.{hint}"
@@ -859,16 +989,33 @@ def _rows(path: Path, columns: tuple[str, ...], root: Path):
                 yield reader.line_num, dict(zip(header, cells, strict=False))
 
 
-def _folders(folder: Path, without: tuple[str, ...] = ()) -> list[Path]:
-    return [path for path in _visible(folder) if path.is_dir() and path.name not in without]
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in _visible(folder) if path.is_dir()]
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    """Sub-folders that may be categories or kinds of defect: no masks, no training images."""
+    return [
+        path
+        for path in _folders(folder)
+        if path.name not in NO_TEST_IMAGES
+        and (_plain(path.name) not in MASK_FOLDERS or (path / "test").is_dir())
+    ]
 
 
 def _images(folder: Path) -> list[Path]:
+    """Files with an image's suffix, broken links among them; no pipes, whose opening would wait for ever."""
     return [
         path
         for path in _visible(folder)
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or not path.exists())
     ]
+
+
+def _photographs(folder: Path) -> list[Path]:
+    images = _images(folder)
+    masks = masks_beside(images)
+    return [path for path in images if path not in masks]
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -892,8 +1039,24 @@ def _by_stem(folder: Path, suffix: str, problem: Problem) -> dict[str, Path]:
     return pairs
 
 
-def _inside(sample: Sample, root: Path, problem: Problem) -> Sample | None:
-    """The sample without those of its files that are missing or, once links are followed, outside the root."""
+def _sound(sample: Sample, root: Path, problem: Problem) -> Sample | None:
+    """The sample without those of its files that are missing or, once links are followed, outside the root.
+
+    None for one that cannot be used: its image is such a file, or its name cannot be written to a table.
+    """
+    if sample.category == "mean":
+        problem(
+            ValueError,
+            "a category cannot be called 'mean', the last row of every table: rename its folder",
+        )
+        return None
+    name = os.path.relpath(sample.image_path, root)
+    if printable(name) != name:
+        problem(
+            ValueError,
+            f"{printable(name)}: the name is not UTF-8, rename it (convmv does all of a folder)",
+        )
+        return None
     for part in ("image_path", "mask_path", "object_mask_path"):
         path = getattr(sample, part)
         if path is None:
@@ -926,197 +1089,3 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     lower = {other.lower(): other for other in known}
     close = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
     return f" (did you mean {lower[close[0]]!r}?)" if close else ""
-
-
-# ------------------------------------------------------------------------------------------------ check
-
-
-@dataclass(frozen=True)
-class DatasetReport:
-    """What `check_dataset` found. `problems` must be mended; `notes` are facts worth knowing.
-
-    `table` has a row per category (columns as in `check_dataset`); `str()` prints everything.
-    """
-
-    name: str
-    root: Path
-    image_size: int
-    table: pd.DataFrame
-    problems: list[str]
-    notes: list[str]
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-    def __str__(self) -> str:
-        shown = self.table
-        if len(shown) > 1:
-            total = shown.drop(columns="category").sum(min_count=1)
-            shown = pd.concat([shown, pd.DataFrame([{"category": "total", **total}])])
-        said = [
-            c for c in shown if c in ("category", "normal", "anomalous") or shown[c].fillna(0).any()
-        ]
-        parts = [
-            f"data set {self.name!r} at {self.root}",
-            shown[said].to_string(index=False, na_rep="-", float_format="{:.0f}".format),
-            *(f"PROBLEM: {text}" for text in self.problems[:50]),
-        ]
-        if len(self.problems) > 50:
-            parts.append(
-                f"... and {len(self.problems) - 50} more problems (report.problems has all)"
-            )
-        parts += [f"note: {text}" for text in self.notes]
-        parts.append("ok" if self.ok else f"{len(self.problems)} problems")
-        return "\n".join(parts)
-
-
-COUNTS = ("normal", "anomalous", "unlabelled", "unreadable", "missing_masks", "wrong_size_masks")
-COUNTS += ("empty_masks", "vanished_masks", "converted", "duplicates")
-
-
-@dataclass
-class Findings:
-    """What reading the files of one sample showed; `mode` and `digest` stay empty for an unreadable image."""
-
-    mode: str = ""
-    digest: str = ""
-    misnamed: bool = False
-    rotated: bool = False
-    counts: Counter = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
-
-    def add(self, column: str, problem: object) -> None:
-        self.counts[column] += 1
-        self.problems.append(str(problem))
-
-
-def check_dataset(
-    name: str, root: str | Path | None = None, image_size: int = 240
-) -> DatasetReport:
-    """Read every test image and mask of a data set and report what is wrong with them.
-
-    The table's columns per category: `category`, `normal`, `anomalous`, `unlabelled`, `unreadable` (images and masks),
-    `missing_masks` (0 where the data set has none at all), `wrong_size_masks`, `empty_masks` (no pixel > 0),
-    `vanished_masks` (all pixels disappear at `image_size`: thin defects), `converted` (images that are neither L nor
-    RGB), `duplicates` (images byte-identical to an earlier one), `expected_normal` and `expected_anomalous` (NaN where
-    nothing is expected).
-
-    Raises what `load_dataset` raises when there is nothing to check (root missing, another layout).
-    """
-    problems: list[str] = []
-    dataset = _list_dataset(name, root, lambda kind, message: problems.append(message))
-    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
-        inspected = list(
-            tqdm(
-                pool.map(lambda sample: _inspect(sample, image_size), dataset.samples),
-                total=len(dataset),
-                desc=f"checking {name}",
-                unit="image",
-            )
-        )
-
-    masked = any(s.mask_path for s in dataset.samples)
-    counts: dict[str, Counter] = defaultdict(Counter)
-    first_with: dict[str, Path] = {}
-    copies = []
-    for sample, found in zip(dataset, inspected, strict=True):
-        row = counts[sample.category]
-        row.update(found.counts)
-        row[{0: "normal", 1: "anomalous", -1: "unlabelled"}[sample.label]] += 1
-        row["missing_masks"] += masked and sample.label == 1 and sample.mask_path is None
-        problems += found.problems
-        if found.digest:
-            original = first_with.setdefault(found.digest, sample.image_path)
-            if original != sample.image_path:
-                row["duplicates"] += 1
-                copies.append(sample.image_path)
-
-    expected = EXPECTED.get(name, {})
-    columns = ["category", *COUNTS, "expected_normal", "expected_anomalous"]
-    rows = []
-    for category in dict.fromkeys([*expected, *dataset.categories]):
-        row = counts[category]
-        normal, anomalous = expected.get(category, (np.nan, np.nan))
-        rows.append([category, *(row[column] for column in COUNTS), normal, anomalous])
-        if category in expected and (row["normal"], row["anomalous"]) != expected[category]:
-            problems.append(
-                f"{category}: found {row['normal']} normal + {row['anomalous']} anomalous images, "
-                f"expected {normal} + {anomalous}"
-            )
-
-    modes = Counter(found.mode for found in inspected if found.mode)
-    notes = (
-        ["image modes: " + ", ".join(f"{mode} {n}" for mode, n in modes.most_common())]
-        if modes
-        else []
-    )
-    pairs = list(zip(dataset, inspected, strict=True))
-    lossy = [
-        s.mask_path
-        for s in dataset
-        if s.mask_path and s.mask_path.suffix.lower() in SUFFIXES_OF["JPEG"]
-    ]
-    for text, paths in [
-        ("byte-identical to an earlier image, kept", copies),
-        (
-            "content of another type than the suffix says, read by content",
-            [s.image_path for s, f in pairs if f.misnamed],
-        ),
-        (
-            "EXIF orientation set, ignored: pixels are taken as stored",
-            [s.image_path for s, f in pairs if f.rotated],
-        ),
-        ("JPEG masks: compression noise above 0 counts as anomalous", lossy),
-        ("image files that belong to no sample", _left_over(dataset) if name == "folder" else []),
-    ]:
-        if paths:
-            shown = ", ".join(str(path.relative_to(dataset.root)) for path in paths[:5])
-            notes.append(f"{text}: {len(paths)} ({shown}{', ...' if len(paths) > 5 else ''})")
-    return DatasetReport(
-        name, dataset.root, image_size, pd.DataFrame(rows, columns=columns), problems, notes
-    )
-
-
-def _inspect(sample: Sample, image_size: int) -> Findings:
-    found = Findings()
-    size = None
-    try:
-        image = _decode(sample.image_path)
-        _eight_bit(image)
-        size, found.mode = image.size, image.mode
-        found.digest = hashlib.sha256(sample.image_path.read_bytes()).hexdigest()
-        found.misnamed = sample.image_path.suffix.lower() not in SUFFIXES_OF[image.format]
-        found.rotated = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1
-        found.counts["converted"] += image.mode not in ("L", "RGB")
-    except (OSError, ValueError) as error:
-        found.add(
-            "unreadable", error if isinstance(error, OSError) else f"{sample.image_path}: {error}"
-        )
-    for path in filter(None, (sample.mask_path, sample.object_mask_path)):
-        try:
-            mask = _native_mask(path, size)
-        except MaskSizeError as error:
-            found.add("wrong_size_masks", error)
-        except OSError as error:
-            found.add("unreadable", error)
-        else:
-            if not mask.any():
-                found.add("empty_masks", f"mask {path} has no pixel > 0")
-            elif path == sample.mask_path and not resize_mask(mask, image_size).any():
-                found.counts["vanished_masks"] += 1
-    return found
-
-
-def _left_over(dataset: Dataset) -> list[Path]:
-    """Image files under the root that no sample uses: deeper folders, train, masks without an image."""
-    used = {p for s in dataset.samples for p in (s.image_path, s.mask_path, s.object_mask_path)}
-    found = (path for path in dataset.root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(
-        path
-        for path in found
-        if path not in used
-        and not any(
-            part.startswith((".", "__MACOSX")) for part in path.relative_to(dataset.root).parts
-        )
-    )

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -23,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from clipad.datasets import Dataset, MaskSizeError, Sample, native_size, read_image, read_mask
-from clipad.files import content_hash, require_writable, write_atomically
+from clipad.files import content_hash, file_name, require_writable, write_atomically
 from clipad.metrics import image_metrics, pixel_metrics, resampled_metrics
 
 COLUMNS = [
@@ -404,5 +403,5 @@ def _relative(path: Path, dataset: Dataset) -> str:
 
 
 def _slug(category: str) -> str:
-    """The category as a file name, one to one."""
-    return quote(category, safe=" ")
+    """The category as a file name, one to one, and none of ours."""
+    return file_name(category, taken=("settings", "table", "images", "parts"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterable
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from pathlib import Path
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write beside the target, flush to disk, then rename: a killed run or a full disk never leaves half a file.
 
-    Raises OSError (no space, not writable) and leaves no partial file behind.
+    Raises OSError (no space, not writable) that names the file, and leaves no partial file behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -22,8 +23,11 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            message = f"{path} cannot be written ({error.strerror}): free space there, or choose another folder"
+            raise OSError(error.errno, message) from error
         raise
 
 
@@ -66,3 +70,20 @@ def content_hash(path: Path) -> str:
 def _content_hash(path: Path, *status: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_name(name: str, taken: Iterable[str] = ()) -> str:
+    """Any name, such as a category's or a path's, as one file name: unique, short, of printable characters.
+
+    A name that is no such file name already, or is ``taken`` by something else, gets six digits of its hash.
+
+    >>> file_name("a_b c.png"), file_name("a/b c.png"), file_name("table", taken=["table"])
+    ('a_b c.png', 'a_b c.png-65036e', 'table-0d4fc4')
+    """
+    raw = os.fsencode(name)
+    shown = raw.decode("utf-8", "replace")
+    safe = "".join(c if c.isprintable() and c not in '/\\:*?"<>|%#[]' else "_" for c in shown)
+    short = safe.encode()[:140].decode("utf-8", "ignore")
+    if short == name and name not in taken and not name.startswith("."):
+        return name
+    return f"{short}-{hashlib.sha256(raw).hexdigest()[:6]}"

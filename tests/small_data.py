@@ -26,7 +26,7 @@ def make_folder(root, categories=("bolt", "câble noir"), normal=3, anomalous=4,
                     where = root / category / "ground_truth" / defect / f"{i:03d}_mask.png"
                     where.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(mask).save(where)
-    return load_dataset("folder", root)
+    return load_dataset("folder", root, normal_folder="" if normal else "none")
 
 
 def make_collection(root, categories=("bolt", "nail"), per_kind=3, size=40):

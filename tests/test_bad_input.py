@@ -42,6 +42,21 @@ def test_what_systems_leave_behind_is_ignored(data):
     assert load_dataset("folder", data.root) == data
 
 
+ODD_NAMES = ["settings", "table", "images", "parts", "面" * 70, "a[0]*", "x" * 120]
+
+
+@pytest.mark.filterwarnings("ignore:.*sentences fill")
+@pytest.mark.parametrize("name", ODD_NAMES, ids=range(len(ODD_NAMES)))
+def test_categories_of_any_name_have_files_of_their_own(detector, tmp_path, name):
+    data = make_folder(tmp_path / "d", categories=[name, f"{name}_"])
+    result = evaluate(detector, data, tmp_path / "out", progress=False)
+    before = files_of(tmp_path / "out")
+    again = evaluate(detector, data, tmp_path / "out", progress=False)
+    assert files_of(tmp_path / "out") == before
+    assert list(again.table.index) == [name, f"{name}_", "mean"]
+    assert again.table.equals(result.table)
+
+
 # --- classes and scores ---
 
 
@@ -156,8 +171,7 @@ def test_a_damaged_category_is_computed_again(detector, data, tmp_path, damage):
 def test_a_folder_that_cannot_be_written_stops_a_notebook_in_its_first_cell(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(
-        clipad.studies.experiments,
-        "load_backbone",
+        "clipad.studies.experiments.load_backbone",
         lambda *a, **k: pytest.fail("the model was loaded"),
     )
     with pytest.raises(

@@ -1,3 +1,4 @@
+import json
 import os
 import struct
 import unicodedata
@@ -18,13 +19,13 @@ from clipad.datasets import (
     MaskSizeError,
     OutsideRootError,
     UnreadableImageError,
-    check_dataset,
     image_tensor,
     load_dataset,
     native_size,
     read_image,
     read_mask,
 )
+from clipad.tools.check_data import check_dataset
 
 SHARED = Path(os.environ.get("CLIPAD_SHARED", Path(__file__).parents[2] / "shared"))
 PAPER_SETS = tuple(EXPECTED)
@@ -354,12 +355,164 @@ def test_folder_without_masks(tmp_path):
         load_dataset("folder", tmp_path)
 
 
-def test_folder_of_sub_folders_with_a_normal_one(tmp_path):
-    for name in ("No", "yes", "perhaps"):
-        png(tmp_path / name / "0.png")
+@pytest.mark.parametrize(
+    ("names", "given", "normal"),
+    [
+        (("OK", "ko"), "", "OK"),
+        (("good", "bent", "cut"), "", "good"),
+        (("yes", "no"), "YES", "yes"),
+        (("yes", "no"), "no", "no"),
+        (("good", "nominal"), "nominal", "nominal"),
+        (("yes", "no"), "none", None),
+    ],
+)
+@pytest.mark.parametrize("parent", ["", "nuts/test"])
+def test_folder_of_sub_folders_with_a_normal_one(tmp_path, names, given, normal, parent):
+    for name in names:
+        png(tmp_path / parent / name / "0.png")
+    dataset = load_dataset("folder", tmp_path, normal_folder=given)
+    assert {s.image_path.parent.name: s.label for s in dataset} == {
+        n: int(n != normal) for n in names
+    }
+    assert dataset.categories == ("nuts" if parent else tmp_path.name,)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("yes", "no"),
+        ("ok_front", "def_front"),
+        ("healthy", "sick"),
+        ("good", "ok"),
+        ("pass", "fail"),
+    ],
+)
+@pytest.mark.parametrize("parent", ["", "nuts/test"])
+def test_labels_are_asked_for_where_names_do_not_say_them(tmp_path, names, parent):
+    for name in names:
+        png(tmp_path / parent / name / "0.png")
+    with pytest.raises(
+        LayoutError, match=rf"{sorted(names)[0]}, .*which one .* normal_folder=NAME"
+    ):
+        load_dataset("folder", tmp_path)
+    with pytest.raises(LayoutError, match="no folder 'flawless'"):
+        load_dataset("folder", tmp_path, normal_folder="flawless")
+    with pytest.raises(ValueError, match="normal_folder is for data set 'folder'"):
+        load_dataset("mvtec", tmp_path, normal_folder="yes")
+
+
+def test_a_folder_without_defects_or_without_flawless_images(tmp_path):
+    png(tmp_path / "a" / "good" / "0.png")
+    assert [s.label for s in load_dataset("folder", tmp_path)] == [0]
+    png(tmp_path / "b" / "test" / "bent" / "0.png")
+    with pytest.raises(LayoutError, match="which one holds flawless images"):
+        load_dataset("folder", tmp_path)
+    dataset = load_dataset("folder", tmp_path / "b", normal_folder="none")
+    assert [(s.label, s.category) for s in dataset] == [(1, "b")]
+
+
+def test_masks_among_the_images_are_left_out(tmp_path):
+    png(tmp_path / "good" / "0.jpg")
+    png(tmp_path / "bent" / "1.jpg")
+    mask_png(tmp_path / "bent" / "1.png")
+    mask_png(tmp_path / "bent" / "1_mask.png")
+    mask_png(tmp_path / "Masks" / "1.png")
+    assert [s.image_path.name for s in load_dataset("folder", tmp_path)] == ["1.jpg", "0.jpg"]
+    notes = "\n".join(check_dataset("folder", tmp_path, progress=False).notes)
+    assert "2 beside a photograph of the same name" in notes
+    assert "1 in a folder of masks (Masks/1.png)" in notes
+
+
+def test_a_stray_picture_does_not_hide_the_others(tmp_path):
+    png(tmp_path / "stray.png")
+    for number in range(2):
+        png(tmp_path / "line 1" / "camera 2" / f"{number}.png")
+    with pytest.raises(LayoutError, match=r"1 images .* 2 do not, such as line 1.camera 2.0\.png"):
+        load_dataset("folder", tmp_path)
+
+
+def test_mvtec_ad_2_is_read_by_its_public_test(tmp_path):
+    for part in ("train/good", "validation/good", "test_private", "test_private_mixed"):
+        for number in range(5):
+            png(tmp_path / "can" / part / f"{number}.png")
+    png(tmp_path / "can" / "test_public" / "good" / "000_regular.png")
+    png(tmp_path / "can" / "test_public" / "bad" / "000_regular.png")
+    truth = tmp_path / "can" / "test_public" / "ground_truth" / "bad"
+    mask = mask_png(truth / "000_regular_mask.png")
     dataset = load_dataset("folder", tmp_path)
-    assert {s.defect: s.label for s in dataset} == {"good": 0, "yes": 1, "perhaps": 1}
-    assert dataset.categories == (tmp_path.name,)
+    assert dataset.categories == ("can",)
+    assert [(s.label, s.mask_path) for s in dataset] == [(1, mask), (0, None)]
+    with pytest.raises(LayoutError, match="dataset='folder'"):
+        load_dataset("mvtec", tmp_path)
+
+
+def test_mvtec_loco_is_refused_by_name(tmp_path):
+    for kind in ("good", "logical_anomalies"):
+        png(tmp_path / "box" / "test" / kind / "000.png")
+    mask_png(tmp_path / "box" / "ground_truth" / "logical_anomalies" / "000" / "000.png")
+    with pytest.raises(LayoutError, match="MVTec LOCO"):
+        load_dataset("folder", tmp_path)
+
+
+def test_visa_as_its_own_script_converts_it(tmp_path):
+    png(tmp_path / "candle" / "test" / "good" / "0.png")
+    png(tmp_path / "candle" / "test" / "bad" / "1.png")
+    mask = mask_png(tmp_path / "candle" / "ground_truth" / "bad" / "1.png")
+    dataset = load_dataset("visa", tmp_path)
+    assert [(s.category, s.label, s.mask_path) for s in dataset] == [
+        ("candle", 1, mask),
+        ("candle", 0, None),
+    ]
+
+
+def test_lists_of_the_field_are_read(tmp_path):
+    png(tmp_path / "a" / "1.png")
+    png(tmp_path / "a" / "2.png")
+    mask = mask_png(tmp_path / "m" / "2.png")
+    row = {
+        "cls_name": "nut",
+        "specie_name": "bent",
+        "anomaly": 1,
+        "img_path": "a/2.png",
+        "mask_path": "m/2.png",
+    }
+    flawless = row | {"anomaly": 0, "specie_name": "good", "img_path": "a/1.png", "mask_path": ""}
+    listed = tmp_path / "meta.json"
+    listed.write_text(json.dumps({"train": {}, "test": {"nut": [row, flawless]}}))
+    dataset = load_dataset("folder", tmp_path)
+    assert [(s.category, s.label, s.defect, s.mask_path) for s in dataset] == [
+        ("nut", 0, "good", None),
+        ("nut", 1, "bent", mask),
+    ]
+    listed.write_text(json.dumps({"test": {"nut": [{"file": "a/1.png"}]}}))
+    with pytest.raises(LayoutError, match=r"meta\.json is not the expected list"):
+        load_dataset("folder", tmp_path)
+
+
+def test_names_that_tables_cannot_hold_are_refused(tmp_path):
+    png(tmp_path / "a" / "mean" / "0.png")
+    with pytest.raises(ValueError, match="a category cannot be called 'mean'"):
+        load_dataset("folder", tmp_path / "a")
+    os.rename(
+        png(tmp_path / "b" / "0.png"), os.path.join(os.fsencode(tmp_path / "b"), b"caf\xe9.png")
+    )
+    with pytest.raises(ValueError, match="not UTF-8"):
+        load_dataset("folder", tmp_path / "b")
+
+
+def test_other_data_does_not_run_under_the_demo_s_name(tmp_path):
+    png(tmp_path / "nuts" / "test" / "good" / "0.png")
+    with pytest.raises(LayoutError, match="did you mean dataset='folder'"):
+        load_dataset("demo", tmp_path)
+
+
+def test_pipes_are_never_opened(tmp_path):
+    png(tmp_path / "a" / "0.png")
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    assert len(load_dataset("folder", tmp_path)) == 1
+    for read in (read_image, native_size):
+        with pytest.raises(UnreadableImageError, match="pipe or device"):
+            read(tmp_path / "a" / "pipe.png")
 
 
 def test_folder_never_guesses_labels(tmp_path):
@@ -630,16 +783,36 @@ def test_check_collects_every_problem(mvtec):
 def test_check_notes_what_is_read_by_a_rule(tmp_path):
     exif = Image.Exif()
     exif[datasets.ORIENTATION] = 3
-    Image.new("RGB", (4, 4), 5).save(tmp_path / "a.jpg", exif=exif)
-    Image.new("RGB", (4, 4), 9).save(tmp_path / "b.jpg", format="PNG")
+    noise = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg", exif=exif)
+    Image.fromarray(noise).save(tmp_path / "b.jpg", format="PNG")
+    Image.fromarray(noise[..., 0].astype(np.uint16) * 8).save(tmp_path / "d.png")
+    (tmp_path / "photo.heic").write_bytes(b"x")
     png(tmp_path / "deep" / "deeper" / "c.png")
     report = check_dataset("folder", tmp_path)
-    assert report.ok
+    assert report.ok, report.problems
     notes = "\n".join(report.notes)
     assert "EXIF orientation set, ignored: pixels are taken as stored: 1 (a.jpg)" in notes
     assert "content of another type than the suffix says, read by content: 1 (b.jpg)" in notes
-    assert "belong to no sample: 1 (deep/deeper/c.png)" in notes
-    assert report.table["unlabelled"].tolist() == [2]
+    assert "no layout takes: 1 (deep/deeper/c.png)" in notes
+    assert "in a format that is not read (.heic)" in notes
+    assert "values stay below 4096" in notes
+    assert f"'a flawless {tmp_path.name}'" in notes
+    assert report.table["unlabelled"].tolist() == [3]
+
+
+def test_check_looks_at_the_masks(mvtec):
+    truth = mvtec / "bottle" / "ground_truth" / "broken"
+    edge = np.minimum(np.add.outer(np.arange(6), np.arange(8)) * 20, 255).astype(np.uint8)
+    Image.fromarray(edge).save(truth / "000_mask.png")
+    report = check_dataset("mvtec", mvtec, progress=False)
+    row = report.table.set_index("category").loc["bottle"]
+    assert row["masks"] == 2
+    assert row["anomalous_pixels"] > 0.9
+    text = "\n".join(report.problems)
+    assert "the wrong way round" in text
+    assert "3 images have at most two colours" in text  # the fixture's images are flat
+    assert any("more than eight grey values" in note for note in report.notes)
 
 
 # ------------------------------------------------------------------------------ shipped and real data sets

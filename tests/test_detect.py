@@ -1,6 +1,7 @@
 """`clipad detect`: files in, verdicts and a report out. The statistics behind it: test_inspection."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -14,8 +15,9 @@ from PIL import Image
 from clipad.backbone import load_backbone
 from clipad.datasets import load_dataset
 from clipad.detectors import SDP
+from clipad.files import file_name
 from clipad.tools.cli import app
-from clipad.tools.detect import detect, file_name, find_flawless, find_photographs
+from clipad.tools.detect import detect, find_flawless, find_photographs
 from clipad.tools.report import find_regions, region_mask
 
 
@@ -275,11 +277,11 @@ def test_results_are_never_scored_and_a_full_disk_is_named(detector, screws, tmp
     assert len(report.scores) == 6
     assert any("results of clipad" in line for line in report.skipped)
 
-    def full(*args, **options):
-        raise OSError(28, "No space left on device", str(tmp_path / "x"))
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("clipad.tools.detect.write_atomically", full)
-    with pytest.raises(OSError, match=r"No space left .*x"):
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"other.* cannot be written .*No space left .*free space"):
         run(detector, screws, tmp_path / "other")
 
 

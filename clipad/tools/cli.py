@@ -312,21 +312,34 @@ def data() -> None:
 @data.command("check", short_help="Read every file of a data set; report what is wrong.")
 @click.argument("name")
 @click.option("--root", help="The folder of the data set; demo and demo_aux need none.")
-def check_data(name, root) -> None:
-    """Read every image and mask of a data set: layout, counts per category, unreadable files, missing masks.
+@click.option(
+    "--normal-folder",
+    default="",
+    metavar="NAME",
+    help="For folder: sub-folders of this name hold normal images; none if there are none.",
+)
+@click.option(
+    "--image-size",
+    type=click.IntRange(min=1),
+    help="Side at which thin masks may vanish; 240, or 96 for the demo, if left out.",
+)
+def check_data(name, root, normal_folder, image_size) -> None:
+    """Read every image and mask of a data set: layout, counts, unreadable files, masks that miss or look wrong.
 
-    NAME: mvtec, visa, isic, clinicdb, headct, brainmri, folder, demo or demo_aux. Ends with exit code 1 when there
-    are problems.
+    NAME: mvtec, visa, isic, clinicdb, headct, brainmri, folder, demo or demo_aux. Files that are no photographs are
+    counted and named. Ends with exit code 1 when there are problems.
 
     \b
     Examples:
       clipad data check demo
       clipad data check mvtec --root ~/data/mvtec
+      clipad data check folder --root parts/ --normal-folder pass
     """
-    from clipad.datasets import check_dataset
+    from clipad.tools.check_data import check_dataset
 
     with one_line_errors(code=1):
-        report = check_dataset(name, Path(root).expanduser() if root else None)
+        place = Path(root).expanduser() if root else None
+        report = check_dataset(name, place, image_size or 0, normal_folder)
     click.echo(str(report))
     if not report.ok:
         sys.exit(1)

@@ -31,7 +31,13 @@ from clipad.datasets import (
     scan,
     two_levels,
 )
-from clipad.files import code_version, content_hash, require_writable, write_atomically
+from clipad.files import (
+    code_version,
+    content_hash,
+    file_name,
+    require_writable,
+    write_atomically,
+)
 from clipad.metrics import image_metrics
 from clipad.published import data_dir
 from clipad.studies.inspection import (
@@ -205,7 +211,7 @@ def find_photographs(path: str | Path, output_dir: str | Path | None = None) -> 
         return path.parent, Scan((path,), {})
     if out == path.resolve():
         raise ValueError(f"--out {out} is the folder of the images itself: choose another one")
-    found = scan(path, out)
+    found = scan(path, without=out)
     if not found.photographs:
         skipped = "; ".join(found.skipped_lines(path))
         raise ValueError(f"{path} holds no images" + (f". It holds {skipped}" if skipped else ""))
@@ -563,21 +569,6 @@ def _photograph(path: Path) -> tuple[Image.Image, bool]:
     if two_levels(image):
         raise NoPhotographError(f"{path} has at most two grey levels: a mask or an empty picture")
     return image, turned
-
-
-def file_name(name: str) -> str:
-    """A name below the input folder as one file name: unique, at most 150 bytes, of printable characters.
-
-    >>> file_name("a/b c.png"), file_name("a_b c.png")
-    ('a_b c.png-65036e', 'a_b c.png')
-    """
-    safe = "".join(
-        c if c.isprintable() and c not in '/\\:*?"<>|%#' else "_" for c in printable(name)
-    )
-    short = safe.encode()[:140].decode("utf-8", "ignore")
-    if short == name and not name.startswith("."):
-        return name
-    return f"{short}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:6]}"
 
 
 def _observed(scores: pd.DataFrame) -> dict[str, float] | None:
