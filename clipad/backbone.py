@@ -7,9 +7,9 @@ checkpoint file, or the small model that is shipped with the project (``load_bac
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
-import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -19,11 +19,13 @@ from pathlib import Path
 
 import open_clip
 import torch
+from open_clip.model import convert_weights_to_lp
 from open_clip.transformer import VisionTransformer, text_global_pool
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from clipad.checkpoints import Checkpoint, download, load_weights, read_checkpoint
 from clipad.datasets import image_tensor
 from clipad.prompts import words
 from clipad.published import data_dir
@@ -46,6 +48,7 @@ class Backbone:
         self.mean, self.std = tuple(mean), tuple(std)
         self.known_words = known_words
         self._warned: set[str] = set()
+        self._cast: tuple = (None, None)
 
     @property
     def device(self) -> torch.device:
@@ -54,10 +57,15 @@ class Backbone:
     def __repr__(self):
         return f"Backbone({self.name!r}, {self.pretrained}, {self.image_size} px, {self.device})"
 
+    @property
+    def activation(self) -> str:
+        """``"GELU"`` or ``"QuickGELU"`` (OpenAI's): equal weights give other features with the other one."""
+        return type(self.visual.transformer.resblocks[0].mlp.gelu).__name__
+
     @cached_property
     def weights_hash(self) -> str:
-        """First 16 hex digits of the SHA-256 of all weights: two runs with equal hashes used equal weights."""
-        digest = hashlib.sha256()
+        """16 hex digits of the SHA-256 of what an image's features depend on: weights, activation, pre-processing."""
+        digest = hashlib.sha256(json.dumps([self.activation, self.mean, self.std]).encode())
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(
@@ -70,10 +78,28 @@ class Backbone:
         return image_tensor(image, self.image_size, self.mean, self.std)
 
     def autocast(self):
-        """Mixed precision on a GPU, as the released program uses; float32 on the CPU, where it is faster."""
-        if self.device.type == "cuda":
-            return torch.autocast("cuda", dtype=torch.float16)
-        return contextlib.nullcontext()
+        """Mixed precision on a GPU, as the released program uses; float32 on the CPU, where it is faster.
+
+        float16 on CUDA, elsewhere what torch prefers there. Normalisations stay float32; maps are computed outside.
+        """
+        if self.device.type == "cpu":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.get_autocast_dtype(self.device.type))
+
+    @property
+    def tower(self):
+        """The image tower to use within ``autocast``: ``visual``, on a GPU a copy with weights that are cast once.
+
+        Autocast alone casts frozen weights again in every call; the numbers are the same.
+        """
+        kind = self.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self.visual
+        if self._cast[0] is not self.visual:
+            tower = copy.deepcopy(self.visual)
+            convert_weights_to_lp(tower, torch.get_autocast_dtype(kind))
+            self._cast = (self.visual, tower)
+        return self._cast[1]
 
     def encode_text(self, sentences: Sequence[str], batch_size: int = 512) -> torch.Tensor:
         """Sentences -> M x C float32 embeddings on the CPU, not normalised.
@@ -164,108 +190,163 @@ def load_backbone(
     """A frozen CLIP from open_clip.
 
     ``name``: ``"demo"`` (shipped, works offline) or an open_clip model name such as ``"ViT-B-16-plus-240"``.
-    ``pretrained``: one of open_clip's tags (open_clip downloads it), the path of a checkpoint, or None for random
-    weights (drawn from ``seed``; the result says so). ``image_size``: None for the model's own; another multiple of the
-    patch size makes open_clip interpolate the position embeddings. ``device``: None for a GPU where there is one.
+    ``pretrained``: one of open_clip's tags (downloaded once), the path of a checkpoint (:mod:`clipad.checkpoints`),
+    or None for random weights (drawn from ``seed``; the result says so). ``image_size``: None for the model's own;
+    another multiple of the patch size interpolates the position embeddings. ``device``: see :func:`find_device`.
+
+    The activation belongs to the weights: a tag's own configuration decides it (OpenAI's were trained with QuickGELU,
+    also under the name ``ViT-B-32``), for a file the ``open_clip_config.json`` beside it, else the model's name.
 
     Raises ValueError for an unknown name, tag or device, an image size that patches do not fill, a checkpoint that
-    does not fit or holds non-finite values, or a model whose image tower is not a plain CLIP vision transformer.
-    Pickles are never executed (``weights_only``).
+    does not fit or holds non-finite values, or a model whose image tower is not a plain CLIP vision transformer;
+    OSError where weights cannot be downloaded. Nothing pickled is ever executed.
     """
+    device = find_device(device)
+    config = _configuration(name)
+    vision = config["vision_cfg"]
+    _require_whole_patches(image_size, vision["patch_size"])
+    vision["image_size"] = image_size or vision["image_size"]
+    words_file = data_dir() / "demo" / "model" / "words.txt" if name == "demo" else None
+    path, source, own = _find_weights(name, pretrained, seed)
+    checkpoint = None
+    if path is not None:
+        with _naming(name, pretrained or path):
+            checkpoint = read_checkpoint(path)
+        config["quick_gelu"] = _quick_gelu(name, path, config, own, checkpoint)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = open_clip.CLIP(**config)
+    if checkpoint is not None:
+        with _naming(name, pretrained or path):
+            load_weights(model, checkpoint.state, resize=bool(image_size))
+    return Backbone(
+        model.to(device),
+        _tokenizer(name, config),
+        name=name,
+        pretrained=source,
+        mean=own.get("mean", open_clip.OPENAI_DATASET_MEAN),
+        std=own.get("std", open_clip.OPENAI_DATASET_STD),
+        known_words=words_file and frozenset(words_file.read_text(encoding="utf-8").split()),
+    )
+
+
+def find_device(device: str | None = None) -> torch.device:
+    """What was asked for (``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, ``"xpu"``); empty: a GPU where there is one.
+
+    Raises ValueError for a device that torch does not know or does not see on this machine.
+    """
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if not device:
+        return there or torch.device("cpu")
     try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found = torch.device(device)
     except RuntimeError:
         raise ValueError(
-            f"unknown device {device!r}: 'cpu', 'cuda', or empty for a GPU where there is one"
+            f"unknown device {device!r}: 'cpu', 'cuda', 'cuda:1', 'mps', 'xpu', or empty for a GPU where there is one"
         ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if found.type == "cpu":
+        return found
+    count = torch.accelerator.device_count() if there and there.type == found.type else 0
+    if (found.index or 0) >= count:
+        sees = f"{count} of them, counted from {found.type}:0" if count else "no GPU"
+        if there and not count:
+            sees = f"{there.type} only"
         raise ValueError(
-            "device='cuda' was asked for, but torch sees no GPU: leave the device empty or use 'cpu'"
+            f"device={str(device)!r} was asked for, but torch sees {sees}: leave the device empty or use 'cpu'"
         )
+    return found
+
+
+def _configuration(name: str) -> dict:
+    """The arguments of open_clip's CLIP, or ValueError for a model that the staged dual path does not cover."""
     if name == "demo":
-        return _load_demo(pretrained, device, image_size)
+        return _own_configuration(data_dir() / "demo" / "model")["model_cfg"]
     if name not in open_clip.list_models():
         near = get_close_matches(name, ["demo", *open_clip.list_models()], n=3)
         raise ValueError(
             f"unknown model {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
         )
+    config = open_clip.get_model_config(name)
+    vision = config["vision_cfg"]
+    if "timm_model_name" in vision:
+        raise _not_plain(name, f"its image tower is timm's {vision['timm_model_name']}")
+    if isinstance(vision["layers"], list):
+        raise _not_plain(name, "its image tower is a ResNet")
+    if "hf_model_name" in config["text_cfg"] or config.get("custom_text"):
+        raise _not_plain(name, "its text tower is of another kind")
+    return config
 
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    path = Path(pretrained) if pretrained else None
-    if path is not None and not path.is_file() and str(pretrained) not in tags:
+
+def _own_configuration(folder: Path) -> dict:
+    """The file that open_clip keeps beside weights; empty where there is none."""
+    path = folder / "open_clip_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _find_weights(
+    name: str, pretrained: str | Path | None, seed: int
+) -> tuple[Path | None, str, dict]:
+    """The file (None: random weights), where it is from, and what its own configuration says of it."""
+    if not pretrained and name != "demo":
+        return None, f"random weights (seed {seed})", {}
+    tags = [] if name == "demo" else open_clip.list_pretrained_tags_by_model(name)
+    if str(pretrained) in tags:
+        tag = open_clip.get_pretrained_cfg(name, str(pretrained))
+        own = {"quick_gelu": tag.get("quick_gelu", False), "mean": tag["mean"], "std": tag["std"]}
+        return download(name, str(pretrained), tag), f"open_clip tag {pretrained}", own
+    path = Path(pretrained or data_dir() / "demo" / "model" / "model.safetensors").expanduser()
+    if path.is_dir():
+        raise ValueError(
+            f"pretrained={str(pretrained)!r} is a folder: name the file with the weights in it"
+        )
+    if not path.is_file():
         raise ValueError(
             f"pretrained={str(pretrained)!r} is neither a file nor a tag of {name}; "
             f"its tags are {', '.join(tags) or 'none'}"
         )
-    _require_whole_patches(
-        image_size, open_clip.get_model_config(name)["vision_cfg"].get("patch_size")
-    )
-    with torch.random.fork_rng(devices=[]), _quiet_open_clip():
-        torch.manual_seed(seed)
-        try:
-            model = open_clip.create_model(
-                name,
-                pretrained=str(pretrained) if pretrained else None,
-                device=device,
-                force_image_size=image_size,
-            )
-        except (RuntimeError, SafetensorError, OSError, EOFError, ValueError, KeyError) as error:
-            raise ValueError(_why_not_loaded(name, pretrained, error)) from error
-        except (
-            Exception
-        ) as error:  # pickle.UnpicklingError and what an archive of another kind raises
-            raise ValueError(_why_not_loaded(name, pretrained, error)) from error
-    if path is not None:
-        source = f"checkpoint file {path.name}" if path.is_file() else f"open_clip tag {pretrained}"
-    else:
-        source = f"random weights (seed {seed})"
-    _require_plain_vit(
-        model.visual, name
-    )  # before the tokenizer: those of other models need other packages
-    preprocess = open_clip.get_model_preprocess_cfg(model)
-    return Backbone(
-        _finite(model, pretrained),
-        open_clip.get_tokenizer(name),
-        name=name,
-        pretrained=source,
-        mean=preprocess["mean"],
-        std=preprocess["std"],
-    )
+    beside = _own_configuration(path.parent)
+    own = {k: v for k, v in beside.get("preprocess_cfg", {}).items() if k in ("mean", "std")}
+    if "model_cfg" in beside:
+        own["quick_gelu"] = beside["model_cfg"].get("quick_gelu", False)
+    return path, f"checkpoint file {path.name}" if pretrained else "shipped weights", own
 
 
-def _load_demo(pretrained, device, image_size) -> Backbone:
-    folder = data_dir() / "demo" / "model"
-    config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
-    model_cfg = config["model_cfg"]
-    _require_whole_patches(image_size, model_cfg["vision_cfg"]["patch_size"])
-    tokenizer = open_clip.SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"])
-    with _quiet_open_clip():
-        model = open_clip.CLIP(**model_cfg)
-    weights = Path(pretrained) if pretrained else folder / "model.safetensors"
-    if not weights.is_file():
-        raise ValueError(
-            f"{weights} is not a file: the demo model takes the shipped weights (pretrained empty) or a file"
+def _quick_gelu(name: str, path: Path, config: dict, own: dict, checkpoint: Checkpoint) -> bool:
+    """Whether weights need QuickGELU; a word where the model's name does not say so and nothing is sure."""
+    named = config.get("quick_gelu", False)
+    if "quick_gelu" in own:
+        return own["quick_gelu"]
+    twin = f"{name}-quickgelu"
+    if checkpoint.openai and not named:
+        warnings.warn(
+            f"{path.name} holds OpenAI's weights, which were trained with QuickGELU: they are run with it, as "
+            f"{twin} is ({name} has GELU)",
+            stacklevel=3,
         )
+    elif not named and twin in open_clip.list_models():
+        warnings.warn(
+            f"{path.name} is run with GELU, as {name} is. If its weights are OpenAI's, MetaCLIP's or DFN's, they were "
+            f"trained with QuickGELU, and the model is {twin}",
+            stacklevel=3,
+        )
+    return named or checkpoint.openai
+
+
+@contextlib.contextmanager
+def _naming(name: str, pretrained: str | Path):
+    """Puts before an error which weights and which model it is about."""
     try:
-        state = {key: value.float() for key, value in load_file(weights).items()}
-        if image_size and image_size != model_cfg["vision_cfg"]["image_size"]:
-            model_cfg["vision_cfg"]["image_size"] = image_size
-            model = open_clip.CLIP(**model_cfg)
-            open_clip.model.resize_pos_embed(state, model)
-        model.load_state_dict(state, strict=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(_why_not_loaded("demo", weights, error)) from error
-    shipped = "shipped weights" if not pretrained else f"checkpoint file {weights.name}"
-    pre = config["preprocess_cfg"]
-    return Backbone(
-        _finite(model, weights).to(device),
-        tokenizer,
-        name="demo",
-        pretrained=shipped,
-        mean=pre["mean"],
-        std=pre["std"],
-        known_words=frozenset((folder / "words.txt").read_text(encoding="utf-8").split()),
-    )
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"the weights {str(pretrained)!r} cannot be loaded into {name}: {error}"
+        ) from error
+
+
+def _tokenizer(name: str, config: dict):
+    if name == "demo":
+        return open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
+    return open_clip.get_tokenizer(name)
 
 
 def cache_dir() -> Path:
@@ -318,10 +399,14 @@ def _require_plain_vit(visual, name: str) -> None:
             f"its images are {visual.image_size} and its patches {visual.patch_size}, not square"
         )
     if reason:
-        raise ValueError(
-            f"{name} is not a plain CLIP vision transformer ({reason}): the staged dual path needs one, "
-            "such as ViT-B-16-plus-240, ViT-B-32, ViT-B-16, ViT-L-14 or ViT-L-14-336"
-        )
+        raise _not_plain(name, reason)
+
+
+def _not_plain(name: str, reason: str) -> ValueError:
+    return ValueError(
+        f"{name} is not a plain CLIP vision transformer ({reason}): the staged dual path needs one, "
+        "such as ViT-B-16-plus-240, ViT-B-32, ViT-B-16, ViT-L-14 or ViT-L-14-336"
+    )
 
 
 def _require_whole_patches(image_size: int | None, patch_size: int | None) -> None:
@@ -330,31 +415,3 @@ def _require_whole_patches(image_size: int | None, patch_size: int | None) -> No
         raise ValueError(
             f"image_size={image_size} is no multiple of the model's patches of {patch_size} pixels; {near} is one"
         )
-
-
-def _finite(model, source):
-    for key, value in model.state_dict().items():
-        if not torch.isfinite(value).all() and not key.endswith("attn_mask"):
-            raise ValueError(
-                f"the weights {source} hold non-finite values in {key}: the file is damaged"
-            )
-    return model
-
-
-def _why_not_loaded(name, pretrained, error) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if "weights_only" in str(error) or "Unpickling" in type(error).__name__:
-        first = "it is a pickle with code, or no checkpoint at all; pickled code is never executed"
-    return f"the weights {str(pretrained)!r} cannot be loaded into {name}: {first[:300]}"
-
-
-@contextlib.contextmanager
-def _quiet_open_clip():
-    """open_clip warns through the root logger that no weights were given; we say that ourselves, in the result."""
-    logger = logging.getLogger()
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

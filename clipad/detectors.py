@@ -181,7 +181,7 @@ class Direct(Detector):
     name = "Direct"
 
     def encode(self, images):
-        out = self.backbone.visual.forward_intermediates(
+        out = self.backbone.tower.forward_intermediates(
             images,
             indices=1,
             normalize_intermediates=True,
@@ -192,7 +192,7 @@ class Direct(Detector):
         tokens = torch.cat(
             [out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1
         )
-        return Features(out["image_features"], [tokens @ self.backbone.visual.proj])
+        return Features(out["image_features"], [tokens @ self.backbone.tower.proj])
 
     def patch_values(self, features, text):
         return (CLIP_TEMPERATURE * cosine(features.tokens[0][:, 1:], text)).softmax(dim=-1)[..., 1]
@@ -223,7 +223,7 @@ class SDP(Detector):
         self.as_released = as_released
 
     def encode(self, images):
-        found = staged_features(self.backbone.visual, images, self.stages, self.as_released)
+        found = staged_features(self.backbone.tower, images, self.stages, self.as_released)
         return Features(found.image_embedding, found.surgery)
 
     def patch_values(self, features, text):
@@ -265,7 +265,7 @@ class SDPPlus(SDP):
         return super().text_vectors(category)
 
     def encode(self, images):
-        found = staged_features(self.backbone.visual, images, self.stages, self.as_released)
+        found = staged_features(self.backbone.tower, images, self.stages, self.as_released)
         return Features(found.image_embedding, found.surgery, found.ordinary)
 
     def maps(self, features, text):
@@ -301,7 +301,7 @@ class ClipSurgery(Detector):
     def encode(self, images):
         layers = len(self.backbone.visual.transformer.resblocks)
         found = staged_features(
-            self.backbone.visual,
+            self.backbone.tower,
             images,
             [layers],
             as_released=False,

@@ -117,9 +117,9 @@ def attention_weights(block, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     For pictures only; the dual path itself never builds them.
     """
     q, k, v = queries_keys_values(block, x)
-    scale = q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5  # before the product, which float16 might not hold
     return tuple(
-        ((left @ right.mT) * scale).softmax(dim=-1).mean(dim=1) for left, right in ((q, k), (v, v))
+        ((left * scale) @ right.mT).softmax(dim=-1).mean(dim=1) for left, right in ((q, k), (v, v))
     )
 
 

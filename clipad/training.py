@@ -204,7 +204,7 @@ class _TokenSource:
         for images in load_images(samples, self.backbone.preprocess, self.batch_size):
             with torch.no_grad(), self.backbone.autocast():
                 found = staged_features(
-                    self.backbone.visual,
+                    self.backbone.tower,
                     images.to(self.backbone.device),
                     self.stages,
                     self.as_released,

@@ -51,7 +51,7 @@ class WinCLIP(Detector):
 
     def encode(self, images):
         """``image_embedding`` B x C, and as ``tokens`` the embeddings of the windows, per size B x W x C."""
-        visual = self.backbone.visual
+        visual = self.backbone.tower
         grid = visual.grid_size[0]
         sets = [
             windows(grid, k) for k in (grid, *SIZES)

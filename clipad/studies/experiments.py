@@ -111,10 +111,13 @@ class Experiment:
         on = (
             torch.cuda.get_device_name(device)
             if device.type == "cuda"
-            else f"CPU, {torch.get_num_threads()} threads"
+            else f"{device.type.upper()}, {torch.get_num_threads()} threads"
         )
         return {
-            "model": f"{self.backbone.name}, {self.backbone.pretrained}, weights {self.backbone.weights_hash}",
+            "model": f"{self.backbone.name}, {self.backbone.pretrained}, {self.backbone.activation}, "
+            f"weights {self.backbone.weights_hash}",
+            "pre-processing": f"{self.backbone.image_size} px, mean {_digits(self.backbone.mean)}, "
+            f"std {_digits(self.backbone.std)}",
             "data": f"{self.dataset.name}, {len(self.dataset)} images, samples {fingerprint(self.dataset)}",
             "code": f"clipad {importlib.metadata.version('clipad')}, sources {code_version()}",
             "versions": f"Python {platform.python_version()}, {versions}",
@@ -288,6 +291,10 @@ def _plain(value):
     if isinstance(value, np.integer):
         return int(value)
     return value
+
+
+def _digits(values) -> str:
+    return " ".join(f"{value:.4f}" for value in values)
 
 
 def _short_hash(text: str) -> str:

@@ -1,0 +1,336 @@
+"""Weights of a CLIP: downloaded by tag, or from a file as people have it (safetensors under any suffix, what
+``torch.save`` wrote in the course of a training, OpenAI's own TorchScript archives). Nothing in it is ever executed.
+
+What cannot be used is refused with what was found in it and what to do.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from open_clip.model import resize_pos_embed
+from safetensors.torch import load_file
+
+from clipad.files import content_hash
+
+FIRST = "visual.conv1.weight"
+"""the weights every plain CLIP vision transformer starts with: what stands before this name is a wrapper's prefix"""
+POSITIONS = "visual.positional_embedding"
+OPENAI_ONLY = ("input_resolution", "context_length", "vocab_size")
+"""three numbers that stand beside the weights in OpenAI's own files"""
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""what DataParallel, torch.compile and FSDP put into the names of weights"""
+UNUSED = ("attn_mask", "logit_bias", "text.transformer.embeddings.position_ids")
+"""what some versions store and no feature depends on"""
+
+
+@dataclass
+class Checkpoint:
+    """Weights by open_clip's names, floating ones as float32, and whether the file is in OpenAI's own form."""
+
+    state: dict[str, torch.Tensor]
+    openai: bool
+
+
+def download(name: str, tag: str, published: Mapping) -> Path:
+    """The file of one of open_clip's tags, from the cache of an earlier start or from where open_clip publishes it.
+
+    ``published``: open_clip's ``get_pretrained_cfg``. Raises OSError where it cannot be had, with the way round.
+    """
+    repository, _, given = published.get("hf_hub", "").rpartition("/")
+    files = [given] if given else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    for file in files if repository else ():
+        cached = try_to_load_from_cache(repository, file)
+        if isinstance(cached, str):
+            return _whole(Path(cached))
+    try:
+        if not repository:
+            return Path(open_clip.download_pretrained(published))
+        try:
+            path = hf_hub_download(repository, files[0])
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError) or len(files) == 1:
+                raise  # no answer at all, so nothing is known of the second file either
+            path = hf_hub_download(repository, files[1])
+    except (
+        Exception
+    ) as error:  # of the network, of the server's answer, of the disk: each library has its own
+        where = repository or published.get("url", "")
+        raise OSError(
+            f"the weights {tag!r} of {name} cannot be downloaded ({type(error).__name__}: {_first_line(error)}). "
+            f"Without a network, fetch {files[0]} of {where} on another machine and give its path as pretrained"
+        ) from error
+    return _whole(Path(path))
+
+
+def _whole(path: Path) -> Path:
+    """The file, if it holds what its name in the hub's cache, a SHA-256, promises."""
+    blob = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", blob.name) and content_hash(blob) != blob.name:
+        raise OSError(
+            f"{blob} is damaged: its SHA-256 is not the one in its name. Remove it and start again"
+        )
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The weights in a file. ValueError for one that holds no CLIP with a vision transformer, or several."""
+    content = _read(path)
+    candidates = list(_models(content))
+    if len(candidates) > 1:
+        # A training's running mean of its weights stands beside them; the weights themselves are meant.
+        candidates = [c for c in candidates if "ema" not in c[0].lower()] or candidates
+    if not candidates:
+        raise ValueError(_what_else(content))
+    if len(candidates) > 1:
+        raise ValueError(
+            f"it holds several models ({', '.join(repr(name) for name, _ in candidates)}): save the one you mean, "
+            "torch.save(its_state_dict, 'weights.pt')"
+        )
+    state = candidates[0][1]
+    openai = any(key in state for key in OPENAI_ONLY)
+    for key in OPENAI_ONLY:
+        state.pop(key, None)
+    for key, value in state.items():
+        if value.is_meta or not value.is_floating_point():
+            raise ValueError(
+                f"{key} holds no floating-point numbers ({value.dtype} on {value.device}): "
+                "save the model before it is quantised or emptied"
+            )
+    return Checkpoint({k: v.float() for k, v in state.items()}, openai)
+
+
+def load_weights(model, state: dict[str, torch.Tensor], resize: bool = False) -> None:
+    """Fill a CLIP with weights; ``resize`` interpolates the position embeddings to the model's image size.
+
+    Raises ValueError that names every kind of mismatch, and for weights that are not finite.
+    """
+    state, wanted = dict(state), model.state_dict()
+    for key in UNUSED:
+        if key not in wanted:
+            state.pop(key, None)
+    if not any(key.startswith("text.") for key in wanted):
+        state = {key.removeprefix("text."): value for key, value in state.items()}
+    if "logit_scale" in state and state["logit_scale"].numel() == 1:
+        state["logit_scale"] = state["logit_scale"].reshape(wanted["logit_scale"].shape)
+    patches = max(0, len(state.get(POSITIONS, ())) - 1)
+    side = math.isqrt(patches)
+    if resize and side and side * side == patches:
+        resize_pos_embed(state, model)
+    problems = [
+        _listed("missing", wanted.keys() - state.keys()),
+        _listed("unexpected", state.keys() - wanted.keys()),
+        _listed(
+            "of another shape",
+            [
+                f"{key} ({_shape(state[key])} in the file, {_shape(wanted[key])} in the model)"
+                for key in wanted.keys() & state.keys()
+                if state[key].shape != wanted[key].shape
+            ],
+        ),
+    ]
+    if any(problems):
+        hint = ""
+        if [k for k in wanted if k not in state or state[k].shape != wanted[k].shape] == [
+            POSITIONS
+        ] and side:
+            pixels = side * model.visual.patch_size[0]
+            hint = f". Weights of images of {pixels} pixels: load them with image_size={pixels}"
+        raise ValueError("; ".join(filter(None, problems)) + hint)
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"non-finite values in {key}: the file is damaged")
+    model.load_state_dict(state, strict=True)
+
+
+def _listed(kind: str, names) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} {kind}: {', '.join(names[:3])}{more}" if names else ""
+
+
+def _shape(value: torch.Tensor) -> str:
+    return " x ".join(map(str, value.shape)) or "a single number"
+
+
+def _models(content, name: str = "") -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Every CLIP in nested dictionaries: the name it stands under, and its weights without wrappers' prefixes."""
+    tensors, inner = {}, {}
+    for key, value in content.items():
+        if isinstance(value, torch.Tensor):
+            parts = (part for part in str(key).split(".") if part not in WRAPPERS)
+            tensors[".".join(parts)] = value
+        elif isinstance(value, Mapping):
+            inner[str(key)] = value
+    for key in tensors:
+        if key == FIRST or key.endswith("." + FIRST):
+            prefix = key.removesuffix(FIRST)
+            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            yield (name + "." + prefix).strip("."), own
+    for key, value in inner.items():
+        yield from _models(value, f"{name}.{key}".strip("."))
+
+
+def _what_else(content: Mapping) -> str:
+    """What a file without a CLIP holds, in one sentence."""
+    names = [str(key) for key in _keys(content)]
+    told = f"it holds {', '.join(names[:4]) or 'nothing'}{' ...' if len(names) > 4 else ''}"
+    if any("vision_model.embeddings" in name for name in names):
+        return (
+            f"it is in the form of Hugging Face transformers ({told}): open_clip publishes the same weights in its own "
+            "form, name a tag of the model instead of the file"
+        )
+    if any(name.endswith(("patch_embed.proj.weight", "conv1.weight")) for name in names):
+        return f"it holds an image tower without a text tower, or one of another kind ({told})"
+    if any(name.endswith(("linears.0.weight", "lora_A.weight")) for name in names):
+        return f"it holds an adapter, no whole model ({told}): merge it into its model first"
+    return f"it holds no CLIP with a vision transformer: no name ends in {FIRST!r}; {told}"
+
+
+def _keys(content: Mapping) -> Iterator:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _keys(value)
+        else:
+            yield key
+
+
+def _read(path: Path) -> Mapping:
+    """The content of a file by what it is, not by its suffix."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        raise ValueError("the file is empty")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            "it is a pointer of Git LFS, not the weights: fetch them with `git lfs pull`"
+        )
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError("it is a web page, not the weights: download the file itself")
+    if head[8:9] != b"{" and not head.startswith((b"PK", b"\x80")):
+        raise ValueError(
+            "it is neither safetensors nor a file of torch.save nor a TorchScript archive: "
+            f"it begins with {head[:8]!r}"
+        )
+    try:
+        content = load_file(path) if head[8:9] == b"{" else _unpickled(path)
+    except ValueError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(_WITH_CODE.format(_named(error))) from error
+    except Exception as error:  # zip, torch and safetensors each have their own for a broken file
+        raise ValueError(f"the file is damaged or incomplete ({_first_line(error)})") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"it holds a {type(content).__name__}, not weights by name: save model.state_dict()"
+        )
+    return content
+
+
+_WITH_CODE = (
+    "beside weights it holds {}, and pickled code is never executed. If you trust its source, save the weights alone: "
+    "found = torch.load(path, weights_only=False); torch.save(found['state_dict'], 'weights.pt'), or "
+    "found.state_dict() where a whole model was saved"
+)
+
+
+def _named(error: pickle.UnpicklingError) -> str:
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f"Python's {found[1]}" if found else "objects of Python"
+
+
+def _unpickled(path: Path):
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            root = next(
+                (name.removesuffix("/data.pkl") for name in names if name.endswith("/data.pkl")),
+                None,
+            )
+            if root is None:
+                raise ValueError(
+                    f"it is an archive of {', '.join(names[:3])} ...: unpack it and name the file inside"
+                )
+            if any(name.startswith(f"{root}/code/") for name in names):
+                return dict(_Script(archive, root).load().tensors())
+    with (
+        warnings.catch_warnings(),
+        open(path, "rb") as file,
+    ):  # by its path torch goes by the suffix
+        warnings.simplefilter("ignore", UserWarning)  # of the version of pickle in the file
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+class _Inert:
+    """Stands for any class or function that a pickle names; takes what it is given and does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        self.state = {}
+
+    def __setstate__(self, state):
+        self.state = state if isinstance(state, dict) else {}
+
+    def tensors(self, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+        for key, value in self.state.items():
+            if isinstance(value, torch.Tensor):
+                yield prefix + key, value
+            elif isinstance(value, _Inert):
+                yield from value.tensors(f"{prefix}{key}.")
+
+
+class _Script(pickle.Unpickler):
+    """The tensors of a TorchScript archive (OpenAI's form), without torch.jit: none of its code is loaded."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        self.archive, self.root = archive, root
+
+    def find_class(self, module, name):
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _tensor
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        return _Inert
+
+    def persistent_load(self, pid):
+        _, dtype, key, _, count = pid
+        content = self.archive.read(f"{self.root}/data/{key}")
+        return (
+            torch.frombuffer(bytearray(content), dtype=dtype)
+            if count
+            else torch.empty(0, dtype=dtype)
+        )
+
+
+def _tensor(storage, offset, size, stride, *_):
+    return storage.as_strided(size, stride, offset)
+
+
+_STORAGES = {
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ShortStorage": torch.int16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+}
