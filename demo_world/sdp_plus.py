@@ -1,8 +1,8 @@
 """Hyper-parameters of SDP+ for the demo, chosen on the validation rendering, which is not shipped.
 
-``python -m demo_world.sdp_plus`` trains on the categories of ``demo_aux``, tests on those of ``demo``, as the notebooks do,
-and prints the pixel metrics of SDP+ (mean over categories) for each choice, the best pixel AUROC first. What was chosen
-stands in ``clipad/published.py``. Five minutes on one core.
+``python -m demo_world.sdp_plus`` trains on the categories of ``demo_aux``, tests on those of ``demo`` (as the notebooks
+do), and prints the pixel metrics of SDP+ (mean over categories) for each choice, the best pixel AUROC first. What was
+chosen stands in ``clipad/published.py``. Five minutes on one core.
 """
 
 import itertools
