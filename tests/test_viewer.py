@@ -15,7 +15,7 @@ from clipad.studies.experiments import Experiment
 from clipad.studies.explorer import widget
 from clipad.studies.explorer.model import Explorer
 
-MODULE = Path(widget.__file__).with_name("widget.js")
+MODULE = Path(widget.__file__).with_name("numbers.js")
 SCRIPT = """
 import fs from "node:fs";
 const [module, folder] = process.argv.slice(2);
@@ -59,10 +59,10 @@ def in_javascript(state: dict, folder: Path) -> dict:
         return [stored(v) for v in value] if isinstance(value, list) else value
 
     (folder / "state.json").write_text(json.dumps(stored(state)))
-    shutil.copy(MODULE, folder / "widget.mjs")
+    shutil.copy(MODULE, folder / "numbers.mjs")
     (folder / "script.mjs").write_text(SCRIPT)
     done = subprocess.run(
-        [node, folder / "script.mjs", folder / "widget.mjs", folder],
+        [node, folder / "script.mjs", folder / "numbers.mjs", folder],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

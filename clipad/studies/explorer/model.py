@@ -1,7 +1,7 @@
 """The model of the explorer: settings -> what there is to see, a function of the settings alone.
 
 What the network makes of images and of sentences is kept, so that most questions cost milliseconds. The browser
-(``widget.js``) computes the same map from an :class:`Answer`; a test holds the two together.
+(``numbers.js``) computes the same map from an :class:`Answer`; a test holds the two together.
 
 Shapes: S pixels a side, N = G x G patches, T = 1 + N tokens (class token first), J stages, R reference images.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -137,7 +138,7 @@ class Explorer:
     # ------------------------------------------------------------------------------------------- settings
 
     def settings(self, **values) -> Settings:
-        """Complete settings from some; what is left out or empty is the published choice.
+        """Complete settings from some; what is left out or empty (a smoothing below 0) is the published choice.
 
         Without ``image`` the first anomalous one; without ``object_name`` the image's category; without ``look`` the
         highest patch of SDP's map and the last block. Raises ValueError for a name that is no setting, and what
@@ -152,8 +153,9 @@ class Explorer:
                 )
         image = values.get("image") or self.example(label=1)
         detector = values.get("detector") or "sdp"
-        plus = "_sdp_plus" if detector == "sdp_plus" else ""
-        sigma = getattr(self.protocol, f"smoothing_240{plus}") / 240 * self.size
+        plus = detector == "sdp_plus"
+        side = self.protocol.smoothing_240_sdp_plus if plus else self.protocol.smoothing_240
+        smoothing = values.get("smoothing", -1)
         chosen = Settings(
             image=image,
             object_name=values.get("object_name") or self.category(image),
@@ -164,17 +166,25 @@ class Explorer:
             flawless=values.get("flawless") or "",
             stages=tuple(values.get("stages") or self.stages),
             surgery=values.get("surgery", True),
-            smoothing=values.get("smoothing") or round(sigma, 1),
+            smoothing=round(side / 240 * self.size, 1) if smoothing < 0 else smoothing,
             false_alarms=values.get("false_alarms", 5.0),
             look=tuple(values.get("look") or (1, 1, self.depth)),
         )
         self.check(chosen)
         if not values.get("look"):
-            asked = Settings(image, self.category(image), rvs=self.protocol.rvs)
-            strongest = int(patch_values(self.answer(asked).z).argmax())
-            row, column = divmod(strongest, self.grid)
-            chosen = replace(chosen, look=(row + 1, column + 1, self.depth))
+            chosen = replace(chosen, look=(*self.highest_patch(chosen), self.depth))
         return chosen
+
+    def beside(self, first: Settings, changes: Mapping | None = None) -> Settings:
+        """Settings of B: those of A with some changed; without changes a flawless image of the same category."""
+        flawless = self.example(label=0, category=self.category(first.image))
+        return self.settings(**asdict(first) | dict(changes or {"image": flawless}))
+
+    def highest_patch(self, s: Settings) -> tuple[int, int]:
+        """Row and column, from 1, of the highest patch of SDP's map."""
+        found = self.answer(replace(s, detector="sdp"))
+        row, column = divmod(int(patch_values(found.z).argmax()), self.grid)
+        return row + 1, column + 1
 
     def category(self, image: str) -> str:
         """The category of an image of the data set; the first one for a file of the user's own."""
@@ -273,7 +283,10 @@ class Explorer:
         )
         text = text.to(self.backbone.device)
         detector = self._detector(s.detector)
-        one, many = (self._features(part, s.detector) for part in ((s.image,), names))
+        one = self._features((s.image,), s.detector)
+        many = self._features(names, s.detector)
+        if s.image in names and len(names) > 1:  # kept for all, so that A and B share them
+            many = many[[i for i, name in enumerate(names) if name != s.image]]
         prediction = detector.score_with(one, text)
         rows, z = self._cosines(s.detector, one, text)
         if s.detector in ("sdp", "clip_surgery"):
@@ -293,7 +306,7 @@ class Explorer:
         )
 
     def references(self, s: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of the flawless images, without the shown one, evenly spread; and what is to be said about them."""
+        """Names of flawless images, evenly spread (the shown one is left out later); and what is to be said of them."""
         if s.flawless:
             names, note = list_images(s.flawless), ""
         else:
@@ -307,7 +320,6 @@ class Explorer:
             elif not good:
                 note = "no image is known to be flawless: threshold and colours come from other images of the category"
             names = good or names
-        names = [name for name in names if name != s.image] or names
         places = np.linspace(0, len(names) - 1, min(REFERENCES, len(names))).round().astype(int)
         return tuple(names[i] for i in places), (note,) if note else ()
 

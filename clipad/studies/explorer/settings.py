@@ -7,10 +7,14 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from clipad.datasets import IMAGE_SUFFIXES
+
+if TYPE_CHECKING:
+    from clipad.studies.explorer.model import Explorer
 
 
 @dataclass(frozen=True)
@@ -73,20 +77,18 @@ def list_images(folder: str) -> list[str]:
 
 
 def command(
-    settings: Settings,
-    other: Settings,
-    default: tuple[Settings, Settings],
-    base: Mapping | None = None,
+    explorer: Explorer, settings: Settings, other: Settings, base: Mapping | None = None
 ) -> str:
     """What to type in a shell to get A and B again: ``clipad run 06 ...``.
 
-    ``default``: what A and B are when only A's image is given. ``base``: parameters with which the notebook itself runs
-    (preset, data set, model, ...); empty ones are left out.
+    ``base``: parameters with which the notebook itself runs (preset, data set, model, ...); empty ones are left out.
     """
+    default = explorer.settings(image=settings.image)
     values = {k: v for k, v in (base or {}).items() if v and (k, v) != ("preset", "demo")}
-    values |= {"image": settings.image} | _changes(default[0], settings)
-    if _changes(settings, other) != _changes(default[0], default[1]):
-        values["compare_with"] = _changes(settings, other)
+    values |= {"image": settings.image} | _changes(default, settings)
+    changed = _changes(settings, other)
+    if changed != _changes(settings, explorer.beside(settings)):
+        values["compare_with"] = changed or {"image": other.image}
     words = ["clipad", "run", "06"]
     for name, value in values.items():
         plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_./-][\w./-]*", value)
@@ -94,7 +96,7 @@ def command(
             words += ["-p", name, value]
         else:
             text = yaml.safe_dump(
-                {name: value}, default_flow_style=None, width=10_000, allow_unicode=True
+                {name: value}, default_flow_style=True, width=10_000, allow_unicode=True
             )
             words += ["-y", text.strip()]
     return shlex.join(words)

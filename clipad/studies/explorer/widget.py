@@ -1,4 +1,4 @@
-"""The image widget: what the model said, as data for the browser, which draws and computes the rest (``widget.js``).
+"""The image widget: what the model said, as data for the browser, which draws and computes the rest (``numbers.js``, ``widget.js``).
 
 With a kernel it is an anywidget. Without one, in a stored notebook or on a page of the book, the same module runs on
 the same data inside a piece of HTML that stands on its own.
@@ -25,6 +25,8 @@ from clipad.studies.explorer.settings import Settings
 from clipad.studies.figures import ANOMALOUS, MAP, NORMAL
 
 _HERE = Path(__file__).parent
+MODULE = "".join((_HERE / n).read_text(encoding="utf-8") for n in ("numbers.js", "widget.js"))
+STYLE = (_HERE / "widget.css").read_text(encoding="utf-8")
 _SIDE = 480
 """pixels, at most, of an image on its longer side"""
 
@@ -36,8 +38,8 @@ class Viewer(anywidget.AnyWidget):
     what the browser can change by itself, and is sent back.
     """
 
-    _esm = _HERE / "widget.js"
-    _css = _HERE / "widget.css"
+    _esm = MODULE
+    _css = STYLE
     setup = traitlets.Dict().tag(sync=True)
     pictures = traitlets.List().tag(sync=True)
     answers = traitlets.List().tag(sync=True)
@@ -158,14 +160,12 @@ def static_html(state: dict) -> str:
     content = len(header).to_bytes(4, "little") + header + b"".join(chunks)
     data = base64.b64encode(zlib.compress(content, 9)).decode()
     name = f"clipad-{hashlib.sha256(content).hexdigest()[:12]}"
-    module = (_HERE / "widget.js").read_text(encoding="utf-8")
-    module = re.sub(r"^export default ", "const widget = ", module, flags=re.MULTILINE)
+    module = re.sub(r"^export default ", "const widget = ", MODULE, flags=re.MULTILINE)
     module = re.sub(r"^export ", "", module, flags=re.MULTILINE)
-    style = (_HERE / "widget.css").read_text(encoding="utf-8")
     return (
         f'<div id="{name}"><p><em>An interactive figure stands here in a browser that runs scripts: in JupyterLab, '
         "once the notebook has been run, and in the book.</em></p></div>\n"
-        f"<style>{style}</style>\n"
+        f"<style>{STYLE}</style>\n"
         f'<script>(async () => {{\n{module}\nawait standAlone(widget, "{name}", "{data}");\n}})();</script>'
     )
 
