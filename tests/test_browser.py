@@ -1,10 +1,9 @@
-"""The explorer in a real JupyterLab, in headless Chromium: what a user does, and what a user sees.
+"""The explorer in headless Chromium, as a page without a kernel and in a real JupyterLab: what a user does and sees.
 
 Skipped where chromium or playwright is missing (``pip install -e '.[dev]'``, and the system's package ``chromium``).
 Screenshots are kept in outputs/browser/.
 """
 
-import base64
 import io
 import os
 import re
@@ -17,9 +16,14 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+import clipad
+from clipad.studies.experiments import Experiment
+from clipad.studies.explorer.model import Explorer
+from clipad.studies.explorer.widget import Viewer
 from clipad.tools import runner
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +114,7 @@ def lab(tmp_path):
 
 
 @pytest.fixture
-def page():
+def browser():
     api = pytest.importorskip("playwright.sync_api")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -120,10 +124,146 @@ def page():
                 "--disable-component-update", "--disable-sync",
             ],
         )  # fmt: skip
-        page = browser.new_page(viewport={"width": 1280, "height": 1500})
-        page.set_default_timeout(PATIENCE)
-        yield page
+        yield browser
         browser.close()
+
+
+class Visit:
+    """A page with what it asks of other hosts and what goes wrong in it."""
+
+    def __init__(self, browser, width=1280, height=1500, scheme="light"):
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme
+        )
+        self.page, self.elsewhere, self.faults = context.new_page(), [], []
+        self.page.set_default_timeout(PATIENCE)
+        near = re.compile(r"(https?|wss?)://127\.0\.0\.1|data:|blob:|file:")
+        self.page.on(
+            "request", lambda r: None if near.match(r.url) else self.elsewhere.append(r.url)
+        )
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+
+    def pixels(self, name="picture", side=0) -> str:
+        """What a canvas shows."""
+        canvas = self.page.locator(f"[data-is={name}]").nth(side)
+        return canvas.evaluate("c => c.toDataURL()")
+
+    def text(self, name, side=0) -> str:
+        return self.page.locator(f"[data-is={name}]").nth(side).inner_text()
+
+    def shot(self, name):
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
+
+    def serious(self, selector) -> list[str]:
+        """What axe calls serious or worse."""
+        axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+        found = axe.run(self.page, context=selector).response["violations"]
+        return [f"{v['id']}: {v['help']}" for v in found if v["impact"] in ("serious", "critical")]
+
+
+CLICKS = """async () => {
+  const canvas = document.querySelector("[data-is=picture]"), box = canvas.getBoundingClientRect(), taken = [];
+  for (let i = 0; i < 50; i++) {
+    const clientX = box.left + ((i * 37) % 100) / 100 * box.width;
+    const clientY = box.top + ((i * 61) % 100) / 100 * box.height;
+    const start = performance.now();
+    canvas.dispatchEvent(new MouseEvent("click", { clientX, clientY, bubbles: true }));
+    await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+    taken.push(performance.now() - start);
+  }
+  return taken.sort((a, b) => a - b)[25];
+}"""
+
+
+@pytest.fixture(scope="module")
+def still_page(tmp_path_factory):
+    """The image widget as it stands in a stored notebook or in the book: one HTML file."""
+    folder = tmp_path_factory.mktemp("page")
+    dataset = clipad.load_dataset("demo", categories=["screw"])
+    run = Experiment(
+        "06_explorer", {}, clipad.load_backbone("demo"), dataset, clipad.protocol("demo"),
+        clipad.load_prompts(), folder, seed=0,
+    )  # fmt: skip
+    explorer = Explorer(run)
+    first = explorer.settings()
+    text = Viewer(explorer, [first, explorer.beside(first)]).html()
+    path = folder / "explorer.html"
+    path.write_text(
+        "<!doctype html><html lang=en><meta charset=utf-8><title>Explorer</title>"
+        "<style>:root { color-scheme: light dark } body { font-family: sans-serif }</style>"
+        f"<main><h1>Explorer</h1>{text}</main></html>",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 900, 1400])
+def test_without_a_kernel_it_fits_and_can_be_read(still_page, browser, width, scheme):
+    visit = Visit(browser, width, 1000, scheme)
+    visit.page.goto(still_page.as_uri())
+    visit.page.locator(".clipad-explorer").wait_for()
+    visit.page.wait_for_timeout(300)
+    visit.shot(f"still-{scheme}-{width}")
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+    assert visit.serious(".clipad-explorer") == []
+    assert visit.faults == visit.elsewhere == []
+
+
+def test_without_a_kernel_clicks_keys_and_sliders_are_answered(
+    still_page, browser, record_property
+):
+    visit = Visit(browser)
+    page = visit.page
+    page.goto(still_page.as_uri())
+    canvas = page.locator("[data-is=picture]").first
+    canvas.wait_for()
+    page.wait_for_timeout(300)
+
+    before = {name: visit.pixels(name, side) for side in (0, 1) for name in ("qk", "vv")}
+    words = visit.text("cosines")
+    canvas.click(position={"x": 20, "y": 20})
+    assert visit.text("value").startswith("patch (1, 1)")
+    assert visit.text("value", 1).startswith("patch (1, 1)")  # the cursor is linked
+    assert visit.text("cosines") != words
+    assert {n: visit.pixels(n, side) for side in (0, 1) for n in ("qk", "vv")} != before
+
+    canvas.focus()
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowLeft", "ArrowLeft"):
+        canvas.press(key)
+    page.mouse.move(0, 0)
+    assert visit.text("value").startswith("patch (3, 1)")
+    assert "row 3, column 1" in page.locator("[data-is=status]").inner_text()
+
+    for name, key in (("opacity", "Home"), ("falseAlarms", "End"), ("smoothing", "End")):
+        seen = visit.pixels()
+        page.locator(f"[data-is={name}]").first.press(key)
+        assert visit.pixels() != seen, name
+    for name in ("truth", "contour"):
+        seen = visit.pixels()
+        page.locator(f"[data-is={name}]").press("Space")
+        assert visit.pixels() != seen, name
+    page.locator("[data-is=opacity]").press("End")
+    for box in ("[data-stage='3']", "[data-is=surgery]"):
+        seen, other = visit.pixels(), visit.pixels(side=1)
+        page.locator(box).first.press("Space")
+        assert visit.pixels() != seen, box
+        assert visit.pixels(side=1) == other  # B has settings of its own
+    page.locator("[data-is=shows]").nth(1).select_option("0")
+    page.locator("[data-stage='3']").nth(1).press("Space")
+    page.locator("[data-is=surgery]").nth(1).press("Space")
+    page.locator("[data-is=smoothing]").nth(1).press("End")
+    assert visit.pixels(side=1) == visit.pixels()  # A's image with A's settings
+
+    with page.expect_download() as download:
+        page.get_by_role("button", name="map (.npy)").first.click()
+    assert np.load(download.value.path()).shape == (96, 96)
+
+    taken = page.evaluate(CLICKS)
+    record_property("milliseconds_click_to_drawn", taken)
+    print(f"from click to drawn panel, median of 50: {taken:.0f} ms")
+    assert visit.faults == visit.elsewhere == []
 
 
 def photograph() -> bytes:
@@ -137,118 +277,88 @@ def photograph() -> bytes:
     return buffer.getvalue()
 
 
-def test_a_user_moves_a_slider_uploads_an_image_and_makes_a_mistake(lab, page, record_property):
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    elsewhere, faults = [], []
-    page.on(
-        "request",
-        lambda r: (
-            None
-            if re.match(r"(https?|wss?)://127\.0\.0\.1|data:|blob:", r.url)
-            else elsewhere.append(r.url)
-        ),
-    )
-    page.on("pageerror", lambda error: faults.append(str(error)))
-
+def test_in_jupyterlab_a_user_asks_uploads_and_errs(lab, browser, record_property):
+    visit = Visit(browser)
+    page = visit.page
     page.goto(lab)
     page.get_by_role("heading", name="06 · Explorer").wait_for()
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(
-        state="attached"
-    )
+    idle = page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first
+    idle.wait_for(state="attached")
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    figure = page.locator(".jupyter-widgets img[alt^='A:']")
-    figure.wait_for()
-    # the last cell has run: the record of the run is shown
-    page.get_by_role("cell", name="weights", exact=False).last.wait_for()
-    assert (
-        page.locator(
-            ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']"
-        ).count()
-        == 0
-    )
+    page.locator(".jupyter-widgets .clipad-explorer").wait_for()
+    page.get_by_role("cell", name="weights", exact=False).last.wait_for()  # the record of the run
+    stderr = "[data-mime-type='application/vnd.jupyter.stderr']"
+    assert page.locator(f".jp-OutputArea-output{stderr}").count() == 0
+    page.set_default_timeout(60_000)
 
-    def source() -> str:
-        return figure.get_attribute("src")
-
-    def png() -> bytes:
-        return base64.b64decode(source().split(",", 1)[1])
-
-    def changed_from(before: str, name: str) -> float:
-        """Seconds until the figure is another one; a screenshot of it is kept."""
-        start = time.perf_counter()
-        page.wait_for_function(
-            "before => document.querySelector(\".jupyter-widgets img[alt^='A:']\").src !== before",
-            arg=before, polling=5,
-        )  # fmt: skip
-        taken = time.perf_counter() - start
-        figure.scroll_into_view_if_needed()
-        page.screenshot(path=SHOTS / f"{name}.png")
-        return taken
-
-    def pixels(content: bytes):
-        return Image.open(io.BytesIO(content)).convert("RGB").tobytes()
-
-    assert (
-        page.locator(".jp-RenderedImage img").count() == 1
-    )  # the static figure, above the controls
-    figure.scroll_into_view_if_needed()
-    page.screenshot(path=SHOTS / "1-controls.png")
+    panel = ".jp-OutputArea-output:has(.clipad-explorer)"
+    page.locator(panel).scroll_into_view_if_needed()
+    page.locator(panel).screenshot(path=SHOTS / "lab-panel.png")
     cut_off = """() => [...document.querySelectorAll('.jupyter-widgets .widget-label, .jupyter-widgets button')]
         .filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"""
     assert page.evaluate(cut_off) == []
-    room = figure.evaluate("e => e.closest('.jp-OutputArea-output').getBoundingClientRect().right")
-    assert figure.bounding_box()["x"] + figure.bounding_box()["width"] <= room
+    assert visit.serious(panel) == []
 
-    page.set_default_timeout(60_000)
+    def changed(act) -> float:
+        """Milliseconds until image A is drawn anew."""
+        page.evaluate("""() => { const c = document.querySelector("[data-is=picture]");
+          window.before = c.toDataURL(); window.seen = new Promise((done) => { const look = () =>
+            c.toDataURL() === window.before ? requestAnimationFrame(look) : done(performance.now());
+            window.begun = performance.now(); look(); }); }""")
+        act()
+        return page.evaluate("() => window.seen.then((end) => end - window.begun)")
 
-    # a slider, by keyboard
-    first = png()
-    before = source()
-    handle = page.locator(".widget-slider", has_text="threshold").get_by_role("slider")
-    for _ in range(10):
-        handle.press("ArrowRight")
+    field = page.get_by_label("normal", exact=True)
+    times = []
+    for words in ("perfect", "unblemished", "flawless", "{} without scratch", "{} without crack"):
+        field.fill(words)
+        times.append(changed(lambda: field.press("Enter")))
+    record_property("milliseconds_words_to_map", sorted(times))
+    print(f"from words to new map, median of 5: {sorted(times)[2]:.0f} ms")
+    assert "without crack" in page.locator(".jupyter-widgets pre").inner_text()
+
+    # A click changes the command, too: the kernel hears of it.
+    page.locator("[data-is=picture]").first.click(position={"x": 15, "y": 15})
     page.wait_for_function(
-        "() => document.querySelector('.jupyter-widgets pre').innerText.includes('threshold 0.6')"
+        "() => document.querySelector('.jupyter-widgets pre').innerText.includes('look: [1, 1, 12]')"
     )
-    changed_from(before, "2-threshold")
-    assert pixels(png()) != pixels(first)
 
-    # another slider, timed from one key press to the new figure in the page
-    before = source()
-    start = time.perf_counter()
-    page.locator(".widget-slider", has_text="smoothing").first.get_by_role("slider").press(
-        "ArrowRight"
+    # Forty changes in a row end in the last one.
+    name = page.get_by_label("object", exact=True)
+    for number in range(40):
+        name.fill("screw" if number == 39 else f"nut{'' if number % 2 else ' bolt'}")
+        name.press("Enter")
+    page.wait_for_function(
+        "() => document.querySelector('[data-is=title]').innerText.endsWith('screw')"
+        " && !document.querySelector('.jupyter-widgets pre').innerText.includes('object_name')"
     )
-    changed_from(before, "3-smoothing")
-    record_property("seconds_slider_to_figure", time.perf_counter() - start)
-    print(f"from key press to figure and screenshot: {time.perf_counter() - start:.2f} s")
 
-    # an upload
-    before, second = source(), png()
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name=re.compile("Upload an image")).click()
-    chooser.value.set_files(
-        {"name": "my photo.jpg", "mimeType": "image/jpeg", "buffer": photograph()}
-    )
-    changed_from(before, "4-upload")
-    assert pixels(png()) != pixels(second)
-    assert "my_photo.jpg" in page.locator(".jupyter-widgets pre").inner_text()
-
-    # mistakes are told, and leave the figure
-    before = source()
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name=re.compile("Upload an image")).click()
-    chooser.value.set_files(
-        {"name": "broken.png", "mimeType": "image/png", "buffer": photograph()[:300]}
-    )
-    page.get_by_role("alert").filter(has_text="broken.png").wait_for()
-    name = page.locator(".widget-text", has_text="object").first.locator("input")
+    # Mistakes are told beside their control, and what was shown stays.
+    seen = visit.pixels()
     name.fill("")
     name.press("Tab")
     page.get_by_role("alert").filter(has_text="no name").wait_for()
-    page.screenshot(path=SHOTS / "5-mistake.png")
-    assert source() == before
+    field.fill("{")
+    field.press("Tab")
+    page.get_by_role("alert").filter(has_text="braces").wait_for()
+    assert visit.pixels() == seen
+    name.fill("screw")
+    name.press("Tab")
+    field.fill("flawless")
+    field.press("Tab")
+    page.wait_for_function("() => !document.querySelector('[role=alert]')")
 
-    assert faults == []
-    assert elsewhere == []
+    button = page.get_by_role("button", name=re.compile("Upload an image"))
+    for file, content, role in (
+        ("my photo.jpg", photograph(), "status"),
+        ("broken.png", photograph()[:300], "alert"),
+    ):
+        with page.expect_file_chooser() as chooser:
+            button.click()
+        chooser.value.set_files({"name": file, "mimeType": "image/*", "buffer": content})
+        told = "asked about as" if role == "status" else file
+        page.get_by_role(role).filter(has_text=told).wait_for()
+    assert "my_photo.jpg" in page.locator(".jupyter-widgets pre").inner_text()
+    page.locator(panel).screenshot(path=SHOTS / "lab-upload.png")
+    assert visit.faults == visit.elsewhere == []

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import html
-import io
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import ipywidgets as w
+from IPython.display import Image, display
 
 from clipad.datasets import read_image
 from clipad.files import write_atomically
@@ -26,6 +26,19 @@ _ABOUT = "[An interactive explorer: open this notebook in JupyterLab and run it 
 _VECTORS = {"mean_shift": "mean shift", "dbscan": "DBSCAN", "pca": "PCA", "kde": "KDE"}
 _STYLE = {"description_width": "6.5em"}
 _WIDE = w.Layout(width="auto", min_width="0")
+
+
+def show_still() -> None:
+    """A picture of the panel, for readers without a kernel and without scripts."""
+    alt = (
+        "Screenshot of the explorer. At the top fields for category, image, upload, folders, object, words, method "
+        "and text vector. Below, A and B side by side: the image under its map with the threshold line and the chosen "
+        "patch; q-k and v-v attention and the cosines of that patch; a histogram of the flawless images' maxima with "
+        "threshold and this image as lines. At the bottom the phrases with the highest cosines and a command to "
+        "repeat the view."
+    )
+    picture = Path(__file__).with_name("still.png").read_bytes()
+    display(Image(picture, format="png", alt=alt), metadata={"image/png": {"alt": alt}})
 
 
 class Panel(w.VBox):
@@ -85,13 +98,16 @@ class Controls:
         self.sides = w.ToggleButtons(
             options={"A and B": (0, 1), "A": (0,), "B": (1,)}, description="change", style=_STYLE
         )
-        text = {"continuous_update": False, "style": _STYLE, "layout": _WIDE}
+        look = {"style": _STYLE, "layout": _WIDE}
+        text = look | {"continuous_update": False}
         self.controls = {
             "category": w.Dropdown(
-                description="category", options=explorer.dataset.categories, **text
+                description="category", options=explorer.dataset.categories, **look
             ),
-            "image": w.Dropdown(description="image", **text),
-            "upload": w.FileUpload(accept="image/*", description="Upload an image"),
+            "image": w.Dropdown(description="image", **look),
+            "upload": w.FileUpload(
+                accept="image/*", description="Upload an image", layout=w.Layout(width="14em")
+            ),
             "folder": w.Text(
                 description="own folder", placeholder="path of a folder of images", **text
             ),
@@ -102,12 +118,12 @@ class Controls:
             "detector": w.Dropdown(
                 description="method",
                 options=[(DETECTOR_NAMES[n], n) for n in explorer.detectors],
-                **text,
+                **look,
             ),
             "rvs": w.Dropdown(
                 description="text vector",
                 options=[(_VECTORS.get(n, n), n) for n in METHODS],
-                **text,
+                **look,
             ),
             "normal_words": w.Text(
                 description="normal", placeholder="flawless, {} without scratch", **text
@@ -214,23 +230,24 @@ class Controls:
     def _upload(self, files) -> list[dict]:
         if not files:
             return [{} for _ in self.sides.value]
-        file, path = files[-1], None
+        file = files[-1]
         content = bytes(file["content"])
         with self._hold():
             self.controls["upload"].value = ()  # so that the same file can be chosen again
-        try:
-            read_image(io.BytesIO(content))
-        except OSError as error:
-            raise OSError(re.sub(r"<_io.BytesIO[^>]*>", file["name"], str(error))) from None
         name = re.sub(r"[^A-Za-z0-9.-]", "_", file["name"])[-60:]  # a path, or dots, lead nowhere
-        path = self.uploads / f"{hashlib.sha256(content).hexdigest()[:8]}-{name}"
-        write_atomically(path.resolve(), content)
-        self._own[str(path.resolve())] = f"uploaded: {file['name']}"
+        path = (self.uploads / f"{hashlib.sha256(content).hexdigest()[:8]}-{name}").resolve()
+        write_atomically(path, content)
+        try:
+            read_image(path)
+        except OSError as error:
+            path.unlink()
+            raise OSError(str(error).replace(str(path), file["name"])) from None
+        self._own[str(path)] = f"uploaded: {file['name']}"
         named = self.asked[self.sides.value[0]].object_name
         self.fields["upload"].say(
             f"asked about as {named!r}: type under object what it shows", wrong=False
         )
-        return [{"image": str(path.resolve())} for _ in self.sides.value]
+        return [{"image": str(path)} for _ in self.sides.value]
 
     def _folder(self, name: str) -> list[dict]:
         if not name.strip():

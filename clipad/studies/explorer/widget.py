@@ -1,4 +1,4 @@
-"""The image widget: what the model said, as data for the browser, which draws and computes the rest (``numbers.js``, ``widget.js``).
+"""The image widget: what the model said, as data for the browser (``numbers.js``, ``widget.js``), which does the rest.
 
 With a kernel it is an anywidget. Without one, in a stored notebook or on a page of the book, the same module runs on
 the same data inside a piece of HTML that stands on its own.
