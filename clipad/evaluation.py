@@ -10,11 +10,12 @@ import hashlib
 import io
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -224,19 +225,31 @@ def batches(
             yield category, images.to(backbone.device, non_blocking=True)
 
 
+def in_parts(compute: Callable[[torch.Tensor], Any], images: torch.Tensor) -> list:
+    """``compute(images)``, in a list of one; where GPU memory runs out, of both halves, or of parts that fit.
+
+    Raises what ``compute`` raises, and its error when one image is too much.
+    """
+    try:
+        return [compute(images)]
+    except RuntimeError as error:
+        if len(images) == 1 or not _out_of_memory(error):
+            raise
+    torch.cuda.empty_cache()  # outside of the handler, which would keep what failed alive
+    return [part for half in images.chunk(2) for part in in_parts(compute, half)]
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Also when it was cuBLAS or cuDNN that could not allocate."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+
+
 def predict_halving(
     detector, images: torch.Tensor, category: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Maps and probabilities; a batch that does not fit into GPU memory is halved until it does."""
-    try:
-        prediction = detector.predict(images, category)
-        return prediction.maps, prediction.probabilities
-    except torch.OutOfMemoryError:
-        if len(images) == 1:
-            raise
-        torch.cuda.empty_cache()
-    halves = [predict_halving(detector, half, category) for half in images.chunk(2)]
-    return tuple(torch.cat(values) for values in zip(*halves, strict=True))
+    parts = in_parts(lambda part: detector.predict(part, category), images)
+    return torch.cat([p.maps for p in parts]), torch.cat([p.probabilities for p in parts])
 
 
 def _run_category(detector, category, samples, dataset, folder, batch_size, workers, bar):
