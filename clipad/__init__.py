@@ -15,7 +15,7 @@ _HOME = {
     "prompts": ["Prompts", "load_prompts"],
     "text": ["representative_vector", "representative_vectors"],
     "dual_path": ["StagedFeatures", "staged_features"],
-    "surgery": ["feature_surgery", "similarity_map"],
+    "surgery": ["feature_surgery", "similarity_map", "smooth"],
     "linear_layers": ["LinearLayers"],
     "training": ["load_layers", "train"],
     "detectors": ["ClipSurgery", "Direct", "Features", "Prediction", "SDP", "SDPPlus"],

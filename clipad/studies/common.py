@@ -446,8 +446,9 @@ def show_claims(run) -> pd.DataFrame:
         told = "" if exact else f"{Interval(*ends):{'' if entry['level'] else '+'}}"
         metric = METRIC_NAMES.get(entry["metric"], entry["metric"])
         holds = "" if np.isnan(p) or "no " in entry["verdict"] else "yes" if p < 0.05 else "no"
+        source = "" if entry["source"] == "ours" else f" ({entry['source']})"
         rows.append(
-            f"| {entry['sentence']} ({entry['source']}) | {entry['verdict']} | {metric} {told} | {holds} |"
+            f"| {entry['sentence']}{source} | {entry['verdict']} | {metric} {told} | {holds} |"
         )
     tested = int((~np.isnan(adjusted)).sum())
     rows.append(

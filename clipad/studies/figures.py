@@ -91,7 +91,7 @@ def image_array(image, size: int) -> np.ndarray:
 def contour(ax, mask: np.ndarray) -> None:
     """Ground truth as a white line on a black one, visible on any map."""
     if mask is not None and mask.any():
-        for colour, width in (("black", 2.4), ("white", 1.0)):
+        for colour, width in (("black", 1.6), ("white", 0.8)):
             ax.contour(mask, levels=[0.5], colors=[colour], linewidths=width)
 
 
