@@ -1,23 +1,14 @@
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from sklearn.metrics import average_precision_score, roc_auc_score
-from small_data import make_folder
 
 from clipad.detectors import SDP, Direct
 from clipad.evaluation import evaluate
-from clipad.metrics import pixel_metrics
-from clipad.studies.benchmark import (
-    RATES,
-    benchmark,
-    beside_published,
-    costs,
-    curves_of,
-    in_words,
-    typical,
-)
+from clipad.studies import benchmark as study
+from clipad.studies.common import METRICS, Scores
+from clipad.surgery import smooth
 from clipad.winclip import WinCLIP
+from small_data import make_folder
 
 
 @pytest.fixture
@@ -36,156 +27,95 @@ def detectors(tiny_backbone):
 
 @pytest.fixture
 def result(detectors, data):
-    return benchmark(detectors, data, n_resamples=10, progress=False)
+    return study.benchmark(detectors, data, resamples=10)
 
 
 def test_the_numbers_are_those_of_evaluate(result, detectors, data):
     for detector in detectors:
         expected = evaluate(detector, data, progress=False)
-        found = result.table(detector.name)
+        found = result.scores.table(detector.name)
         np.testing.assert_allclose(found, expected.table[found.columns], atol=1e-9)
         images = result.images[result.images["method"] == detector.name]
         np.testing.assert_allclose(images["score"], expected.images["image_score"], atol=1e-6)
-    assert result.pro["exact"].notna().all()
-    assert (result.pro["released"] == 0).all()
 
 
 def test_a_stopped_benchmark_continues_and_ends_the_same(
     detectors, data, tmp_path, result, monkeypatch
 ):
     folder = tmp_path / "kept"
-    benchmark(detectors[:1], data, folder, n_resamples=10, progress=False)
+    study.benchmark(detectors[:1], data, folder, resamples=10)
     monkeypatch.setattr(type(detectors[0]), "features", lambda *_: pytest.fail("computed again"))
-    for other in detectors[
-        1:
-    ]:  # Detector.features was replaced for all: give the others theirs back
-        monkeypatch.setattr(
-            other, "features", lambda images, d=other: _features(d, images), raising=False
-        )
-    found = benchmark(detectors, data, folder, n_resamples=10, progress=False)
-    np.testing.assert_allclose(found.comparison.numbers, result.comparison.numbers, atol=1e-9)
+    again = study.benchmark(detectors, data, folder, resamples=10)
+    np.testing.assert_array_equal(again.scores.values, result.scores.values)
+    damaged = sorted(folder.glob("*.npz"))[-1]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    monkeypatch.undo()
+    again = study.benchmark(detectors, data, folder, resamples=10)
+    np.testing.assert_array_equal(again.scores.values, result.scores.values)
 
 
-def _features(detector, images):
-    with torch.no_grad():
-        return detector.encode(images)
+def test_two_detectors_of_one_name_are_refused(detectors, data):
+    with pytest.raises(ValueError, match="names"):
+        study.benchmark([detectors[0], detectors[0]], data)
 
 
-def test_data_without_masks_have_image_metrics_only(tiny_backbone, tmp_path):
-    folder = make_folder(tmp_path / "x", ("bolt",))
-    for mask in (folder.root).rglob("*_mask.png"):
-        mask.unlink()
-    for place in sorted((folder.root).rglob("ground_truth/*"), reverse=True):
-        place.rmdir()
-    (folder.root / "bolt" / "ground_truth").rmdir()
-    from clipad.datasets import load_dataset
+def test_smoothed_winclip_is_winclip_smoothed(tiny_backbone, data):
+    plain, smoothed = WinCLIP(tiny_backbone), study.SmoothedWinCLIP(tiny_backbone)
+    part = data.select("bolt")
+    maps, _ = study.predict(plain, part, "bolt")
+    found, _ = study.predict(smoothed, part, "bolt")
+    import torch
 
-    result = benchmark(
-        [SDP(tiny_backbone, rvs="mean")],
-        load_dataset("folder", folder.root),
-        n_resamples=5,
-        progress=False,
-    )
-    assert set(result.means().columns) == {"image_auroc", "image_f1_max", "image_ap"}
-    assert np.isnan(result.prevalence["pixel"])
-    assert result.curve("SDP", "image_roc")[-1] == 1
+    expected = smooth(torch.from_numpy(maps), 8 / 240 * tiny_backbone.image_size).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_curves_have_the_areas_of_their_metrics():
-    rng = np.random.default_rng(0)
-    masks = np.zeros((6, 24, 24), bool)
-    masks[:3, 4:12, 6:15] = True
-    scores = (masks + rng.normal(size=masks.shape)).astype(np.float32)
-    curves = curves_of(scores, masks)
-    assert np.trapezoid(curves["roc"], RATES) == pytest.approx(
-        roc_auc_score(masks.ravel(), scores.ravel()), abs=0.01
-    )
-    assert np.trapezoid(curves["pr"], RATES) == pytest.approx(
-        average_precision_score(masks.ravel(), scores.ravel()), abs=0.02
-    )
-    inside = RATES <= 0.3
-    area = np.trapezoid(curves["pro"][inside], RATES[inside]) / 0.3
-    assert area == pytest.approx(pixel_metrics(scores, masks)["pro"], abs=0.02)
-    assert np.isnan(curves["pro"][~inside]).all()
+def scores_of(means):
+    """Scores without noise but for one draw in ten: categories a (texture) and b."""
+    values = np.full((len(means), 2, len(METRICS), 51), np.nan)
+    for m, (low, noise) in enumerate(means.values()):
+        draws = np.full(51, low)
+        draws[1::2] += noise
+        draws[2::2] -= noise
+        values[m, :, :, :] = draws
+    return Scores(tuple(means), ("leather", "bolt"), METRICS, values)
 
 
-def test_published_numbers_stand_beside_ours(result, data, tmp_path, monkeypatch):
-    """A stand-in for data/published_results.csv, for which the data set is called mvtec."""
-    table = pd.DataFrame(
-        [
-            ["SDP", "mvtec", "bolt", "pixel", "auroc", 60.0, "published", "made up"],
-            ["SDP", "mvtec", "mean", "pixel", "pro", 50.0, "derived", "made up"],
-            ["MuSc", "mvtec", "bolt", "image", "auroc", 97.8, "run by others", "made up"],
-            [
-                "SDP",
-                "mvtec",
-                "cable",
-                "pixel",
-                "auroc",
-                70.0,
-                "published",
-                "a category that was not run",
-            ],
-            ["SDP", "visa", "bolt", "pixel", "auroc", 70.0, "published", "another data set"],
-        ],
-        columns=["method", "dataset", "category", "level", "metric", "percent", "kind", "source"],
-    )
-    table.to_csv(tmp_path / "published_results.csv", index=False)
-    monkeypatch.setenv("CLIPAD_DATA", str(tmp_path))
-    named = type(data)("mvtec", data.root, data.categories, data.samples)
-    found = beside_published(result, named)
-    # The mean is left out: two of our own categories are not the fifteen of MVTec AD.
-    assert found[["method", "category"]].to_numpy().tolist() == [["SDP", "bolt"], ["MuSc", "bolt"]]
-    ours = result.table("SDP").loc["bolt", "pixel_auroc"]
-    row = found.iloc[0]
-    assert row["ours"] == ours
-    assert row["difference"] == pytest.approx(ours - 0.6)
-    assert row["low"] <= ours <= row["high"]
-    assert row["kind"] == "published"
-    assert np.isnan(found.iloc[1]["ours"])
-    monkeypatch.setattr(
-        "clipad.studies.benchmark.EXPECTED", {"mvtec": dict.fromkeys(data.categories)}
-    )
-    whole = beside_published(result, named).set_index("category")
-    assert whole.loc["mean", "ours"] == result.table("SDP").loc["mean", "pixel_pro"]
+def test_advice_prefers_quick_methods_that_are_not_significantly_worse():
+    spent = pd.Series({"quick": 1.0, "equal": 1.2, "slow": 10.0, "worse": 0.5})
+    scores = scores_of({"quick": (0.80, 0.1), "equal": (0.81, 0.1), "slow": (0.85, 0.0), "worse": (0.4, 0.0)})
+    found = study.advice(scores, "pixel_pro", spent, "maps", ["bolt"])
+    assert (found.best, found.take) == ("slow", "equal")
+    assert set(found.equals) == {"quick", "equal", "slow"}
+    assert [a.use for a in study.all_advice(scores, spent)][:2] == ["maps of textures", "maps of objects"]
 
 
-def test_nothing_is_published_for_a_folder(result, data):
-    assert beside_published(result, data).empty
+def test_gallery_rows_follow_their_rule(detectors, data):
+    rows = study.gallery_rows({d.name: d for d in detectors}, data, data.categories)
+    assert len(rows) == len(data.categories)
+    for row in rows:
+        sample = next(s for s in data if s.image_path == row.path)
+        assert sample.label == 1
+        assert set(row.maps) == set(row.thresholds) == {d.name for d in detectors}
 
 
-def test_costs(detectors, data):
-    table = costs(detectors, data, batch_size=2, repeats=2)
-    assert table["relative"].min() == 1
-    assert (table["ms per image"] > 0).all()
-    assert table.loc["WinCLIP", "relative"] > 1
+def test_published_numbers_stand_beside_ours_of_the_same_categories(monkeypatch):
+    from types import SimpleNamespace
+
+    categories = ("bottle", "screw")
+    values = np.full((1, 2, len(METRICS), 3), 0.9)
+    scores = Scores(("WinCLIP",), categories, METRICS, values)
+    part = study.beside_published(scores, SimpleNamespace(name="mvtec", categories=categories))
+    assert set(part["category"]) == set(categories)  # means of all 15 do not stand beside two of ours
+    winclip = part[(part["method"] == "WinCLIP") & (part["metric"] == "pixel_auroc")]
+    np.testing.assert_allclose(winclip["difference"], 0.9 - winclip["published"])
+    monkeypatch.setitem(study.EXPECTED, "mvtec", dict.fromkeys(categories))
+    whole = study.beside_published(scores, SimpleNamespace(name="mvtec", categories=categories))
+    assert "mean" in set(whole["category"])
+    assert len(study.beside_published(scores, SimpleNamespace(name="demo", categories=("screw",)))) == 0
 
 
-def test_wrong_calls_are_refused(detectors, data):
-    with pytest.raises(ValueError, match="names of their own"):
-        benchmark([detectors[0], detectors[0]], data)
-    with pytest.raises(ValueError, match="2 resamples"):
-        benchmark(detectors, data, n_resamples=1)
-
-
-def test_one_typical_image_per_category(detectors, data):
-    chosen, maps = typical({d.name: d for d in detectors}, data)
-    assert [s.category for s in chosen] == list(data.categories)
-    assert all(s.label == 1 for s in chosen)
-    assert {name: values.shape for name, values in maps.items()} == dict.fromkeys(maps, (2, 32, 32))
-
-
-def test_words_follow_the_interval():
-    table = pd.DataFrame(
-        {
-            "difference": [0.1, -0.1, 0.1],
-            "low_both": [0.05, -0.2, -0.1],
-            "high_both": [0.2, -0.05, 0.2],
-        }
-    )
-    table.index = ["pixel_auroc", "pixel_pro", "image_auroc"]
-    said = in_words({"A": table}, ["pixel_auroc", "pixel_pro", "image_auroc", "pixel_ap"])["A"]
-    assert said == (
-        "pixel AUROC +10.0 [+5.0, +20.0] (higher), PRO -10.0 [-20.0, -5.0] (lower), "
-        "image AUROC +10.0 [-10.0, +20.0] (not told apart)"
-    )
+def test_for_data_without_published_numbers_those_of_mvtec_stand_for_orientation():
+    demo, mvtec = study.published_means("demo"), study.published_means("mvtec")
+    pd.testing.assert_frame_equal(demo, mvtec)
+    assert demo.loc[("WinCLIP", "published"), "pixel_auroc"] == pytest.approx(0.851)

@@ -6,7 +6,6 @@ from small_data import make_folder
 from clipad.prompts import CLIP_AD
 from clipad.studies.benchmark.released_program import (
     angles_to_mean,
-    extremes,
     min_max,
     vanished,
     without_one,
@@ -50,10 +49,7 @@ def test_min_max_of_each_image_lights_up_a_flat_map():
     assert np.isfinite(min_max(np.zeros((2, 3, 3)), per_image=True)).all()
 
 
-def test_extremes_are_chosen_by_the_map():
-    maps = np.arange(7)[:, None, None] * np.ones((7, 2, 2))
-    assert extremes(maps, [1, 0, 1, 0, 1, 0, 0]) == [1, 5, 6, 0, 2, 4]
-    assert extremes(maps[:2], [1, 1]) == [0, 1, 1]
+
 
 
 def test_thin_defects_vanish(tmp_path):

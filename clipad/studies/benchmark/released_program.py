@@ -15,6 +15,7 @@ from scipy import ndimage
 from clipad.datasets import Dataset, native_size, read_mask, resize_mask
 from clipad.evaluation import published_image_score
 from clipad.metrics import image_metrics
+from clipad.studies.common import Scores, score
 from clipad.text import representative_vectors
 
 SELECTIONS = {
@@ -93,14 +94,6 @@ def min_max(maps: np.ndarray, per_image: bool) -> np.ndarray:
     return (maps - low) / np.maximum(high - low, 1e-12)
 
 
-def extremes(maps: np.ndarray, labels: Sequence[int]) -> list[int]:
-    """The normal, then the anomalous images with the lowest, median and highest maximum of the map."""
-    maxima, labels = maps.max(axis=(1, 2)), np.asarray(labels)
-    order = np.argsort(maxima, kind="stable")
-    rows = [order[labels[order] == label] for label in (0, 1)]
-    return [int(row[at]) for row in rows if len(row) for at in (0, len(row) // 2, -1)]
-
-
 def vanished(dataset: Dataset, shrink: Sequence[float]) -> pd.DataFrame:
     """Ground truth after the published resize (bilinear, threshold 0.5), per factor by which the longer side shrinks.
 
@@ -128,3 +121,38 @@ def vanished(dataset: Dataset, shrink: Sequence[float]) -> pd.DataFrame:
             "area": np.nanmean(left),
         }
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("shrunk by")
+
+
+def vectors_of(run, name: str) -> dict[str, torch.Tensor]:
+    """The text vectors per category of one of ``SELECTIONS``, of the plain ``mean``, or in ``float16``."""
+    method, options = SELECTIONS.get(name, ("mean", {}))
+    if name == "float16":
+        method, options = run.protocol.rvs, run.protocol.rvs_options
+    found = {}
+    for category in run.dataset.categories:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # DBSCAN that finds nothing but noise is counted elsewhere
+            text = representative_vectors(run.backbone, category, run.prompts, method, **options)
+        found[category] = text.half().float() if name == "float16" else text
+    return found
+
+
+def scores_by_text(
+    sdp, kept, texts: Mapping[str, Mapping[str, torch.Tensor]], resamples: int, seed: int
+) -> Scores:
+    """The same detector and features with several sets of text vectors, on the same draws."""
+    maps, probabilities = {}, {}
+    for name, text in texts.items():
+        parts = {}
+        for category in kept.dataset.categories:
+            at = kept.where(category)
+            own = kept.features[torch.from_numpy(at)].to(sdp.backbone.device)
+            parts[category] = at, sdp.score_with(own, text[category])
+        size = sdp.backbone.image_size
+        maps[name] = np.empty((len(kept.dataset), size, size), np.float32)
+        probabilities[name] = np.empty(len(kept.dataset), np.float32)
+        for at, found in parts.values():
+            maps[name][at], probabilities[name][at] = found.maps, found.probabilities
+    return score(maps, probabilities, kept, resamples, seed)
