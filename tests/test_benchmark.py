@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from small_data import make_folder
 
 from clipad.detectors import SDP, Direct
 from clipad.evaluation import evaluate
@@ -8,7 +9,6 @@ from clipad.studies import benchmark as study
 from clipad.studies.common import METRICS, Scores
 from clipad.surgery import smooth
 from clipad.winclip import WinCLIP
-from small_data import make_folder
 
 
 @pytest.fixture
@@ -83,11 +83,16 @@ def scores_of(means):
 
 def test_advice_prefers_quick_methods_that_are_not_significantly_worse():
     spent = pd.Series({"quick": 1.0, "equal": 1.2, "slow": 10.0, "worse": 0.5})
-    scores = scores_of({"quick": (0.80, 0.1), "equal": (0.81, 0.1), "slow": (0.85, 0.0), "worse": (0.4, 0.0)})
+    scores = scores_of(
+        {"quick": (0.80, 0.1), "equal": (0.81, 0.1), "slow": (0.85, 0.0), "worse": (0.4, 0.0)}
+    )
     found = study.advice(scores, "pixel_pro", spent, "maps", ["bolt"])
     assert (found.best, found.take) == ("slow", "equal")
     assert set(found.equals) == {"quick", "equal", "slow"}
-    assert [a.use for a in study.all_advice(scores, spent)][:2] == ["maps of textures", "maps of objects"]
+    assert [a.use for a in study.all_advice(scores, spent)][:2] == [
+        "maps of textures",
+        "maps of objects",
+    ]
 
 
 def test_gallery_rows_follow_their_rule(detectors, data):
@@ -106,13 +111,18 @@ def test_published_numbers_stand_beside_ours_of_the_same_categories(monkeypatch)
     values = np.full((1, 2, len(METRICS), 3), 0.9)
     scores = Scores(("WinCLIP",), categories, METRICS, values)
     part = study.beside_published(scores, SimpleNamespace(name="mvtec", categories=categories))
-    assert set(part["category"]) == set(categories)  # means of all 15 do not stand beside two of ours
+    assert set(part["category"]) == set(
+        categories
+    )  # means of all 15 do not stand beside two of ours
     winclip = part[(part["method"] == "WinCLIP") & (part["metric"] == "pixel_auroc")]
     np.testing.assert_allclose(winclip["difference"], 0.9 - winclip["published"])
     monkeypatch.setitem(study.EXPECTED, "mvtec", dict.fromkeys(categories))
     whole = study.beside_published(scores, SimpleNamespace(name="mvtec", categories=categories))
     assert "mean" in set(whole["category"])
-    assert len(study.beside_published(scores, SimpleNamespace(name="demo", categories=("screw",)))) == 0
+    assert (
+        len(study.beside_published(scores, SimpleNamespace(name="demo", categories=("screw",))))
+        == 0
+    )
 
 
 def test_for_data_without_published_numbers_those_of_mvtec_stand_for_orientation():

@@ -49,9 +49,6 @@ def test_min_max_of_each_image_lights_up_a_flat_map():
     assert np.isfinite(min_max(np.zeros((2, 3, 3)), per_image=True)).all()
 
 
-
-
-
 def test_thin_defects_vanish(tmp_path):
     from PIL import Image
 

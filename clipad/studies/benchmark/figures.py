@@ -98,7 +98,9 @@ def gallery_at_a_rate(rows: Sequence[Row], size: int, title: str) -> Figure:
             values = row.maps[name]
             ax.imshow(values, cmap=MAP, vmin=np.median(values), vmax=values.max())
             if values.max() > row.thresholds[name]:
-                ax.contour(values, [row.thresholds[name]], colors="white", linewidths=1, linestyles="solid")
+                ax.contour(
+                    values, [row.thresholds[name]], colors="white", linewidths=1, linestyles="solid"
+                )
     for ax, name in zip(axes[0], ["image, defect", *names], strict=True):
         ax.set_title(name, fontsize=9)
     for ax in axes.flat:

@@ -22,7 +22,7 @@ from clipad.dual_path import project
 from clipad.evaluation import category_metrics, fingerprint
 from clipad.files import code_version
 from clipad.linear_layers import LinearLayers, linear_logits
-from clipad.metrics import draw_counts, image_metrics, interval, pixel_metrics, resampled_metrics
+from clipad.metrics import image_metrics, pixel_metrics
 from clipad.published import protocol
 from clipad.studies.common import METRICS, Kept, thinned
 from clipad.studies.experiments import Experiment
