@@ -9,8 +9,9 @@ import pytest
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_notebook
 
-from clipad.tools import doctor, runner
-from clipad.tools.cli import app, guess_type, read_parameters
+from clipad.tools import doctor, runner, stored
+from clipad.tools.cli import app
+from clipad.tools.parameters import guess_type, read_parameters
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def notebooks(tmp_path, monkeypatch):
         cells = [new_code_cell(lines, metadata={"tags": ["parameters"]}), new_code_cell(code)]
         metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
         (tmp_path / "notebooks").mkdir(exist_ok=True)
-        runner.write_notebook(
+        stored.write_notebook(
             new_notebook(cells=cells, metadata=metadata), tmp_path / "notebooks" / f"{name}.ipynb"
         )
     return tmp_path
@@ -72,6 +73,10 @@ def test_every_command_has_help(command):
         (["run", "00", "--preset", "paper"], "no parameter 'preset'"),
         (["run", "00", "-y", "n: [1"], "is no YAML"),
         (["run", "00", "-y", "n"], "holds str, expected `name: value`"),
+        (["run", "00", "-y", "1: 2"], "the name 1 is no text"),
+        (["run", "00", "-y", "{n: 1, n: 2}"], "twice"),
+        (["run", "00", "-y", "[" * 3000 + "]" * 3000], "nested too deeply"),
+        (["run", "00", "-y", "a: &a [x]\nn: [*a, *a]"], "references"),
         (["run", "--all", "-p", "m", "1"], "no notebook has a parameter 'm'"),
         (["params", "07"], "no notebook starts with '07'"),
     ],
@@ -118,8 +123,8 @@ def test_run_all_goes_on_after_a_failure(notebooks):
 
 def test_store(notebooks):
     assert invoke("notebooks", "store", "00").exit_code == 0
-    assert runner.stored_in_step(notebooks / "notebooks" / "00_first.ipynb")
-    assert not runner.stored_in_step(notebooks / "notebooks" / "01_second.ipynb")
+    assert stored.stored_in_step(notebooks / "notebooks" / "00_first.ipynb")
+    assert not stored.stored_in_step(notebooks / "notebooks" / "01_second.ipynb")
 
 
 def test_params(notebooks):

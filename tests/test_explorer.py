@@ -20,7 +20,7 @@ from clipad.studies.explorer.model import REFERENCES, Explorer, patch_values
 from clipad.studies.explorer.settings import Settings, command
 from clipad.surgery import feature_surgery
 from clipad.text import METHODS
-from clipad.tools import cli, runner
+from clipad.tools import cli, parameters, runner
 
 
 @pytest.fixture
@@ -316,7 +316,7 @@ def read_back(explorer, text):
     assert words[:3] == ["clipad", "run", "06"]
     pairs = [(words[i + 1], words[i + 2]) for i, word in enumerate(words) if word == "-p"]
     texts = [words[i + 1] for i, word in enumerate(words) if word == "-y"]
-    given = cli.read_parameters(pairs, texts, [])
+    given = parameters.read_parameters(pairs, texts, [])
     values = runner.check_parameters(runner.find_notebook("06"), given)
     compared = values.pop("compare_with", {})
     values = {name: value for name, value in values.items() if name in asdict(Settings("", ""))}

@@ -7,7 +7,8 @@ import re
 import pytest
 
 import clipad
-from clipad.tools import runner
+from clipad.studies.experiments import PRESETS
+from clipad.tools import runner, stored
 
 NOTEBOOKS = runner.notebook_paths()
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
@@ -15,24 +16,24 @@ each = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOT
 
 @each
 def test_outputs_come_from_the_present_sources(path):
-    assert runner.stored_in_step(path), f"run `clipad notebooks store {path.stem[:2]}`"
+    assert stored.stored_in_step(path), f"run `clipad notebooks store {path.stem[:2]}`"
 
 
 @each
 def test_outputs_are_sound(path):
-    assert runner.gate(runner.read_notebook(path)) == []
+    assert stored.gate(stored.read_notebook(path)) == []
 
 
 @each
 def test_shape(path):
-    assert runner.style(runner.read_notebook(path)) == []
+    assert stored.shape_problems(stored.read_notebook(path)) == []
 
 
 @each
 def test_parameters_are_seen_and_told(path):
     parameters = runner.inspect_parameters(path)
     assert all(parameter.help for parameter in parameters.values())
-    assert parameters["preset"].choices == tuple(runner.PRESET_DATASETS)
+    assert parameters["preset"].choices == tuple(PRESETS)
     for name in {"data_root", "output_dir", "prompts", "pretrained", "layers"} & set(parameters):
         assert "path" in parameters[name].help, (
             f"{name}: without the word path, ./x would not count from the shell"
@@ -42,7 +43,7 @@ def test_parameters_are_seen_and_told(path):
 @each
 def test_what_experiment_takes_is_passed_on(path):
     code = "\n".join(
-        cell.source for cell in runner.read_notebook(path).cells if cell.cell_type == "code"
+        cell.source for cell in stored.read_notebook(path).cells if cell.cell_type == "code"
     )
     passed = re.search(r"clipad\.experiment\((.*?)\)\nrun", code, re.DOTALL)[1]
     parameters = set(inspect.signature(clipad.experiment).parameters) & set(
@@ -54,7 +55,7 @@ def test_what_experiment_takes_is_passed_on(path):
 
 @each
 def test_no_tricks_with_the_import_path(path):
-    node = runner.read_notebook(path)
+    node = stored.read_notebook(path)
     code = "\n".join(cell.source for cell in node.cells if cell.cell_type == "code")
     assert not re.search(r"sys\.path|tqdm\.(auto|notebook)|^\s*[!%]\s*pip", code, re.MULTILINE)
 

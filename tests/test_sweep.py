@@ -19,7 +19,7 @@ from clipad.backbone import load_backbone
 from clipad.datasets import load_dataset
 from clipad.linear_layers import LinearLayers
 from clipad.tools import sweep as sweeps
-from clipad.tools.runner import write_notebook
+from clipad.tools.stored import write_notebook
 
 PARAMETERS = """seed: int = 0  # a number [0..99]
 pause: float = 0.0  # seconds

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import platform
 import random
+import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -162,6 +163,50 @@ class Experiment:
         return str(self)
 
 
+def resolve(
+    preset: str = "demo",
+    model: str = "",
+    pretrained: str = "",
+    dataset: str = "",
+    data_root: str = "",
+) -> dict[str, str]:
+    """model, pretrained and dataset: what the preset says, and what was given instead.
+
+    Raises ValueError for what does not go together.
+    """
+    if preset not in PRESETS:
+        near = get_close_matches(str(preset), PRESETS, n=1)
+        raise ValueError(
+            f"unknown preset {preset!r}: one of {', '.join(PRESETS)}"
+            + (f"; {near[0]}?" if near else "")
+        )
+    chosen = dict(PRESETS[preset])
+    if data_root and not dataset and chosen["dataset"] == "demo":
+        raise ValueError(
+            "data_root is given, dataset is not, and the demo's images have no data_root: did you mean "
+            "dataset folder? (mvtec, visa, ... for those)"
+        )
+    if model and model != chosen["model"]:
+        chosen |= {"model": model, "pretrained": ""}
+    chosen |= {
+        key: value for key, value in (("pretrained", pretrained), ("dataset", dataset)) if value
+    }
+    if chosen["model"] != "demo" and not chosen["pretrained"]:
+        raise ValueError(
+            f"model={chosen['model']!r} needs pretrained: an open_clip tag, a checkpoint file, or 'random'"
+        )
+    if chosen["model"] == "demo" and chosen["pretrained"] == "random":
+        raise ValueError(
+            "the demo model takes its shipped weights or a file: random ones need another model"
+        )
+    return chosen
+
+
+def run_name(preset: str, dataset: str = "") -> str:
+    """The folder of a run's results below outputs/, as in ``paper-visa``."""
+    return re.sub(r"[^\w.-]+", "_", f"{preset}-{dataset or PRESETS[preset]['dataset']}")
+
+
 def experiment(
     notebook: str,
     preset: str = "demo",
@@ -184,31 +229,12 @@ def experiment(
 
     Raises ValueError or OSError for anything that cannot work, before anything long starts.
     """
-    if preset not in PRESETS:
-        near = get_close_matches(str(preset), PRESETS, n=1)
-        raise ValueError(
-            f"unknown preset {preset!r}: one of {', '.join(PRESETS)}"
-            + (f"; {near[0]}?" if near else "")
-        )
-    chosen = dict(PRESETS[preset])
-    if model and model != chosen["model"]:
-        chosen |= {"model": model, "pretrained": ""}
-    chosen |= {
-        key: value for key, value in (("pretrained", pretrained), ("dataset", dataset)) if value
-    }
-    if chosen["model"] != "demo" and not chosen["pretrained"]:
-        raise ValueError(
-            f"model={chosen['model']!r} needs pretrained: an open_clip tag, a checkpoint file, or 'random'"
-        )
-    if chosen["model"] == "demo" and chosen["pretrained"] == "random":
-        raise ValueError(
-            "the demo model takes its shipped weights or a file: random ones need another model"
-        )
+    chosen = resolve(preset, model, pretrained, dataset, data_root)
     # The data and the folder first: a wrong path shall not wait for a model to load.
     data = load_dataset(chosen["dataset"], data_root or None, categories or None)
     own_prompts = load_prompts(prompts or None)
     outputs = Path(__file__).resolve().parents[2] / "outputs"
-    folder = Path(output_dir) if output_dir else outputs / f"{preset}-{chosen['dataset']}"
+    folder = Path(output_dir) if output_dir else outputs / run_name(preset, dataset)
     require_writable(folder)
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (libraries that notebooks call draw from the global generator)

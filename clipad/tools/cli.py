@@ -4,7 +4,6 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -71,11 +70,13 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
       clipad run 00 -y 'categories: [screw, nut]' --timeout 600
       clipad run --all -f my_settings.yaml
 
-    With --all a parameter goes to the notebooks that have it, and a failure does not stop the others.
+    With --all a parameter goes to the notebooks that have it, a failure does not stop the others, and all claims come
+    on one page (claims.md, claims.csv) beside the copies.
 
     Exit code: 0 all cells ran and the output is sound (or the notebook says why it skips), 1 it failed, 2 wrong usage,
     130 stopped; the same command continues.
     """
+    from clipad.tools.parameters import read_parameters
     from clipad.tools.runner import (
         check_parameters,
         find_notebook,
@@ -107,6 +108,7 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
     if every:
         rows = [(run.notebook, run.status, f"{run.seconds / 60:.1f}", run.reason) for run in runs]
         click.echo("\n" + _table([("notebook", "status", "minutes", "reason"), *rows]))
+        _write_claims(runs)
     if any(run.status == "failed" for run in runs):
         sys.exit(1)
 
@@ -362,7 +364,8 @@ def store(names, timeout) -> None:
     Example:
       clipad notebooks store 00
     """
-    from clipad.tools.runner import find_notebook, notebook_paths, run_notebook, update_stored
+    from clipad.tools.runner import find_notebook, notebook_paths, run_notebook
+    from clipad.tools.stored import update_stored
 
     failed = False
     with one_line_errors():
@@ -374,40 +377,6 @@ def store(names, timeout) -> None:
                 update_stored(path, done.output_path)
     if failed:
         sys.exit(1)
-
-
-def read_parameters(pairs, texts, files) -> dict[str, Any]:
-    """Parameters of ``-f``, ``-y`` and ``-p``; as with papermill, a later kind wins."""
-    from papermill.iorw import NoDatesSafeLoader
-    from yaml import YAMLError, load
-
-    values = {}
-    read = [
-        (f"the file {name}", Path(name).expanduser().read_text(encoding="utf-8")) for name in files
-    ]
-    for place, text in [*read, *((f"-y {text!r}", text) for text in texts)]:
-        try:
-            found = load(text, Loader=NoDatesSafeLoader)
-        except YAMLError as error:
-            raise ValueError(f"{place} is no YAML: {error}") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"{place} holds {type(found).__name__}, expected `name: value`")
-        values |= found
-    return values | {name: guess_type(value) for name, value in pairs}
-
-
-def guess_type(text: str):
-    """papermill's rule for the values of ``-p``.
-
-    >>> [guess_type(text) for text in ("True", "3", "1e-3", "screw", "[1,2]")]
-    [True, 3, 0.001, 'screw', '[1,2]']
-    """
-    if text in ("True", "False", "None"):
-        return {"True": True, "False": False, "None": None}[text]
-    for number in (int, float):
-        with contextlib.suppress(ValueError):
-            return number(text)
-    return text
 
 
 @contextlib.contextmanager
@@ -432,6 +401,16 @@ def _report(run) -> None:
         place = place.relative_to(Path.cwd())
     text = f"{run.notebook}: {run.status} after {run.seconds / 60:.1f} min, {place}"
     click.echo(f"{text}\n  {run.reason}" if run.reason else text, err=run.status == "failed")
+
+
+def _write_claims(runs) -> None:
+    """What the notebooks of `run --all` found, on one page beside their copies."""
+    from clipad.tools.claims import write_claims
+
+    records = [run.output_path.with_suffix(".json") for run in runs if run.status == "ok"]
+    page = write_claims([path for path in records if path.is_file()], runs[0].output_path.parent)
+    if page:
+        click.echo(f"\nwhat was found: {page}")
 
 
 def _table(rows) -> str:

@@ -31,7 +31,8 @@ from pathlib import Path
 
 from clipad.files import code_version, write_atomically
 from clipad.tools import runner
-from clipad.tools.runner import Parameter
+from clipad.tools.parameters import Parameter, checked, nearest
+from clipad.tools.stored import read_notebook, source_hash
 
 # Names of experiments.DETECTORS, without importing torch; sdp_plus needs layers, so it is swept by its notebook.
 DETECTORS = ("sdp", "direct", "clip_surgery", "winclip")
@@ -119,7 +120,7 @@ def _expand(block) -> list[Run]:
         source = runner.find_notebook(f"{name:02d}" if isinstance(name, int) else str(name))
         known = runner.inspect_parameters(source)
         known.pop("output_dir", None)  # every run has a folder of its own
-        content = {"notebook": runner.source_hash(runner.read_notebook(source))}
+        content = {"notebook": source_hash(read_notebook(source))}
         for values in _grid(block.get("parameters", {}), f"`parameters` of {source.stem}", known):
             values = runner.check_parameters(source, values)
             runs.append(Run(str(source), values, content | _inputs(values)))
@@ -151,14 +152,14 @@ def _require_keys(found, what: str, known) -> None:
         raise ValueError(f"{what} has to be a mapping `name: value`, found {found!r}")
     for name in found:
         if name not in known:
-            raise ValueError(f"{what} has no key {name!r}; {runner._nearest(str(name), known)}")
+            raise ValueError(f"{what} has no key {name!r}; {nearest(name, known)}")
 
 
 def _evaluation(values: dict) -> Run:
     from clipad.published import protocol
     from clipad.text import check_method
 
-    values = {name: runner._checked(EVALUATION[name], value) for name, value in values.items()}
+    values = {name: checked(EVALUATION[name], value) for name, value in values.items()}
     values |= _model_and_data(values) | {"detectors": values["detectors"] or "sdp"}
     if values["detectors"] != "winclip":
         rules = protocol(values["dataset"])
