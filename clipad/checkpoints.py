@@ -18,8 +18,13 @@ from pathlib import Path
 
 import open_clip
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import EntryNotFoundError
 from open_clip.model import resize_pos_embed
 from safetensors.torch import load_file
 
@@ -58,21 +63,24 @@ def download(name: str, tag: str, published: Mapping) -> Path:
     try:
         if not repository:
             return Path(open_clip.download_pretrained(published))
-        try:
-            path = hf_hub_download(repository, files[0])
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError) or len(files) == 1:
-                raise  # no answer at all, so nothing is known of the second file either
-            path = hf_hub_download(repository, files[1])
-    except (
-        Exception
-    ) as error:  # of the network, of the server's answer, of the disk: each library has its own
+        # One question first: the download itself asks again and again for half a minute where nobody answers.
+        file = files[0] if _offered(repository, files[0]) else files[-1]
+        path = hf_hub_download(repository, file)
+    except Exception as error:  # of the network, of the server's answer, of the disk
         where = repository or published.get("url", "")
         raise OSError(
             f"the weights {tag!r} of {name} cannot be downloaded ({type(error).__name__}: {_first_line(error)}). "
             f"Without a network, fetch {files[0]} of {where} on another machine and give its path as pretrained"
         ) from error
     return _whole(Path(path))
+
+
+def _offered(repository: str, file: str) -> bool:
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, file))
+    except EntryNotFoundError:
+        return False
+    return True
 
 
 def _whole(path: Path) -> Path:
