@@ -20,7 +20,7 @@ from clipad.datasets import Dataset, load_dataset
 from clipad.detectors import SDP, ClipSurgery, Detector, Direct, Features, SDPPlus
 from clipad.dual_path import staged_features
 from clipad.evaluation import evaluate
-from clipad.files import write_atomically
+from clipad.files import content_hash, write_atomically
 from clipad.linear_layers import LinearLayers
 from clipad.published import protocol
 from clipad.studies.opposite_predictions import count_phenomena, ground_truth, raw_maps
@@ -128,16 +128,21 @@ def measured(detector: Detector, dataset: Dataset, rates: bool) -> pd.DataFrame:
     return table.rename_axis("category").reset_index()
 
 
-def append_rows(backbone: Backbone, seed: int, steps: int, file: Path) -> None:
-    """Every detector of which `file` holds no row for these weights; the file is complete after each."""
+def append_rows(weights: Path, seed: int, steps: int, file: Path) -> None:
+    """Every detector of which `file` holds no row for these weights; the file is complete after each.
+
+    A row's `weights` are the first 16 digits of the SHA-256 of ``model.safetensors``, as ``sha256sum`` prints it.
+    """
+    backbone = load_backbone("demo", pretrained=weights, device="cpu")
+    digest = content_hash(weights)[:16]
     dataset = load_dataset("demo")
     for name, make in (bar := tqdm(detectors(backbone).items())):
         bar.set_description(name)
         table = read_trainings(file) if file.exists() else pd.DataFrame(columns=COLUMNS)
-        if ((table["weights"] == backbone.weights_hash) & (table["method"] == name)).any():
+        if ((table["weights"] == digest) & (table["method"] == name)).any():
             continue
         rows = measured(make(), dataset, rates=name in ("Direct", "SDP"))
-        rows = rows.assign(seed=seed, steps=steps, weights=backbone.weights_hash, method=name)
+        rows = rows.assign(seed=seed, steps=steps, weights=digest, method=name)
         table = pd.concat([table, rows.reindex(columns=COLUMNS)] if len(table) else [rows])
         table = table.sort_values(["seed", "steps"], kind="stable")[list(COLUMNS)]
         write_atomically(file, table.to_csv(index=False, float_format="%.4f"))
@@ -177,8 +182,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             weights, seed, steps = exported(arguments.weights, Path(folder))
-            backbone = load_backbone("demo", pretrained=weights, device="cpu")
-            append_rows(backbone, seed, steps, arguments.output)
+            append_rows(weights, seed, steps, arguments.output)
         except ValueError as error:
             parser.error(str(error))
 

@@ -18,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 from clipad.backbone import load_backbone
 from clipad.datasets import load_dataset
 from clipad.detectors import SDP, Direct
+from clipad.files import content_hash
 from clipad.prompts import CLIP_AD, words
 from clipad.published import data_dir
 from clipad.studies.trainings import read_trainings
@@ -445,23 +446,22 @@ def test_alterations_of_sdp_change_what_they_name_and_nothing_else():
 
 
 def test_results_are_added_once_per_weights_and_method(tmp_path, monkeypatch):
-    backbone, file = load_backbone("demo", device="cpu"), tmp_path / "trainings.csv"
+    weights, file = DEMO / "model" / "model.safetensors", tmp_path / "trainings.csv"
     made = []
 
-    def direct():
-        made.append(1)
-        return Direct(backbone, rvs="mean")
+    def detectors(backbone):
+        return {"Direct": lambda: made.append(1) or Direct(backbone, rvs="mean")}
 
-    monkeypatch.setattr(trainings, "detectors", lambda backbone: {"Direct": direct})
+    monkeypatch.setattr(trainings, "detectors", detectors)
     monkeypatch.setattr(
         trainings, "load_dataset", lambda name: load_dataset(name, categories=["gear"])
     )
     for seed in (1, 2):  # the same weights under another name are the same weights
-        trainings.append_rows(backbone, seed, 12_000, file)
+        trainings.append_rows(weights, seed, 12_000, file)
     found = read_trainings(file)
     assert len(made) == 1
     assert found[["seed", "steps", "weights", "method", "category"]].to_numpy().tolist() == [
-        [1, 12_000, backbone.weights_hash, "Direct", "gear"]
+        [1, 12_000, content_hash(weights)[:16], "Direct", "gear"]
     ]
     assert 0 <= found["pixel_auroc"][0] <= 1
     assert found["opposite_on_object"].notna().all()
