@@ -133,7 +133,7 @@ def _same_bytes(folder: Path) -> Iterator[Row]:
             finished = {
                 category
                 for category in done
-                if (folder / f"stopped {batch}" / f"{category}.json").is_file()
+                if (folder / f"stopped {batch}" / "categories" / f"{category}.npz").is_file()
             }
         stop_at = None
         wrong += run(f"stopped {batch}") != whole

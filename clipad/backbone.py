@@ -22,11 +22,10 @@ import torch
 from open_clip.model import convert_weights_to_lp
 from open_clip.transformer import VisionTransformer, text_global_pool
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from clipad.checkpoints import Checkpoint, download, load_weights, read_checkpoint
 from clipad.datasets import image_tensor
+from clipad.files import address, cached
 from clipad.prompts import words
 from clipad.published import data_dir
 
@@ -105,7 +104,7 @@ class Backbone:
         """Sentences -> M x C float32 embeddings on the CPU, not normalised.
 
         They are kept on disk under the hash of the weights and of the sentences, so that a category is encoded
-        once per model; a damaged file is noticed by its checksum and made again.
+        once per model; a damaged file is noticed and made again.
         """
         if isinstance(sentences, str):
             raise ValueError(f"encode_text takes a list of sentences, found the text {sentences!r}")
@@ -113,10 +112,9 @@ class Backbone:
         if not sentences or not all(isinstance(s, str) and s.strip() for s in sentences):
             raise ValueError("encode_text needs at least one sentence, and none may be empty")
         self._warn_of_unknown_words(sentences)
-        key = json.dumps([self.weights_hash, self.device.type, "float32", sentences]).encode()
-        path = cache_dir() / "text" / f"{hashlib.sha256(key).hexdigest()[:32]}.safetensors"
-        cached = _read_cached(path)
-        if cached is None:
+        key = address([self.weights_hash, self.device.type, "float32", sentences])
+
+        def encode() -> dict:
             tokens = self.tokenizer(sentences)
             self._warn_of_cut_sentences(sentences, tokens)
             with torch.inference_mode():
@@ -124,9 +122,10 @@ class Backbone:
                     self._encode_tokens(part.to(self.device)).float().cpu()
                     for part in tokens.split(batch_size)
                 ]
-            cached = torch.cat(parts).clone()
-            _write_cached(path, cached)
-        return cached
+            return {"embeddings": torch.cat(parts).numpy()}
+
+        found = cached(cache_dir() / "text" / f"{key}.npz", encode, required=False)
+        return torch.from_numpy(found["embeddings"])
 
     def _encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """The text tower on no more positions than the longest sentence needs.
@@ -352,31 +351,6 @@ def _tokenizer(name: str, config: dict):
 def cache_dir() -> Path:
     """Where text embeddings are kept: ``$CLIPAD_CACHE``, else ``~/.cache/clipad``."""
     return Path(os.environ.get("CLIPAD_CACHE") or Path.home() / ".cache" / "clipad")
-
-
-def _checksum(values: torch.Tensor) -> str:
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
-
-
-def _read_cached(path: Path) -> torch.Tensor | None:
-    try:
-        found = load_file(path)
-        values = found["embeddings"]
-        return values if bytes(found["sha256"].tolist()).hex() == _checksum(values) else None
-    except (OSError, SafetensorError, KeyError):
-        return None
-
-
-def _write_cached(path: Path, values: torch.Tensor) -> None:
-    digest = torch.tensor(list(bytes.fromhex(_checksum(values))), dtype=torch.uint8)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"embeddings": values, "sha256": digest}, part)
-        os.replace(part, path)
-    except (OSError, SafetensorError):  # a cache that cannot be written costs time only
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def _require_plain_vit(visual, name: str) -> None:

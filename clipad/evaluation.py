@@ -1,14 +1,14 @@
 """A detector on a data set -> a tidy table (METHOD.md section 7), resumable.
 
-With an ``output_dir`` every 64 images leave a part on disk and every category its results; a run that was stopped
-anywhere continues there and ends with the same bytes. Memory holds the maps of one category at a time.
+With an ``output_dir`` every category leaves its results on disk, and a large one a part after every 64 images; a run
+that was stopped anywhere continues there and ends with the same bytes. Memory holds the maps of one category at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,14 @@ import torch
 from tqdm import tqdm
 
 from clipad.datasets import Dataset, MaskSizeError, Sample, native_size, read_image, read_mask
-from clipad.files import content_hash, file_name, require_writable, write_atomically
+from clipad.files import (
+    Arrays,
+    cached,
+    content_hash,
+    file_name,
+    require_writable,
+    write_atomically,
+)
 from clipad.metrics import image_metrics, pixel_metrics, resampled_metrics
 
 COLUMNS = [
@@ -85,10 +92,9 @@ def evaluate(
     ``output_dir``: where parts and results are kept, None for memory only; ``batch_size``: halved by itself where a
     GPU runs out of memory; ``workers``: threads that read images ahead.
 
-    Raises ValueError for an empty data set, a mask of another size than its image,
-    maps that are not finite, and an ``output_dir`` that holds the
-    results of other settings; OSError if it cannot be written (noticed before the work starts); what
-    :func:`clipad.read_image` raises for a broken image, with everything finished so far kept.
+    Raises ValueError for an empty data set, a mask of another size than its image, maps that are not finite, and an
+    ``output_dir`` that holds results of other settings; OSError if it cannot be written (noticed before the work
+    starts); what :func:`clipad.read_image` raises for a broken image, with everything finished so far kept.
     """
     if not len(dataset):
         raise ValueError(f"the data set {dataset.name} has no images")
@@ -109,15 +115,15 @@ def evaluate(
     ) as bar:
         for category in dataset.categories:
             samples = [sample for sample in dataset if sample.category == category]
-            found = _load_category(folder, category, len(samples))
-            if found is None:
-                found = _run_category(
-                    detector, category, samples, dataset, folder, batch_size, workers, bar
-                )
-            else:
-                bar.update(len(samples))
-            frames.append(found[0])
-            rows[category] = found[1]
+            place = folder and folder / "categories" / f"{file_name(category)}.npz"
+            found = cached(
+                place, lambda: _run_category(detector, samples, folder, batch_size, workers, bar)
+            )
+            if folder is not None:
+                shutil.rmtree(folder / "parts", ignore_errors=True)
+            frames.append(_frame(dataset, samples, found))
+            rows[category] = found["metrics"]
+            bar.update(sum(map(len, frames)) - bar.n)
 
     table = pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS)
     table.loc["mean"] = table.mean()
@@ -252,75 +258,64 @@ def predict_halving(
     return torch.cat([p.maps for p in parts]), torch.cat([p.probabilities for p in parts])
 
 
-def _run_category(detector, category, samples, dataset, folder, batch_size, workers, bar):
-    has_masks = any(s.mask_path is not None for s in samples) and all(s.label >= 0 for s in samples)
-    parts, maps = [], None
-    for number, start in enumerate(range(0, len(samples), PART)):
+def _run_category(detector, samples, folder, batch_size, workers, bar) -> Arrays:
+    """``metrics`` in the order of ``COLUMNS``, and the numbers of each image."""
+    masked = any(s.mask_path is not None for s in samples) and all(s.label >= 0 for s in samples)
+    maps, probabilities, maxima = None, [], []
+    for start in range(0, len(samples), PART):
         group = samples[start : start + PART]
-        path = folder / "parts" / f"{_slug(category)}-{number:04d}.npz" if folder else None
-        part = _read_part(path, len(group))
-        if part is None:
-            part = _run_part(detector, category, group, has_masks, batch_size, workers, bar)
-            if path is not None:
-                write_atomically(path, _npz_bytes(part))
-        else:
-            bar.update(len(group))
-        if has_masks:
-            found = part.pop("maps")
-            if (
-                maps is None
-            ):  # once for the whole category: to put parts together later would hold them twice
-                maps = np.empty((len(samples), *found.shape[1:]), dtype=np.float32)
-            maps[start : start + len(group)] = found
-        parts.append(part)
+        name = f"{file_name(samples[0].category)}-{start // PART:04d}.npz"
+        part = cached(
+            folder / "parts" / name if folder and len(samples) > PART else None,
+            lambda: _run_part(detector, group, masked, batch_size, workers, bar),
+        )
+        if maps is None:  # once for the category: to put parts together later would hold them twice
+            maps = np.empty((len(samples), *part["maps"].shape[1:]), dtype=np.float32)
+        maps[start : start + len(group)] = part["maps"]
+        probabilities.append(part["probabilities"])
+        maxima.append(part["map_maxima"])
 
-    probabilities = np.concatenate([part["probabilities"] for part in parts])
-    map_maxima = np.concatenate([part["map_maxima"] for part in parts])
-    score = image_score(probabilities, map_maxima, detector.map_in_image_score)
-    frame = pd.DataFrame(
-        {
-            "category": category,
-            "path": [_relative(s.image_path, dataset) for s in samples],
-            "defect": [s.defect for s in samples],
-            "label": [s.label for s in samples],
-            "probability": probabilities.astype(np.float64),
-            "map_max": map_maxima.astype(np.float64),
-            "image_score": score.astype(np.float64),
-        }
-    )
-    masks = read_masks(samples, maps.shape[-1], workers) if has_masks else None
-    if maps is None:
-        maps = map_maxima[:, None, None]
-    labels, with_map = frame["label"].to_numpy(), detector.map_in_image_score
-    metrics = dict.fromkeys(COLUMNS, np.nan)
-    metrics |= category_metrics(maps, masks, probabilities, labels, with_map)
-
-    if folder is not None:
-        write_atomically(folder / f"{_slug(category)}.csv", frame.to_csv(index=False))
-        write_atomically(folder / f"{_slug(category)}.json", _json(metrics))
-        for path in (folder / "parts").glob(f"{_slug(category)}-*.npz"):
-            path.unlink()
-        # A reader that resumes sees the numbers as CSV gives them; a run that was never stopped shall see the same.
-        return _load_category(folder, category, len(samples))
-    return frame, metrics
+    probabilities, maxima = np.concatenate(probabilities), np.concatenate(maxima)
+    labels = np.array([s.label for s in samples])
+    masks = read_masks(samples, maps.shape[-1], workers) if masked else None
+    with_map = detector.map_in_image_score
+    metrics = category_metrics(maps, masks, probabilities, labels, with_map)
+    return {
+        "probability": probabilities.astype(np.float64),
+        "map_max": maxima.astype(np.float64),
+        "image_score": image_score(probabilities, maxima, with_map).astype(np.float64),
+        "metrics": np.array([metrics.get(name, np.nan) for name in COLUMNS]),
+    }
 
 
-def _run_part(detector, category, samples, keep_maps, batch_size, workers, bar):
-    pin = detector.backbone.device.type == "cuda"
+def _run_part(detector, samples, keep_maps, batch_size, workers, bar) -> Arrays:
+    """Class probabilities, maxima of the maps, and the maps: only their maxima, N x 1 x 1, if they are not kept."""
     maps, probabilities, maxima = [], [], []
-    for images in load_images(samples, detector.backbone.preprocess, batch_size, workers, pin):
-        batch_maps, batch_probabilities = predict_halving(detector, images, category)
-        if not (torch.isfinite(batch_maps).all() and torch.isfinite(batch_probabilities).all()):
+    for category, images in batches(detector.backbone, samples, batch_size, workers):
+        found, p = predict_halving(detector, images, category)
+        if not (torch.isfinite(found).all() and torch.isfinite(p).all()):
             raise ValueError(
                 f"{detector.name} gave maps or probabilities that are not finite for {category!r}"
             )
-        probabilities.append(batch_probabilities.numpy())
-        maxima.append(batch_maps.flatten(1).max(dim=1).values.numpy())
-        if keep_maps:
-            maps.append(batch_maps.numpy())
+        probabilities.append(p.numpy())
+        maxima.append(found.amax(dim=(1, 2)).numpy())
+        maps.append(found.numpy() if keep_maps else maxima[-1][:, None, None])
         bar.update(len(images))
-    part = {"probabilities": np.concatenate(probabilities), "map_maxima": np.concatenate(maxima)}
-    return part | {"maps": np.concatenate(maps)} if keep_maps else part
+    return {
+        "probabilities": np.concatenate(probabilities),
+        "map_maxima": np.concatenate(maxima),
+        "maps": np.concatenate(maps),
+    }
+
+
+def _frame(dataset: Dataset, samples: list[Sample], found: Arrays) -> pd.DataFrame:
+    columns = {
+        "category": [s.category for s in samples],
+        "path": [_relative(s.image_path, dataset) for s in samples],
+        "defect": [s.defect for s in samples],
+        "label": [s.label for s in samples],
+    }
+    return pd.DataFrame(columns | {k: found[k] for k in ("probability", "map_max", "image_score")})
 
 
 def read_masks(samples: list[Sample], image_size: int, workers: int = 4) -> np.ndarray:
@@ -365,56 +360,5 @@ def _claim(folder: Path, settings: dict) -> Path:
     return folder
 
 
-def _load_category(folder: Path | None, category: str, count: int):
-    """A finished category of ``count`` images, or None where it is missing or damaged."""
-    if folder is None:
-        return None
-    try:
-        stored = json.loads((folder / f"{_slug(category)}.json").read_text(encoding="utf-8"))
-        metrics = {name: np.nan if stored[name] is None else stored[name] for name in COLUMNS}
-        # Through text, because pandas' own parser may round the last digit.
-        scores = ["probability", "map_max", "image_score"]
-        frame = pd.read_csv(
-            folder / f"{_slug(category)}.csv",
-            keep_default_na=False,
-            dtype=dict.fromkeys(scores, str),
-        )
-        frame[scores] = frame[scores].astype(np.float64)
-    except (
-        Exception
-    ):  # as with a part: whatever is wrong with the files, the category is computed again
-        return None
-    return (frame, metrics) if len(frame) == count else None
-
-
-def _json(metrics: dict) -> str:
-    """Undefined metrics are null: NaN is not JSON."""
-    return (
-        json.dumps({k: None if np.isnan(v) else float(v) for k, v in metrics.items()}, indent=1)
-        + "\n"
-    )
-
-
-def _read_part(path: Path | None, length: int) -> dict | None:
-    """A finished part, or None where it is missing or damaged."""
-    try:
-        with np.load(path) as found:
-            part = dict(found)
-        return part if len(part["probabilities"]) == length else None
-    except Exception:  # whatever is wrong with the file, its images are simply computed again
-        return None
-
-
-def _npz_bytes(arrays: dict) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
-
-
 def _relative(path: Path, dataset: Dataset) -> str:
     return path.relative_to(dataset.root).as_posix()
-
-
-def _slug(category: str) -> str:
-    """The category as a file name, one to one, and none of ours."""
-    return file_name(category, taken=("settings", "table", "images", "parts"))

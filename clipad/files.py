@@ -1,13 +1,21 @@
-"""Writing results so that a stop at any moment leaves either the old file or the new one."""
+"""Results on disk: a stop at any moment leaves the old file or the new one, and what is there is not computed again."""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import os
 import tempfile
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -29,6 +37,41 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             message = f"{path} cannot be written ({error.strerror}): free space there, or choose another folder"
             raise OSError(error.errno, message) from error
         raise
+
+
+def cached(path: Path | None, compute: Callable[[], Arrays], required: bool = True) -> Arrays:
+    """The arrays in the file ``path``; where there is none, those that ``compute`` gives, which are written there.
+
+    The name has to say all that decides the arrays (:func:`address`). A damaged file, which its checksums tell, is
+    computed again; one that may not be read or written raises OSError, unless it is not ``required``: then it costs
+    time only. Without a path nothing is kept.
+    """
+    try:
+        if path is not None:
+            with np.load(path, allow_pickle=False) as stored:
+                return dict(stored)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        if required:
+            raise
+    except (ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile):
+        pass  # damaged
+    arrays = compute()
+    if path is not None:
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        try:
+            write_atomically(path, buffer.getvalue())
+        except OSError:
+            if required:
+                raise
+    return arrays
+
+
+def address(key: Any) -> str:
+    """Twenty hex digits that stand for a key of JSON's types: equal keys have equal ones."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def require_writable(folder: Path) -> None:

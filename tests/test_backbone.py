@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import clipad.backbone
 from clipad.backbone import Backbone, load_backbone
@@ -55,18 +55,17 @@ def test_text_is_cached_and_a_damaged_cache_is_noticed(demo, tmp_path, monkeypat
     monkeypatch.setenv("CLIPAD_CACHE", str(tmp_path))
     sentences = ["a photo of a gear."]
     first = demo.encode_text(sentences)
-    (file,) = tmp_path.rglob("*.safetensors")
+    (file,) = tmp_path.rglob("*.npz")
     monkeypatch.setattr(Backbone, "_encode_tokens", lambda *a: pytest.fail("computed again"))
     assert torch.equal(demo.encode_text(sentences), first)
     monkeypatch.undo()
     monkeypatch.setenv("CLIPAD_CACHE", str(tmp_path))
     content = bytearray(file.read_bytes())
-    for damage in (content[:40], content[:-8] + b"\0" * 8):
+    changed = bytearray(content)
+    changed[len(content) // 2] ^= 1
+    for damage in (content[:40], content[:-8] + b"\0" * 8, changed, b""):
         file.write_bytes(bytes(damage))
         assert torch.equal(demo.encode_text(sentences), first)
-    values = load_file(file)
-    save_file(values | {"embeddings": values["embeddings"] + 1}, file)
-    assert torch.equal(demo.encode_text(sentences), first)
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(demo, tmp_path, monkeypatch):

@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import subprocess
@@ -17,8 +16,10 @@ from clipad.detectors import SDP, Direct
 from clipad.evaluation import (
     COLUMNS,
     PART,
+    batches,
     evaluate,
     fingerprint,
+    in_parts,
     predict_halving,
     published_image_score,
 )
@@ -152,6 +153,7 @@ def test_a_killed_process_leaves_what_it_finished_and_ends_with_the_same_bytes(d
 
 def test_a_damaged_part_is_computed_again(detector, data, tmp_path, monkeypatch):
     evaluate(detector, data, tmp_path / "whole", progress=False)
+    monkeypatch.setattr("clipad.evaluation.PART", 4)
     (tmp_path / "out" / "parts").mkdir(parents=True)
     (tmp_path / "out" / "parts" / "bolt-0000.npz").write_bytes(b"half a file")
     evaluate(detector, data, tmp_path / "out", progress=False)
@@ -206,13 +208,19 @@ def test_a_full_disk_leaves_no_half_file(detector, data, tmp_path, monkeypatch):
     assert files_of(tmp_path / "out") == {}
 
 
-def test_a_broken_image_is_named_and_the_rest_is_kept(detector, data, tmp_path):
+def test_a_broken_image_is_named_and_the_rest_is_kept(detector, data, tmp_path, monkeypatch):
     # A photograph that breaks off: its header is fine, so only decoding it can tell.
     path = data.root / "câble noir" / "test" / "dent" / "002.png"
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(OSError, match=r"002\.png"):
         evaluate(detector, data, tmp_path / "out", progress=False)
-    assert json.loads((tmp_path / "out" / "bolt.json").read_text())["image_auroc"] is not None
+    calls, predict = [], type(detector).predict
+    monkeypatch.setattr(
+        type(detector), "predict", lambda self, x, c: calls.append(c) or predict(self, x, c)
+    )
+    with pytest.raises(OSError, match=r"002\.png"):
+        evaluate(detector, data, tmp_path / "out", batch_size=2, progress=False)
+    assert "bolt" not in calls
 
 
 def test_only_normal_images_have_no_metrics(detector, tmp_path):
@@ -234,7 +242,14 @@ def test_not_finite_maps_are_refused(detector, data, monkeypatch):
         evaluate(detector, data, progress=False)
 
 
-def test_out_of_memory_halves_the_batch(detector):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_out_of_memory_halves_the_batch(detector, error):
     images = torch.randn(5, 3, 32, 32)
     expected = detector.predict(images, "bolt")
     sizes = []
@@ -245,7 +260,7 @@ def test_out_of_memory_halves_the_batch(detector):
         def predict(self, images, category):
             sizes.append(len(images))
             if len(images) > 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error
             return detector.predict(images, category)
 
     maps, probabilities = predict_halving(Small(), images, "bolt")
@@ -253,6 +268,24 @@ def test_out_of_memory_halves_the_batch(detector):
     assert max(sizes[-2:]) <= 2
     torch.testing.assert_close(maps, expected.maps, atol=1e-5, rtol=0)
     torch.testing.assert_close(probabilities, expected.probabilities, atol=1e-5, rtol=0)
+
+
+def test_other_errors_and_one_image_too_much_are_raised():
+    calls = []
+
+    def fails(images):
+        calls.append(len(images))
+        raise RuntimeError("shapes do not fit" if len(images) > 1 else "CUDNN_STATUS_ALLOC_FAILED")
+
+    for count in (4, 1):
+        with pytest.raises(RuntimeError):
+            in_parts(fails, torch.zeros(count, 3))
+    assert calls == [4, 1]
+
+
+def test_a_batch_is_of_one_category_and_in_order(tiny_backbone, data):
+    found = [(c, len(images)) for c, images in batches(tiny_backbone, data, batch_size=5)]
+    assert found == [("bolt", 5), ("bolt", 2), ("câble noir", 5), ("câble noir", 2)]
 
 
 def test_constant_scores_and_one_image_do_not_divide_by_zero():

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +22,7 @@ from clipad.evaluation import (
     predict_halving,
     read_masks,
 )
-from clipad.files import code_version, write_atomically
+from clipad.files import address, cached, code_version
 from clipad.metrics import draw_counts
 from clipad.published import published_results
 from clipad.studies.common import METRIC_NAMES, METRICS, RESAMPLES, Scores, groups, within_image
@@ -94,12 +90,10 @@ def benchmark(
         counts = draw_counts(labels, resamples, np.random.default_rng([seed, c]))
         for d, detector in enumerate(detectors):
             key = [detector.settings, fingerprint(part), code_version(), resamples, seed, c]
-            path = folder and folder / f"{_hash(key)}.npz"
-            entry = _stored(path)
-            if entry is None:
-                entry = _measure(detector, part, category, labels, counts)
-                if path:
-                    write_atomically(path, _npz(entry))
+            entry = cached(
+                folder and folder / f"{address(key)}.npz",
+                lambda: _measure(detector, part, category, labels, counts),
+            )
             for m, metric in enumerate(METRICS):
                 values[d, c, m] = entry.get(metric, np.nan)
             own = {k: entry[k] for k in ("probability", "map_max", "score")}
@@ -127,26 +121,6 @@ def predict(detector, part: Dataset, category: str) -> tuple[np.ndarray, np.ndar
     found = [predict_halving(detector, x, category) for _, x in batches(detector.backbone, part)]
     maps, probabilities = (torch.cat(values).numpy() for values in zip(*found, strict=True))
     return maps, probabilities
-
-
-def _hash(key) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def _npz(entry: dict) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **entry)
-    return buffer.getvalue()
-
-
-def _stored(path: Path | None) -> dict | None:
-    if path is None or not path.is_file():
-        return None
-    try:
-        with np.load(path) as stored:
-            return dict(stored)
-    except (zipfile.BadZipFile, ValueError, EOFError, KeyError):  # damaged: measured again
-        return None
 
 
 # Which to take --------------------------------------------------------------------------------------------------
