@@ -79,8 +79,8 @@ class Interval:
 
 
 def _percent(value: float, sign: str) -> str:
-    digits = 2 if 0 < abs(100 * value) < 0.05 else 1
-    return f"{100 * value:{sign}.{digits}f}"
+    digits = 2 if 0.005 < abs(100 * value) < 0.05 else 1
+    return "0.0" if abs(100 * value) <= 0.005 else f"{100 * value:{sign}.{digits}f}"
 
 
 def from_draws(estimate: float, draws: np.ndarray) -> Interval:
@@ -305,6 +305,29 @@ def score(
                 if metric in found:
                     values[d, c, m] = found[metric]
     return Scores(tuple(maps), tuple(dataset.categories), METRICS, values, seed)
+
+
+def scores_by_text(
+    detector: Detector,
+    kept: Kept,
+    texts: Mapping[str, Mapping[str, torch.Tensor]],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Scores:
+    """The same detector and features with several sets of text vectors (per category C x 2), on the same draws."""
+    maps, probabilities = {}, {}
+    for name, text in texts.items():
+        parts = {}
+        for category in kept.dataset.categories:
+            at = kept.where(category)
+            own = kept.features[torch.from_numpy(at)].to(detector.backbone.device)
+            parts[category] = at, detector.score_with(own, text[category])
+        size = detector.backbone.image_size
+        maps[name] = np.empty((len(kept.dataset), size, size), np.float32)
+        probabilities[name] = np.empty(len(kept.dataset), np.float32)
+        for at, found in parts.values():
+            maps[name][at], probabilities[name][at] = found.maps, found.probabilities
+    return score(maps, probabilities, kept, resamples, seed)
 
 
 # Images by rule -------------------------------------------------------------------------------------------------

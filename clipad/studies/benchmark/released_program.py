@@ -15,7 +15,6 @@ from scipy import ndimage
 from clipad.datasets import Dataset, native_size, read_mask, resize_mask
 from clipad.evaluation import published_image_score
 from clipad.metrics import image_metrics
-from clipad.studies.common import Scores, score
 from clipad.text import representative_vectors
 
 SELECTIONS = {
@@ -137,22 +136,3 @@ def vectors_of(run, name: str) -> dict[str, torch.Tensor]:
             text = representative_vectors(run.backbone, category, run.prompts, method, **options)
         found[category] = text.half().float() if name == "float16" else text
     return found
-
-
-def scores_by_text(
-    sdp, kept, texts: Mapping[str, Mapping[str, torch.Tensor]], resamples: int, seed: int
-) -> Scores:
-    """The same detector and features with several sets of text vectors, on the same draws."""
-    maps, probabilities = {}, {}
-    for name, text in texts.items():
-        parts = {}
-        for category in kept.dataset.categories:
-            at = kept.where(category)
-            own = kept.features[torch.from_numpy(at)].to(sdp.backbone.device)
-            parts[category] = at, sdp.score_with(own, text[category])
-        size = sdp.backbone.image_size
-        maps[name] = np.empty((len(kept.dataset), size, size), np.float32)
-        probabilities[name] = np.empty(len(kept.dataset), np.float32)
-        for at, found in parts.values():
-            maps[name][at], probabilities[name][at] = found.maps, found.probabilities
-    return score(maps, probabilities, kept, resamples, seed)
