@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test exercises lint lab notebooks book benchmark demo-model gpu doctor clean
+.PHONY: help install reproduce test test-all exercises lint lab app notebooks book benchmark demo-model gpu gpu-demo doctor clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -21,7 +21,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 reproduce: install  ## execute every notebook on the shipped model and images, offline; results in outputs/demo-demo
 	$(BIN)/clipad run --all --preset demo
 
-test: install  ## the test suite
+test: install  ## tests of the method and the studies, in less than two minutes
+	$(BIN)/python -m pytest -m "not slow and not notebook and not browser"
+
+test-all: install  ## all tests but `make exercises`: also kernels, browser, sweeps, benchmarks, the demo's training
 	$(BIN)/python -m pytest -m "not notebook"
 
 exercises: install  ## solve the notebooks' exercises by the folded solutions, and compare two runs of each notebook
@@ -33,6 +36,10 @@ lint: install  ## style and common mistakes
 
 lab: install  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
+
+app: install  ## the explorer alone, as a page in the browser
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[app]'
+	$(BIN)/voila notebooks/06_explorer.ipynb --strip_sources=True
 
 notebooks: install  ## execute the notebooks and store their outputs in the repository
 	$(BIN)/clipad notebooks store
@@ -58,6 +65,10 @@ gpu: install  ## the paper's protocol: make gpu DATASETS="mvtec visa" DATA_ROOT=
 	  $(BIN)/clipad run --all --preset paper -p device cuda \
 	    -p dataset $$name -p data_root $(DATA_ROOT)/$$name $$train || failed=1; \
 	done; test -z "$$failed"
+
+gpu-demo: install  ## the demo on a GPU, and its records beside those that the CPU stored
+	$(BIN)/clipad run --all --preset demo -p device cuda --output-dir outputs/gpu-demo
+	$(BIN)/python -m benchmarks.records outputs/gpu-demo
 
 doctor: install  ## check versions, device, weights and data
 	$(BIN)/clipad doctor

@@ -13,9 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
-from safetensors.torch import save_file
 
-from clipad.backbone import load_backbone
 from clipad.datasets import load_dataset
 from clipad.linear_layers import LinearLayers
 from clipad.tools import sweep as sweeps
@@ -64,7 +62,7 @@ def plan(tmp_path):
 
 def test_a_file_of_another_kind_is_named(tmp_path):
     (tmp_path / "picture.yaml").write_bytes(b"\x89PNG")
-    with pytest.raises(ValueError, match=r"picture.yaml is no YAML in UTF-8"):
+    with pytest.raises(ValueError, match=r"picture\.yaml is no YAML"):
         sweeps.plan(tmp_path / "picture.yaml")
 
 
@@ -117,13 +115,12 @@ def test_what_decides_the_result_decides_the_address(plan, tmp_path, notebook):
 
 def test_what_sdp_plus_is_trained_with_decides_the_address_too(plan, tmp_path):
     def address(**values):
-        sweeps._samples.cache_clear()  # as in another process
         return plan({"notebook": "05", "parameters": values})[0].address
 
     checkpoint, root = tmp_path / "layers.pt", tmp_path / "demo_aux"
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="layers"):
         address(layers=str(checkpoint))
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match="demo_aux"):
         address(train_root=str(root))
     found = [address()]
     for seed in range(2):
@@ -134,26 +131,6 @@ def test_what_sdp_plus_is_trained_with_decides_the_address_too(plan, tmp_path):
     next(root.rglob("test/good/*.png")).unlink()
     found.append(address(train_root=str(root)))
     assert len(set(found)) == len(found)
-
-
-def test_weights_of_further_backbones_decide_the_address_too(plan, tmp_path):
-    checkpoint = tmp_path / "model.safetensors"
-
-    def address():
-        sweeps._weights.cache_clear()  # as in another process
-        sweeps._backbone.cache_clear()
-        return plan({"notebook": "05", "parameters": {"backbones": [f"demo/{checkpoint}"]}})[
-            0
-        ].address
-
-    with pytest.raises(ValueError, match="is not a file"):
-        address()
-    weights = load_backbone("demo").model.state_dict()
-    save_file(weights, checkpoint)
-    before = address()
-    weights["visual.proj"] = weights["visual.proj"] + 1
-    save_file(weights, checkpoint)
-    assert address() != before
 
 
 @pytest.mark.parametrize(
@@ -173,7 +150,7 @@ def test_weights_of_further_backbones_decide_the_address_too(plan, tmp_path):
         ({"evaluate": {"categories": "gears"}}, "unknown category 'gears'"),
         ({"evaluate": {"dataset": "demoo"}}, "'demo"),
         ({"evaluate": {"model": "ViT-S-32-alt"}}, "needs pretrained"),
-        ({"evaluate": {"pretrained": "random"}}, "no random weights"),
+        ({"evaluate": {"pretrained": "random"}}, "random ones need another model"),
         ({"evaluate": {"detectors": "winclip", "rvs": "mean"}}, "no rvs"),
         ({"notebook": "99"}, "no notebook starts with"),
         ({"notebook": "00_work", "parameters": {"sead": 1}}, "did you mean 'seed'"),
@@ -196,8 +173,8 @@ def test_an_evaluation_is_what_evaluate_says(plan, tmp_path):
 
     run = plan({"evaluate": {"detectors": "direct", "rvs": "mean", "categories": "gear"}})[0]
     (tmp_path / "runs").mkdir()
-    sweeps.execute(run, str(tmp_path))
-    record = sweeps._read(run, tmp_path)
+    sweeps.run_one(run, str(tmp_path))
+    record = sweeps.read_record(run, tmp_path)
     assert (record["status"], record["reason"]) == ("ok", "")
     backbone, data = clipad.load_backbone("demo"), clipad.load_dataset("demo", categories=["gear"])
     expected = clipad.evaluate(clipad.Direct(backbone, rvs="mean"), data, progress=False).table.loc[
@@ -211,58 +188,50 @@ def test_other_code_or_weights_on_a_worker_are_noticed(plan, tmp_path):
     run = plan({"evaluate": {"categories": "gear"}})[0]
     (tmp_path / "runs").mkdir()
     for name, message in (("code", "another version"), ("weights", "other weights")):
-        other = sweeps.Run("", run.parameters, run.content | {name: "0"})
-        folder, failure = sweeps.execute(other, str(tmp_path))
-        assert failure["status"] == "failed"
-        assert message in failure["reason"]
-        assert message in (folder / "traceback.txt").read_text()
-        # to publish it is for the sweep that waits, if there still is one
-        assert sweeps._read(other, tmp_path) is None
+        other = sweeps.Run("", run.parameters, run.inputs | {name: "0"})
+        record = sweeps.run_one(other, str(tmp_path))
+        assert record["status"] == "failed"
+        assert message in record["reason"]
+        assert message in (tmp_path / "failed" / other.address / "traceback.txt").read_text()
+        assert sweeps.read_record(other, tmp_path) is None  # so that the next sweep tries it again
     with pytest.raises(FileNotFoundError, match="does not see"):
-        sweeps.execute(run, str(tmp_path / "elsewhere"))
+        sweeps.run_one(run, str(tmp_path / "elsewhere"))
 
 
-def test_the_first_of_two_attempts_is_the_result(plan, notebook, tmp_path):
-    run = plan({"notebook": str(notebook)})[0]
+@pytest.mark.parametrize("rest", [None, "", "{"])
+def test_half_of_a_run_is_nothing(plan, notebook, tmp_path, rest):
+    """What a kill leaves behind while a folder is removed: no record, or half of one."""
+    run = plan({"notebook": str(notebook), "parameters": {"log": str(tmp_path / "log")}})[0]
+    folder = tmp_path / "runs" / run.address
+    folder.mkdir(parents=True)
+    (folder / "00_work.ipynb").touch()
+    if rest is not None:
+        (folder / "run.json").write_text(rest)
+    assert sweeps.run_one(run, str(tmp_path))["status"] == "ok"
+    assert sweeps.read_record(run, tmp_path)["results"]
+
+
+def test_a_complete_run_stays(plan, notebook, tmp_path):
+    run = plan({"notebook": str(notebook), "parameters": {"log": str(tmp_path / "log")}})[0]
     (tmp_path / "runs").mkdir()
-    for number, folder in enumerate([sweeps._new_folder(run, tmp_path) for _ in range(2)]):
-        sweeps._publish(run, folder, {"status": "ok", "results": [number]})
-    assert sweeps._read(run, tmp_path)["results"] == [0]
-    assert not list((tmp_path / "unfinished").iterdir())
-
-
-def test_a_run_that_ended_unseen_is_in_the_table(plan, notebook, tmp_path, monkeypatch):
-    """Ctrl-C between the end of a run in its worker and the news of it here."""
-    runs = plan({"notebook": str(notebook), "parameters": {"seed": [1, 2]}})
-
-    def stopped(todo, planned, output_dir, *_):
-        found = {"status": "ok", "reason": "", "results": [], "seconds": 1.0}
-        sweeps._publish(todo[0], sweeps._new_folder(todo[0], output_dir), found)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sweeps, "_compute", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        sweeps.sweep(runs, tmp_path / "out")
-    assert pd.read_csv(tmp_path / "out" / "table.csv")["seed"].tolist() == [1]
-    assert "1 of 2 runs ended" in (tmp_path / "out" / "index.html").read_text()
+    first = sweeps.run_one(run, str(tmp_path))
+    assert sweeps.run_one(run, str(tmp_path)) == first
+    assert len((tmp_path / "log").read_text().splitlines()) == 1
 
 
 def test_runs_of_different_kinds_share_one_table(tmp_path):
-    common = {"notebook": "", "content": {}, "seconds": 1.0}
-    number = {"category": "gear", "metric": "image_auroc", "value": 0.5}
+    common = {"notebook": "", "inputs": {}, "seconds": 1.0}
+    number = {"category": "nut", "metric": "image_auroc", "value": 0.5}
     first = {"run": "a", "name": "evaluate", "status": "ok", "reason": "", "results": [number]}
-    second = {"run": "b", "name": "00_work", "status": "failed", "reason": "x < <b>", "results": []}
-    first["parameters"] = {"categories": ["gear"], "seed": 0, "share": 1, "other": 1}
-    second["parameters"] = {"seed": 1, "share": 0.5, "other": "text"}
-    sweeps._write_results([first | common, second | common], 3, tmp_path)
-    table = pd.read_parquet(tmp_path / "table.parquet")
-    assert table["categories"].tolist()[0] == '["gear"]'
+    second = {"run": "b", "name": "00_work", "status": "failed", "reason": "x, <b>", "results": []}
+    first["parameters"] = {"categories": ["nut"], "seed": 0, "share": 1, "other": 1}
+    second["parameters"] = {"seed": 1, "share": 0.5, "more": "text"}
+    sweeps.write_table([first | common, second | common], tmp_path / "table.csv")
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert table["categories"].tolist()[0] == '["nut"]'
     assert table["value"].isna().tolist() == [False, True]
     assert table["seed"].tolist() == [0, 1]
-    page = (tmp_path / "index.html").read_text()
-    assert "2 of 3 runs ended, 1 of them failed" in page
-    assert "x &lt; &lt;b&gt;" in page
-    assert "<b>" not in page
+    assert table["reason"].tolist()[1] == "x, <b>"
 
 
 # --- the whole, with processes that die ---
@@ -316,6 +285,7 @@ class Sweep:
             time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_workers_that_die_and_runs_that_fail(tmp_path, notebook):
     sweep = Sweep(tmp_path, notebook, [1, 13, 66, 2, 3], pause=2)
     sweep.start()
@@ -328,8 +298,10 @@ def test_workers_that_die_and_runs_that_fail(tmp_path, notebook):
     assert "workers died" in said
 
     times = collections.Counter(seed for seed, _ in sweep.started())
-    assert times == {1: 2, 13: 1, 66: 2, 2: 1, 3: 1}
-    table = pd.read_parquet(sweep.out / "table.parquet")
+    # a failure lies in the memory of its worker: if that one dies, too, it is computed again
+    assert times.pop(13) >= 1
+    assert times == {1: 2, 66: 2, 2: 1, 3: 1}
+    table = pd.read_csv(sweep.out / "table.csv")
     assert dict(zip(table["seed"], table["status"], strict=True)) == dict.fromkeys(
         [1, 2, 3], "ok"
     ) | {
@@ -338,27 +310,25 @@ def test_workers_that_die_and_runs_that_fail(tmp_path, notebook):
     }
     assert table["value"].notna().tolist() == [True, False, False, True, True]
     assert table["metric"].dropna().unique().tolist() == ["draw.a"]
-    page = (sweep.out / "index.html").read_text()
-    for address in table["run"]:
-        assert f'href="runs/{address}/00_work.ipynb"' in page
-        assert (sweep.out / "runs" / address / "00_work.ipynb").is_file()
-    assert not list((sweep.out / "unfinished").iterdir())
+    for address, status in zip(table["run"], table["status"], strict=True):
+        place = sweep.out / ("runs" if status == "ok" else "failed") / address
+        assert (place / "00_work.ipynb").is_file()
+    assert not list((sweep.out / "unfinished").glob("*-*"))
 
     # without the failed ones there is nothing left to do, and nothing changes
-    for address in table["run"][table["status"] == "failed"]:
-        shutil.rmtree(sweep.out / "runs" / address)
     before, count = sweep.finished(), len(sweep.started())
     sweep.file.write_text(sweep.file.read_text().replace("13, 66, ", ""))
     tables = []
     for _ in range(2):
         sweep.start()
         assert sweep.end()[0] == 0
-        tables.append((sweep.out / "table.parquet").read_bytes())
+        tables.append((sweep.out / "table.csv").read_bytes())
     assert sweep.finished() == before
     assert len(sweep.started()) == count
     assert tables[0] == tables[1]
 
 
+@pytest.mark.slow
 def test_a_stopped_and_a_killed_sweep_continue(tmp_path, notebook):
     sweep = Sweep(tmp_path, notebook, [1, 2, 3, 4, 5, 6], pause=0.5)
     kept = {}
@@ -390,4 +360,4 @@ def test_a_stopped_and_a_killed_sweep_continue(tmp_path, notebook):
     assert table["value"].notna().all()
     after = collections.Counter(seed for seed, _ in sweep.started())
     assert all(after[seed] == count[seed] for seed in done)
-    assert not list((sweep.out / "unfinished").iterdir())
+    assert not list((sweep.out / "unfinished").glob("*-*"))

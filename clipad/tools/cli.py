@@ -258,8 +258,8 @@ def sweep(file, workers, scheduler, output_dir) -> None:
       notebook: "05"
       parameters: {seed: [0, 1], categories: [[screw, nut]]}
 
-    Everything is checked before the first run. A failed run does not stop the others. Results: table.parquet and
-    table.csv with a row per run and number, index.html with a link to every executed notebook.
+    Everything is checked before the first run. A failed run does not stop the others and is tried again by the next
+    sweep. Results: table.csv with a row per run and number, runs/ with a folder per run.
 
     \b
     Examples:
@@ -280,7 +280,7 @@ def sweep(file, workers, scheduler, output_dir) -> None:
         ).expanduser()
         records = sweeps.sweep(sweeps.plan(file), folder, workers, scheduler)
     failed = [record for record in records if record["status"] == "failed"]
-    click.echo(f"{len(records)} runs, {len(failed)} failed; see {folder / 'index.html'}")
+    click.echo(f"{len(records)} runs, {len(failed)} failed; see {folder / 'table.csv'}")
     if failed:
         sys.exit(1)
 

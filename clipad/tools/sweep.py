@@ -1,67 +1,52 @@
 """A grid of notebooks or evaluations on Dask: ``clipad sweep sweep.yaml``.
 
-A file holds one block, or a list of blocks. A block is ``evaluate:`` with the parameters in `EVALUATION`, or
-``notebook:`` with ``parameters:``. A list is an axis; a block stands for the product of its axes::
+A file holds one block, or a list of blocks. A block is ``evaluate:`` with the parameters of `evaluation_parameters`,
+or ``notebook:`` with ``parameters:``. A list is an axis; a block stands for the product of its axes::
 
     - evaluate: {detectors: [sdp, direct], rvs: [mean, dbscan], categories: [screw, nut]}   # 2 x 2 x 2 runs
     - notebook: "05"
       parameters: {seed: [0, 1], categories: [[screw, nut]]}            # 2 runs with two categories each
 
-Each run has an address: a hash of its parameters, the code, the weights and the list of images. A worker computes in
-a folder of its own below ``unfinished/`` and renames it to ``runs/<address>``. So a run is there completely or not at
-all, and where Dask executes a run twice (a worker that was believed dead) the first to be renamed is the only result.
+Each run has an address, a hash of its parameters and of all that decides its numbers. It computes in a folder of its
+own below ``unfinished/``, which is renamed to ``runs/<address>`` when it is complete; so a run is there completely or
+not at all. One that fails goes to ``failed/<address>`` and is tried again by the next sweep. Workers that die, retries
+and the dashboard are Dask's.
 """
 
 import contextlib
 import hashlib
-import html
 import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
 import traceback
 import uuid
 from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
+from functools import cache
 from itertools import product
 from pathlib import Path
 
-from clipad.files import code_version, write_atomically
+from clipad.files import code_version, content_hash, write_atomically
 from clipad.tools import runner
-from clipad.tools.parameters import Parameter, checked, nearest
+from clipad.tools.parameters import Parameter, checked, nearest, read_yaml, shown
 from clipad.tools.stored import read_notebook, source_hash
 
-# Names of experiments.DETECTORS, without importing torch; sdp_plus needs layers, so it is swept by its notebook.
-DETECTORS = ("sdp", "direct", "clip_surgery", "winclip")
-_PARAMETERS = (
-    Parameter("detectors", "str", "sdp", "the detector", choices=DETECTORS),
-    Parameter("rvs", "str", "", "representative vector; the published one if empty"),
-    Parameter("rvs_options", "dict", {}, "its options; the published ones if empty"),
-    Parameter("preset", "str", "demo", "model and data", choices=("demo", "paper")),
-    Parameter("model", "str", "", "open_clip model name"),
-    Parameter("pretrained", "str", "", "open_clip tag, path of a checkpoint, or random"),
-    Parameter("image_size", "int", 0, "side in pixels, the model's own if 0", low=1),
-    Parameter("dataset", "str", "", "data set"),
-    Parameter("data_root", "str", "", "path of the data set"),
-    Parameter("categories", "list[str]", [], "categories of one run, all if empty"),
-    Parameter("prompts", "str", "", "path of a YAML file with prompts"),
-    Parameter("seed", "int", 0, "seed of random weights", low=0),
-    Parameter("device", "str", "", "where to compute", choices=("cpu", "cuda")),
-)
-EVALUATION = {parameter.name: parameter for parameter in _PARAMETERS}
+PATIENCE = 60
+"""seconds without any worker after which a sweep gives up"""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One point of the grid. ``notebook``: path of the source, "" for an evaluation; ``content``: hashes, by name, of
+    """One point of the grid. ``notebook``: path of the source, "" for an evaluation; ``inputs``: hashes, by name, of
     what decides the result besides the parameters."""
 
     notebook: str
     parameters: dict
-    content: dict
+    inputs: dict
 
     @property
     def name(self) -> str:
@@ -70,31 +55,50 @@ class Run:
     @property
     def address(self) -> str:
         """Sixteen hex digits."""
-        text = json.dumps([self.name, self.parameters, self.content], sort_keys=True)
+        text = json.dumps([self.name, self.parameters, self.inputs], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # --- from YAML to runs ----------------------------------------------------------------------------------------------
 
 
+def evaluation_parameters() -> dict[str, Parameter]:
+    """What a block ``evaluate:`` may set."""
+    from clipad.studies.experiments import DETECTORS, PRESETS
+
+    listed = (
+        Parameter("detectors", "str", "sdp", "the detector", choices=tuple(DETECTORS)),
+        Parameter("layers", "str", "", "path of the linear layers of sdp_plus"),
+        Parameter("rvs", "str", "", "representative vector; the published one if empty"),
+        Parameter("rvs_options", "dict", {}, "its options; the published ones if empty"),
+        Parameter("preset", "str", "demo", "model and data", choices=tuple(PRESETS)),
+        Parameter("model", "str", "", "open_clip model name"),
+        Parameter("pretrained", "str", "", "open_clip tag, path of a checkpoint, or random"),
+        Parameter("image_size", "int", 0, "side in pixels, the model's own if 0", low=1),
+        Parameter("dataset", "str", "", "data set"),
+        Parameter("data_root", "str", "", "path of the data set"),
+        Parameter("categories", "list[str]", [], "categories of one run, all if empty"),
+        Parameter("prompts", "str", "", "path of a YAML file with prompts"),
+        Parameter("seed", "int", 0, "seed of random weights", low=0),
+        Parameter("device", "str", "", "where to compute"),
+    )
+    return {parameter.name: parameter for parameter in listed}
+
+
 def plan(path) -> list[Run]:
     """The runs of a sweep file, in its order (the last axis varies fastest), each once.
 
-    Everything that can be known beforehand is checked here: names and values of parameters, data sets, models,
+    Everything that can be known beforehand is checked here: names and values of parameters, data sets, weights,
     prompts. Raises ValueError or FileNotFoundError with what was found and what was expected.
     """
-    from papermill.iorw import NoDatesSafeLoader
-    from yaml import YAMLError, load
-
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
             f"no sweep file {path}; notebooks/sweep_example.yaml is one to start from"
         )
-    try:
-        blocks = load(path.read_text(encoding="utf-8"), Loader=NoDatesSafeLoader)
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML in UTF-8: {error}") from None
+    for kept in (_samples, _weights):  # within this call: the next one finds what changed since
+        kept.cache_clear()
+    blocks = read_yaml(path)
     runs = [
         run
         for block in (blocks if isinstance(blocks, list) else [blocks])
@@ -110,9 +114,9 @@ def _expand(block) -> list[Run]:
     if ("evaluate" in block) == ("notebook" in block) or {"evaluate", "parameters"} <= block.keys():
         raise ValueError("a block holds either `evaluate:`, or `notebook:` and `parameters:`")
     if "evaluate" in block:
-        return [
-            _evaluation(values) for values in _grid(block["evaluate"], "`evaluate`", EVALUATION)
-        ]
+        known = evaluation_parameters()
+        points = map(_evaluation, _grid(block["evaluate"], "`evaluate`", known))
+        return [Run("", values, _inputs(values)) for values in points]
     runner.require_own_kernel()
     runs = []
     for name in block["notebook"] if isinstance(block["notebook"], list) else [block["notebook"]]:
@@ -120,15 +124,14 @@ def _expand(block) -> list[Run]:
         source = runner.find_notebook(f"{name:02d}" if isinstance(name, int) else str(name))
         known = runner.inspect_parameters(source)
         known.pop("output_dir", None)  # every run has a folder of its own
-        content = {"notebook": source_hash(read_notebook(source))}
-        for values in _grid(block.get("parameters", {}), f"`parameters` of {source.stem}", known):
-            values = runner.check_parameters(source, values)
-            runs.append(Run(str(source), values, content | _inputs(values)))
+        notebook = {"notebook": source_hash(read_notebook(source))}
+        points = _grid(block.get("parameters", {}), f"`parameters` of {source.stem}", known)
+        runs += [Run(str(source), values, notebook | _inputs(values)) for values in points]
     return runs
 
 
 def _grid(axes, what: str, known: dict[str, Parameter]) -> list[dict]:
-    """Values of all known parameters, for each point of the product of the axes.
+    """Checked values of all known parameters, for each point of the product of the axes.
 
     For a parameter that is itself a list, [a, b] is the axis of [a] and [b].
     """
@@ -140,89 +143,67 @@ def _grid(axes, what: str, known: dict[str, Parameter]) -> list[dict]:
             raise ValueError(f"{name} has no values: leave it out, or list at least one")
         if known[name].type.startswith("list"):
             axis = [value if isinstance(value, list) else [value] for value in axis]
-        values[name] = axis
+        values[name] = [checked(known[name], value) for value in axis]
     order = [*axes, *(name for name in known if name not in axes)]
-    return [
-        dict(zip(order, point, strict=True)) for point in product(*(values[name] for name in order))
-    ]
+    points = product(*(values[name] for name in order))
+    return [dict(zip(order, point, strict=True)) for point in points]
 
 
 def _require_keys(found, what: str, known) -> None:
     if not isinstance(found, dict):
-        raise ValueError(f"{what} has to be a mapping `name: value`, found {found!r}")
+        raise ValueError(f"{what} has to be a mapping `name: value`, found {shown(found)}")
     for name in found:
         if name not in known:
-            raise ValueError(f"{what} has no key {name!r}; {nearest(name, known)}")
+            raise ValueError(f"{what} has no key {shown(name)}; {nearest(name, known)}")
 
 
-def _evaluation(values: dict) -> Run:
+def _evaluation(values: dict) -> dict:
+    """The values of an evaluation with what preset and protocol say, so that equal runs have one address."""
     from clipad.published import protocol
     from clipad.text import check_method
 
-    values = {name: checked(EVALUATION[name], value) for name, value in values.items()}
-    values |= _model_and_data(values) | {"detectors": values["detectors"] or "sdp"}
-    if values["detectors"] != "winclip":
-        rules = protocol(values["dataset"])
-        published = rules.rvs_options if values["rvs"] in ("", rules.rvs) else {}
-        values |= {
-            "rvs": values["rvs"] or rules.rvs,
-            "rvs_options": values["rvs_options"] or published,
-        }
-        check_method(values["rvs"], values["rvs_options"])
-    elif values["rvs"] or values["rvs_options"]:
-        raise ValueError("winclip has a fixed text side, no rvs: give it a block of its own")
-    return Run("", values, _inputs(values))
+    values = values | _model_and_data(values) | {"detectors": values["detectors"] or "sdp"}
+    if (values["detectors"] == "sdp_plus") != bool(values["layers"]):
+        raise ValueError("layers belong to sdp_plus, and it needs them: give it a block of its own")
+    if values["detectors"] == "winclip":
+        if values["rvs"] or values["rvs_options"]:
+            raise ValueError("winclip has a fixed text side, no rvs: give it a block of its own")
+        return values
+    rules = protocol(values["dataset"])
+    published = rules.rvs_options if values["rvs"] in ("", rules.rvs) else {}
+    chosen = {"rvs": values["rvs"] or rules.rvs, "rvs_options": values["rvs_options"] or published}
+    check_method(chosen["rvs"], chosen["rvs_options"])
+    return values | chosen
 
 
 def _model_and_data(values: dict) -> dict:
-    """model, pretrained and dataset as `clipad.experiment` chooses them."""
-    from clipad.studies.experiments import PRESETS
+    from clipad.studies.experiments import resolve
 
-    chosen = dict(PRESETS[values.get("preset") or "demo"])
-    if values.get("model") and values["model"] != chosen["model"]:
-        chosen |= {"model": values["model"], "pretrained": ""}
-    chosen |= {key: values[key] for key in ("pretrained", "dataset") if values.get(key)}
-    if chosen["model"] != "demo" and not chosen["pretrained"]:
-        raise ValueError(
-            f"model {chosen['model']!r} needs pretrained: a tag, a checkpoint, or random"
-        )
-    if chosen["model"] == "demo" and chosen["pretrained"] == "random":
-        raise ValueError(
-            "model 'demo' has no random weights; as a control name another one, as ViT-S-32-alt"
-        )
-    return chosen
+    names = ("preset", "model", "pretrained", "dataset", "data_root")
+    return resolve(**{name: values[name] for name in names if values.get(name)})
 
 
 def _inputs(values: dict) -> dict:
-    """Hashes of code, images, weights, layers and prompts: whoever changes one of them gets other addresses."""
-    from clipad.published import protocol
-
+    """Hashes of code, images, weights and named files: whoever changes one of them gets other addresses."""
     found = {"code": code_version()}
     if {"preset", "model", "dataset"} & values.keys():
         chosen = values | _model_and_data(values)
-        found["samples"] = _samples(
-            chosen["dataset"], values.get("data_root", ""), *values.get("categories", [])
-        )
-        found["weights"] = _weights(*_which_weights(chosen))
-        if values.get("train_root"):
-            trained_on = values.get("train_dataset") or protocol(chosen["dataset"]).trained_on
-            found["train_samples"] = _samples(trained_on, values["train_root"])
-    if values.get("backbones"):  # "name" or "name/pretrained"
-        parts = (name.partition("/") for name in values["backbones"])
-        found["backbones"] = [_weights(model, pretrained, 0, 0) for model, _, pretrained in parts]
-    if values.get("layers"):
-        from clipad.training import load_layers
-
-        found["layers"] = load_layers(values["layers"]).hash
+        categories = tuple(values.get("categories", []))
+        found["samples"] = _samples(chosen["dataset"], values.get("data_root", ""), categories)
+        size, seed = values.get("image_size", 0), values.get("seed", 0)
+        found["weights"] = _weights(chosen["model"], chosen["pretrained"], size, seed)
+    for name in ("layers", "prompts", "train_root"):
+        if values.get(name):
+            found[name] = _file_or_folder(Path(values[name]))
     if values.get("prompts"):
         from clipad.prompts import load_prompts
 
-        found["prompts"] = asdict(load_prompts(values["prompts"]))
+        load_prompts(values["prompts"])
     return found
 
 
 @cache
-def _samples(dataset: str, root: str, *categories: str) -> str:
+def _samples(dataset: str, root: str, categories: tuple[str, ...]) -> str:
     from clipad.datasets import load_dataset
     from clipad.evaluation import fingerprint
 
@@ -230,75 +211,95 @@ def _samples(dataset: str, root: str, *categories: str) -> str:
 
 
 @cache
-def _weights(*which) -> str:
-    return _backbone(*which, device="cpu").weights_hash  # the machine that plans needs no GPU
-
-
-def _which_weights(chosen: dict) -> tuple:
-    """model, pretrained, image_size, seed: where the weights are not random no seed changes them."""
-    pretrained, seed = chosen["pretrained"], 0
-    if pretrained == "random":
-        pretrained, seed = "", chosen.get("seed", 0)
-    return chosen["model"], pretrained, chosen.get("image_size", 0), seed
-
-
-@lru_cache(maxsize=1)
-def _backbone(model: str, pretrained: str, image_size: int, seed: int, device: str):
+def _weights(model: str, pretrained: str, image_size: int, seed: int) -> str:
     from clipad.backbone import load_backbone
 
-    return load_backbone(model, pretrained or None, device or None, image_size or None, seed)
+    given = None if pretrained == "random" else pretrained or None
+    # the machine that plans needs no GPU
+    return load_backbone(model, given, "cpu", image_size or None, seed).weights_hash
 
 
-# --- on a worker ----------------------------------------------------------------------------------------------------
+def _file_or_folder(path: Path) -> str:
+    """Hash of a file, or of all files below a folder with their names."""
+    if path.is_file():
+        return content_hash(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no {path}")
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{file.relative_to(path).as_posix()} {content_hash(file)}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+# --- one run, on a worker -------------------------------------------------------------------------------------------
 
 _one_at_a_time = threading.Lock()  # environment and random generators belong to a process
 
 
-def execute(run: Run, output_dir: str) -> tuple[Path, dict] | None:
-    """Computes one run and puts it at its address, unless it is there.
+def run_one(run: Run, output_dir: str) -> dict:
+    """Computes a run and puts it at its address, unless it is there; returns its record.
 
-    A failure is returned, as `_publish` takes it, for the sweep to put there: in a worker that is being closed runs
-    fail, too, and nobody waits for those any more.
+    A failure is told by the record, too: its ``status`` is then "failed".
     """
     if not (Path(output_dir) / "runs").is_dir():
         raise FileNotFoundError(
             f"the worker does not see {output_dir}: it needs the sweep's file system"
         )
-    if _read(run, output_dir):
-        return
-    folder, start = _new_folder(run, output_dir), time.perf_counter()
+    if done := read_record(run, output_dir):
+        return done
+    folder = Path(output_dir) / "unfinished" / f"{run.address}-{uuid.uuid4().hex}"
+    folder.mkdir(parents=True)
+    start = time.perf_counter()
     try:
         with _one_at_a_time:
-            if code_version() != run.content["code"]:
-                raise ValueError(
-                    "the worker has another version of clipad than the machine that planned"
-                )
+            if code_version() != run.inputs["code"]:
+                raise ValueError("the worker has another version of clipad than who planned")
             found = _run_notebook(run, folder) if run.notebook else _run_evaluation(run, folder)
     except Exception as error:
         (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
         found = {"status": "failed", "reason": f"{type(error).__name__}: {error}", "results": []}
-    found["seconds"] = round(time.perf_counter() - start, 1)
-    if found["status"] == "failed":
-        return folder, found
-    _publish(run, folder, found)
-    return None
+    record = {"run": run.address, "name": run.name, **found, **asdict(run)}
+    record["seconds"] = round(time.perf_counter() - start, 1)
+    write_atomically(folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    _put(folder, Path(output_dir) / ("failed" if record["status"] == "failed" else "runs"), run)
+    return read_record(run, output_dir) or record
+
+
+def _put(folder: Path, place: Path, run: Run) -> None:
+    """Renames a folder to its address; where a complete run is there already, that one stays."""
+    place.mkdir(exist_ok=True)
+    final = place / run.address
+    complete = place.name == "runs" and read_record(run, place.parent)
+    if final.exists() and not complete:
+        shutil.rmtree(final, ignore_errors=True)  # an earlier failure, or half of a removed run
+    with contextlib.suppress(OSError):  # another attempt was first
+        folder.rename(final)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_record(run: Run, output_dir) -> dict | None:
+    """The record of a complete run; None where there is none, or half of one."""
+    try:
+        text = (Path(output_dir) / "runs" / run.address / "run.json").read_text(encoding="utf-8")
+        return json.loads(text)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
 
 
 def _run_evaluation(run: Run, folder: Path) -> dict:
-    from clipad.datasets import load_dataset
     from clipad.evaluation import evaluate
-    from clipad.prompts import load_prompts
-    from clipad.studies.experiments import make_detector
+    from clipad.studies.experiments import experiment, make_detector
 
-    values = run.parameters
-    backbone = _backbone(*_which_weights(values), device=values["device"])
-    if backbone.weights_hash != run.content["weights"]:
-        raise ValueError("the worker has other weights than the machine that planned")
-    options = {"prompts": load_prompts(values["prompts"]) if values["prompts"] else None}
-    options |= {"rvs": values["rvs"], "rvs_options": values["rvs_options"]} if values["rvs"] else {}
-    detector = make_detector(values["detectors"], backbone, **options)
-    dataset = load_dataset(values["dataset"], values["data_root"] or None, values["categories"])
-    table = evaluate(detector, dataset, folder, progress=False).table.drop(index="mean")
+    own = ("detectors", "layers", "rvs", "rvs_options")
+    settings = {name: value for name, value in run.parameters.items() if name not in own}
+    used = experiment("evaluate", output_dir=str(folder), **settings)
+    if used.backbone.weights_hash != run.inputs["weights"]:
+        raise ValueError("the worker has other weights than who planned")
+    name, layers, *rvs = (run.parameters[name] for name in own)
+    options = {} if name == "winclip" else dict(zip(own[2:], rvs, strict=True))
+    if run.parameters["prompts"]:
+        options["prompts"] = used.prompts
+    detector = make_detector(name, used.backbone, layers or None, **options)
+    table = evaluate(detector, used.dataset, folder, progress=False).table.drop(index="mean")
     long = table.reset_index().melt("category", var_name="metric").dropna()
     return {"status": "ok", "reason": "", "results": long.to_dict(orient="records")}
 
@@ -309,42 +310,17 @@ def _run_notebook(run: Run, folder: Path) -> dict:
 
     known = runner.inspect_parameters(run.notebook)
     own_folder = {"output_dir": str(folder)} if "output_dir" in known else {}
-    done = runner.run_notebook(
-        run.notebook, run.parameters | own_folder, folder, progress_bar=False
-    )
+    values = run.parameters | own_folder
+    done = runner.run_notebook(run.notebook, values, folder, progress_bar=False)
     record, results = folder / f"{run.name}.json", []
     if record.is_file():
         flat = pd.json_normalize(json.loads(record.read_text(encoding="utf-8"))["results"], sep=".")
-        numbers = {
-            name: column.iloc[0] for name, column in flat.items() if column.dtype.kind in "biuf"
-        }
         results = [
-            {"category": "", "metric": name, "value": float(n)} for name, n in numbers.items()
+            {"category": "", "metric": name, "value": float(column.iloc[0])}
+            for name, column in flat.items()
+            if column.dtype.kind in "biuf"
         ]
     return {"status": done.status, "reason": done.reason, "results": results}
-
-
-def _new_folder(run: Run, output_dir) -> Path:
-    folder = Path(output_dir) / "unfinished" / f"{run.address}-{uuid.uuid4().hex}"
-    folder.mkdir(parents=True)
-    return folder
-
-
-def _publish(run: Run, folder: Path, found: dict) -> None:
-    record = {"run": run.address, "name": run.name} | found | asdict(run)
-    write_atomically(folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    final = folder.parents[1] / "runs" / run.address
-    try:
-        folder.rename(final)
-    except OSError:
-        if not final.exists():
-            raise
-        shutil.rmtree(folder)  # another attempt was first; its result stands
-
-
-def _read(run: Run, output_dir) -> dict | None:
-    path = Path(output_dir) / "runs" / run.address / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 # --- the sweep ------------------------------------------------------------------------------------------------------
@@ -353,93 +329,96 @@ def _read(run: Run, output_dir) -> dict | None:
 def sweep(
     runs: list[Run], output_dir, workers: int | None = None, scheduler: str | None = None
 ) -> list[dict]:
-    """Executes the runs that are not finished; returns the records of all, in the order of ``runs``.
+    """Executes the runs that are not finished; returns the records of all that ended, in the order of ``runs``.
 
-    Writes ``table.parquet``, ``table.csv`` and ``index.html``, also when it is interrupted. Runs that failed in an
-    earlier sweep are tried again. ``workers``: local processes, None for one per core but at most 4; ``scheduler``:
-    address of a running Dask cluster whose workers see ``output_dir`` under the same path and have the same clipad.
+    Writes ``table.csv``, also when it is interrupted. ``workers``: local processes, None for one per core but at most
+    4; ``scheduler``: address of a running Dask cluster whose workers see ``output_dir`` under the same path and have
+    the same clipad.
 
-    Raises OSError when the cluster does not answer; what goes wrong inside a run is told by its record.
+    Raises OSError when the cluster does not answer or is gone, and when there is no worker for `PATIENCE` seconds;
+    runs that have not ended then are not done, and no failures. What goes wrong inside a run is told by its record.
     """
     output_dir = Path(output_dir).expanduser().resolve()
     (output_dir / "runs").mkdir(parents=True, exist_ok=True)
-    todo = []
-    for run in runs:
-        record = _read(run, output_dir)
-        if record and record["status"] == "failed":
-            shutil.rmtree(output_dir / "runs" / run.address)
-            record = None
-        if not record:
-            todo.append(run)
+    runner.remove_leftovers(output_dir)
+    todo = [run for run in runs if not read_record(run, output_dir)]
+    failures: dict[str, dict] = {}
     try:
         if todo:
-            _compute(todo, len(runs), output_dir, workers, scheduler)
+            _compute(todo, len(runs), output_dir, workers, scheduler, failures)
     finally:
         # From the disk: a run may have ended right before the interruption, when nobody looked any more.
-        records = [record for run in runs if (record := _read(run, output_dir))]
-        _write_results(records, len(runs), output_dir)
+        found = [read_record(run, output_dir) or failures.get(run.address) for run in runs]
+        records = [record for record in found if record]
+        write_table(records, output_dir / "table.csv")
     addresses = {run.address for run in runs}
     for rest in (output_dir / "unfinished").glob("*"):  # what killed attempts left
         if rest.name.partition("-")[0] in addresses:
-            shutil.rmtree(rest)
+            shutil.rmtree(rest, ignore_errors=True)
     return records
 
 
-def _compute(todo: list[Run], planned: int, output_dir: Path, workers, scheduler) -> None:
-    """Executes the runs in ``todo`` and tells of each as it ends."""
-    from distributed import as_completed
+def _compute(todo, planned: int, output_dir: Path, workers, scheduler, failures: dict) -> None:
+    """Executes the runs in ``todo``, tells of each as it ends, and keeps the records of those that fail."""
+    from distributed import wait
     from tqdm import tqdm
 
     with (
-        _client(workers, scheduler, len(todo)) as client,
+        _client(workers, scheduler, len(todo), output_dir) as client,
         tqdm(total=planned, initial=planned - len(todo), unit="run") as bar,
     ):
-        futures = client.map(execute, todo, output_dir=str(output_dir))
-        run_of = dict(zip(futures, todo, strict=True))
-        for future in as_completed(futures):
-            run = run_of[future]
-            try:
-                failure = future.result()
-            except Exception as error:
-                failure = _without_answer(run, output_dir, error)
-            if failure:
-                _publish(run, *failure)
-            record = _read(run, output_dir)
-            if record["status"] == "failed":
-                place = output_dir / "runs" / run.address
-                bar.write(f"{run.name} failed: {record['reason']}; see {place}", file=sys.stderr)
-            bar.update()
+        run_of = dict(zip(client.map(run_one, todo, output_dir=str(output_dir)), todo, strict=True))
+        last_seen = time.monotonic()
+        while run_of:
+            done = set()
+            with contextlib.suppress(TimeoutError):
+                done = wait(list(run_of), timeout=5, return_when="FIRST_COMPLETED").done
+            for future in done:
+                run = run_of.pop(future)
+                record = _record_of(future, run, output_dir)
+                if record["status"] == "failed":
+                    failures[run.address] = record
+                    place = output_dir / "failed" / run.address
+                    bar.write(f"{run.name} failed: {record['reason']}; see {place}", sys.stderr)
+                bar.update()
+            if done or client.status != "running" or client.nthreads():
+                last_seen = time.monotonic()
+            elif time.monotonic() - last_seen > PATIENCE:
+                raise OSError(f"no worker for {PATIENCE} s, {len(run_of)} runs are not done")
 
 
-def _without_answer(run: Run, output_dir: Path, error) -> tuple[Path, dict]:
-    """The failure of a run whose workers died (often: out of memory) or could not start it."""
+def _record_of(future, run: Run, output_dir: Path) -> dict:
+    """The record of a run that ended; OSError where the cluster is gone."""
+    if future.status == "finished":
+        return future.result()
+    if future.status != "error":
+        raise OSError("the Dask scheduler is gone; what was computed is kept")
+    # its workers died (often: out of memory), or could not start it
+    reason = str(future.exception()).strip().partition(". ")[0]
     attempts = sorted((output_dir / "unfinished").glob(f"{run.address}-*"), key=os.path.getmtime)
-    folder = attempts[-1] if attempts else _new_folder(run, output_dir)
-    reason = str(error).strip().partition(". ")[0]
-    return folder, {"status": "failed", "reason": reason, "results": [], "seconds": 0.0}
+    if attempts:
+        _put(attempts[-1], output_dir / "failed", run)
+    failed = {"status": "failed", "reason": reason, "results": [], "seconds": 0.0}
+    return {"run": run.address, "name": run.name, **failed, **asdict(run)}
 
 
-# In each local worker. A terminal sends Ctrl-C to every process: the one that plans ends the others, and they do it
-# in silence (Dask warns of cancelled tasks, asyncio of loops that are still open). What goes wrong in a run is told
-# by its record.
-_PRELOAD = """
-import atexit, logging, signal, sys
-signal.signal(signal.SIGINT, lambda *_: None)
-logging.getLogger("distributed").setLevel(logging.CRITICAL)
-atexit.register(setattr, sys, "unraisablehook", lambda *_: None)
-"""
+def dask_setup(_worker) -> None:
+    """Dask calls this in each local worker. A terminal sends Ctrl-C to every process: the one that planned ends the
+    workers, which say nothing of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager
-def _client(workers: int | None, scheduler: str | None, most: int):
+def _client(workers: int | None, scheduler: str | None, most: int, output_dir: Path):
     import dask
     from dask.system import CPU_COUNT
     from distributed import Client, LocalCluster
 
-    logging.getLogger("distributed").setLevel(logging.ERROR)
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
     if scheduler:
         with Client(scheduler) as client:
-            client.wait_for_workers(1, timeout=60)
+            client.wait_for_workers(1, timeout=PATIENCE)
             yield client
         return
     workers = min(workers or min(CPU_COUNT, 4), most)
@@ -454,72 +433,29 @@ def _client(workers: int | None, scheduler: str | None, most: int):
         "n_workers": workers,
         "threads_per_worker": 1,
         "memory_limit": 0,  # Dask would kill a process by a share of the memory that says nothing about torch
-        "preload": _PRELOAD,
+        "local_directory": str(
+            output_dir / "unfinished" / "dask"
+        ),  # Dask sweeps it at its next start
+        "preload": __name__,
     }
     with dask.config.set(settings), LocalCluster(**local) as cluster, Client(cluster) as client:
         yield client
 
 
-def _write_results(records: list[dict], planned: int, output_dir: Path) -> None:
-    """The table, one row per run and number (a run without numbers: one row without), and the index page."""
+def write_table(records: list[dict], path: Path) -> None:
+    """A CSV file with a row per run and number (a run without numbers: one row without). Lists and mappings as JSON."""
     import pandas as pd
 
-    if not records:
-        return
-    # lists and mappings as JSON, so that a column has one type
     rows = []
     for record in records:
-        values = {
-            k: json.dumps(v) if isinstance(v, list | dict) else v
-            for k, v in record["parameters"].items()
+        about = {name: record[name] for name in ("run", "name", "status", "reason", "seconds")}
+        about |= {
+            name: json.dumps(value) if isinstance(value, list | dict) else value
+            for name, value in record["parameters"].items()
         }
-        rows.append({k: record[k] for k in ("run", "name", "status", "reason", "seconds")} | values)
-    runs = pd.DataFrame(rows)
-    numbers = [
-        {"run": record["run"]} | result for record in records for result in record["results"]
-    ]
-    numbers = pd.DataFrame(numbers, columns=["run", "category", "metric", "value"])
-    table = runs.merge(numbers, on="run", how="left").convert_dtypes()
-    mixed = table.select_dtypes(
-        "object"
-    ).columns  # text in one block and a number in another: Parquet has one type
-    table[mixed] = table[mixed].map(str, na_action="ignore")
-    write_atomically(output_dir / "table.csv", table.to_csv(index=False))
-    write_atomically(output_dir / "table.parquet", table.to_parquet(index=False))
-
-    shown = ["name", "status", "reason", "seconds"]
-    same = {name: column[0] for name, column in runs.items() if column.nunique(dropna=False) == 1}
-    page = runs.drop(columns=[name for name in same if name not in shown])
-    page = page.map(lambda value: "" if pd.isna(value) else html.escape(str(value)))
-    page["files"] = [_links(record, output_dir) for record in records]
-    with pd.option_context("display.max_colwidth", None):
-        body = page.drop(columns="run", errors="ignore").to_html(
-            index=False, escape=False, border=0
-        )
-    settings = ", ".join(
-        f"{name} = {value}" for name, value in same.items() if name not in ["run", *shown]
-    )
-    failed = int((runs["status"] == "failed").sum())
-    text = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>clipad sweep</title>
-<style>
-body {{ font: 1rem/1.5 system-ui, sans-serif; margin: 2rem }}
-table {{ border-collapse: collapse }}
-th, td {{ padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #ccc }}
-</style>
-<h1>Sweep: {len(records)} of {planned} runs ended, {failed} of them failed</h1>
-<p>All numbers: <a href="table.csv">table.csv</a>, <a href="table.parquet">table.parquet</a>.
-In every run: {html.escape(settings)}.</p>
-{body}
-</html>
-"""
-    write_atomically(output_dir / "index.html", text)
-
-
-def _links(record: dict, output_dir: Path) -> str:
-    names = (f"{record['name']}.ipynb", "table.csv", "images.csv", "traceback.txt", "run.json")
-    there = [name for name in names if (output_dir / "runs" / record["run"] / name).is_file()]
-    return " ".join(
-        f'<a href="runs/{record["run"]}/{html.escape(name)}">{html.escape(name)}</a>'
-        for name in there
-    )
+        rows += [about | number for number in record["results"] or [{}]]
+    if rows:
+        columns = [name for name in dict.fromkeys(name for row in rows for name in row)]
+        numbers = ["category", "metric", "value"]
+        order = [name for name in columns if name not in numbers] + numbers
+        write_atomically(path, pd.DataFrame(rows).reindex(columns=order).to_csv(index=False))
