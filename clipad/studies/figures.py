@@ -136,6 +136,38 @@ def gallery(
     return figure
 
 
+def columns(
+    images: Sequence[np.ndarray],
+    maps: Mapping[str, np.ndarray],
+    masks: Sequence[np.ndarray] | None,
+    titles: Sequence[str],
+) -> Figure:
+    """The same in landscape: a column per image, a row for the images and one per method, each with one scale."""
+    figure, axes = plt.subplots(
+        1 + len(maps), len(images), figsize=(2.15 * len(images) + 0.9, 2.05 * (1 + len(maps)) + 0.4),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for ax, image, title in zip(axes[0], images, titles, strict=True):
+        ax.imshow(image)
+        ax.set_title(title, fontsize=9)
+    for line, values in zip(axes[1:], maps.values(), strict=True):
+        low, high = np.percentile(values, [1, 99.8])
+        for ax, shown in zip(line, values, strict=True):
+            drawn = ax.imshow(shown, cmap=MAP, vmin=low, vmax=high)
+        figure.colorbar(drawn, ax=line, shrink=0.8, ticks=plt.MaxNLocator(3)).ax.tick_params(
+            labelsize=8
+        )
+    for line, name in zip(
+        axes, ["image, true defect", *(f"{name} map" for name in maps)], strict=True
+    ):
+        line[0].set_ylabel(name, fontsize=10)
+        for k, ax in enumerate(line):
+            ax.set(xticks=[], yticks=[])
+            if masks is not None:
+                contour(ax, masks[k])
+    return figure
+
+
 def heatmap(values: pd.DataFrame, ax, fontsize: float = 8, **options) -> None:
     """seaborn's heat map with its numbers in black or white, whichever contrasts more with the colour below.
 
