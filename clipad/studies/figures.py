@@ -339,81 +339,63 @@ def method_overview() -> Figure:
     figure, ax = plt.subplots(figsize=(9.6, 4.5))
     ax.set(xlim=(0, 100), ylim=(0, 47))
     ax.axis("off")
-    blue, orange, green, grey = (
-        sns.light_palette(COLOURS[c], 5)[1] for c in ("blue", "orange", "green", "grey")
-    )
+    _text_side(ax)
+    _image_side(ax)
+    _combination(ax)
+    return figure
 
-    def box(x, y, w, h, text, colour, size=8):
-        patch = FancyBboxPatch(
-            (x, y), w, h, boxstyle="round,pad=0.4", facecolor=colour, edgecolor="0.25", linewidth=1
-        )
-        ax.add_patch(patch)
-        ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=size)
 
-    def arrow(start, end, style="-|>", colour="0.25"):
-        ax.add_patch(
-            FancyArrowPatch(
-                start, end, arrowstyle=style, mutation_scale=10, color=colour, linewidth=1.1
-            )
-        )
+def _box(ax, x, y, width, height, text, colour, size=8):
+    face = sns.light_palette(COLOURS[colour], 5)[1]
+    style = {"boxstyle": "round,pad=0.4", "facecolor": face, "edgecolor": "0.25", "linewidth": 1}
+    ax.add_patch(FancyBboxPatch((x, y), width, height, **style))
+    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size)
 
-    # text side
-    box(1, 36, 16, 8, "198 normal +\n220 anomalous\nsentences", orange)
-    box(24, 36, 13, 8, "text encoder\n(frozen)", grey)
-    box(44, 36, 19, 8, "RVS: one vector\nper state\n(notebook 01)", orange)
-    arrow((17.6, 40), (23.4, 40))
-    arrow((37.6, 40), (43.4, 40))
-    # image side
-    box(1, 12, 9, 14, "image\nS × S", blue)
+
+def _arrow(ax, start, end, colour="0.25"):
+    style = {"arrowstyle": "-|>", "mutation_scale": 10, "color": colour, "linewidth": 1.1}
+    ax.add_patch(FancyArrowPatch(start, end, **style))
+
+
+def _text_side(ax) -> None:
+    _box(ax, 1, 36, 16, 8, "198 normal +\n220 anomalous\nsentences", "orange")
+    _box(ax, 24, 36, 13, 8, "text encoder\n(frozen)", "grey")
+    _box(ax, 44, 36, 19, 8, "RVS: one vector\nper state\n(notebook 01)", "orange")
+    _arrow(ax, (17.6, 40), (23.4, 40))
+    _arrow(ax, (37.6, 40), (43.4, 40))
+
+
+def _image_side(ax) -> None:
+    green = COLOURS["green"]
+    _box(ax, 1, 12, 9, 14, "image\nS × S", "blue")
+    _arrow(ax, (10.6, 24), (16.4, 24))
     for k in range(4):
         x = 17 + 12.5 * k
-        box(x, 21, 9.5, 6, f"blocks {3 * k + 1}–{3 * k + 3}\nq-k attention", grey, 7)
-        box(
-            x,
-            10,
-            9.5,
-            6,
-            "v-v attention\nrestarts here" if k else "v-v attention\nstarts here",
-            green,
-            7,
-        )
-        arrow((x + 4.75, 20.4), (x + 4.75, 16.6), colour=COLOURS["green"])
+        blocks = f"blocks {3 * k + 1}–{3 * k + 3}\nq-k attention"
+        path = "v-v attention\nrestarts here" if k else "v-v attention\nstarts here"
+        _box(ax, x, 21, 9.5, 6, blocks, "grey", 7)
+        _box(ax, x, 10, 9.5, 6, path, "green", 7)
+        _arrow(ax, (x + 4.75, 20.4), (x + 4.75, 16.6), green)
         if k:
-            arrow((x - 2.4, 24), (x - 0.6, 24))
-        arrow((x + 4.75, 9.4), (x + 4.75, 6.2), colour=COLOURS["green"])
-        ax.text(
-            x + 4.75, 4.4, f"stage {k + 1}", ha="center", va="center", fontsize=7.5, color="0.2"
-        )
-    arrow((10.6, 24), (16.4, 24))
+            _arrow(ax, (x - 2.4, 24), (x - 0.6, 24))
+        _arrow(ax, (x + 4.75, 9.4), (x + 4.75, 6.2), green)
+        ax.text(x + 4.75, 4.4, f"stage {k + 1}", ha="center", va="center", fontsize=7.5)
     ax.text(39.5, 29.4, "ordinary path = plain CLIP", ha="center", fontsize=8, color="0.25")
-    ax.plot([17, 64.6], [2.6, 2.6], color=COLOURS["green"], linewidth=1.1)
-    ax.text(
-        39.5,
-        0.4,
-        "surgery path, staged (notebook 03)",
-        ha="center",
-        fontsize=8,
-        color=COLOURS["green"],
-    )
-    # combination
-    box(70, 21, 12, 9, "class token\n× text =\nclass probability", orange, 7.5)
-    box(
-        70,
-        4,
-        12,
-        12,
-        "feature surgery:\nsimilarities minus\nwhat both states\nshare, summed",
-        green,
-        7.5,
-    )
-    box(87.5, 4, 11.5, 12, "anomaly map\nSDP\n+ linear layers\n= SDP+ (04)", blue, 7.5)
-    box(87.5, 21, 11.5, 9, "image score", blue, 7.5)
-    arrow((64.6, 24), (69.4, 25))
-    arrow((64.6, 2.6), (69.4, 8), colour=COLOURS["green"])
-    arrow((82.6, 10), (86.9, 10))
-    arrow((82.6, 25.5), (86.9, 25.5))
-    arrow((93.2, 16.6), (93.2, 20.4))
-    arrow((63.6, 40), (76, 30.6))
+    ax.plot([17, 64.6], [2.6, 2.6], color=green, linewidth=1.1)
+    ax.text(39.5, 0.4, "surgery path, staged (notebook 03)", ha="center", fontsize=8, color=green)
+
+
+def _combination(ax) -> None:
+    surgery = "feature surgery:\nsimilarities minus\nwhat both states\nshare, summed"
+    _box(ax, 70, 21, 12, 9, "class token\n× text =\nclass probability", "orange", 7.5)
+    _box(ax, 70, 4, 12, 12, surgery, "green", 7.5)
+    _box(ax, 87.5, 4, 11.5, 12, "anomaly map\nSDP\n+ linear layers\n= SDP+ (04)", "blue", 7.5)
+    _box(ax, 87.5, 21, 11.5, 9, "image score", "blue", 7.5)
+    _arrow(ax, (64.6, 24), (69.4, 25))
+    _arrow(ax, (64.6, 2.6), (69.4, 8), COLOURS["green"])
+    _arrow(ax, (82.6, 10), (86.9, 10))
+    _arrow(ax, (82.6, 25.5), (86.9, 25.5))
+    _arrow(ax, (93.2, 16.6), (93.2, 20.4))
+    _arrow(ax, (63.6, 40), (76, 30.6))
     ax.plot([66.7, 66.7, 69.4], [37.6, 13, 13], color="0.25", linewidth=1.1)
-    arrow((68.8, 13), (69.4, 13))
-    return figure
+    _arrow(ax, (68.8, 13), (69.4, 13))
