@@ -15,7 +15,6 @@ from clipad.studies.inspection import (
     conformal_threshold,
     images_needed,
     nearest_distance,
-    observed_interval,
     rate_interval,
     robust_scale,
     stitch,
@@ -90,12 +89,6 @@ def test_verdicts_follow_from_both_thresholds():
     assert rule.p_value(rule.scores.max() + 1) == pytest.approx(1 / 41)
     assert rule.p_value(rule.scores.min()) == 1
     assert (rule.scores > rule.threshold).sum() == 3  # k - 1 of floor(0.1 * 41)
-
-
-def test_observed_rates_have_clopper_pearson_intervals():
-    assert observed_interval(0, 20) == pytest.approx((0, 0.1684), abs=1e-4)
-    assert observed_interval(3, 20) == pytest.approx((0.0321, 0.3789), abs=1e-4)
-    assert observed_interval(20, 20) == pytest.approx((0.8316, 1), abs=1e-4)
 
 
 def test_nearest_distance_against_plain_loops():

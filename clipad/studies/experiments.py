@@ -220,18 +220,19 @@ def experiment(
     seed: int = 0,
     device: str = "",
     output_dir: str = "",
+    normal_folder: str = "",
 ) -> Experiment:
     """Resolve a notebook's parameters, load model and data, and seed every generator.
 
     ``preset``: ``demo`` (shipped model and images, offline) or ``paper`` (published protocol). ``pretrained``: an
     open_clip tag, a checkpoint file, or ``random``. ``output_dir``: empty for
-    ``outputs/<preset>-<dataset>`` of the checkout.
+    ``outputs/<preset>-<dataset>`` of the checkout. ``normal_folder``: see :func:`clipad.load_dataset`.
 
     Raises ValueError or OSError for anything that cannot work, before anything long starts.
     """
     chosen = resolve(preset, model, pretrained, dataset, data_root)
     # The data and the folder first: a wrong path shall not wait for a model to load.
-    data = load_dataset(chosen["dataset"], data_root or None, categories or None)
+    data = load_dataset(chosen["dataset"], data_root or None, categories or None, normal_folder)
     own_prompts = load_prompts(prompts or None)
     outputs = Path(__file__).resolve().parents[2] / "outputs"
     folder = Path(output_dir) if output_dir else outputs / run_name(preset, dataset)
@@ -253,6 +254,7 @@ def experiment(
             **chosen,
             "pretrained": Path(chosen["pretrained"]).name,
             "categories": list(data.categories),
+            **({"normal_folder": normal_folder} if normal_folder else {}),
             "prompts": Path(prompts).name,
             "image_size": backbone.image_size,
             "seed": seed,

@@ -40,12 +40,8 @@ from clipad.files import (
 )
 from clipad.metrics import image_metrics
 from clipad.published import data_dir
-from clipad.studies.inspection import (
-    Inspector,
-    images_needed,
-    observed_interval,
-    require_enough,
-)
+from clipad.studies.common import exact_share
+from clipad.studies.inspection import Inspector, images_needed, require_enough
 from clipad.tools.report import draw, find_regions, heat_layer, region_mask, write_report
 
 BATCH = 16
@@ -580,6 +576,6 @@ def _observed(scores: pd.DataFrame) -> dict[str, float] | None:
         for label, what in ((0, "false_alarms"), (1, "defects_found")):
             bad = scores["verdict"][scores["label"] == label] == "bad"
             if len(bad):
-                low, high = observed_interval(int(bad.sum()), len(bad))
-                found |= {what: float(bad.mean()), f"{what}_low": low, f"{what}_high": high}
+                share = exact_share(int(bad.sum()), len(bad))
+                found |= {what: share.estimate, f"{what}_low": share.low, f"{what}_high": share.high}
     return {key: value for key, value in found.items() if not np.isnan(value)}

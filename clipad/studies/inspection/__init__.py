@@ -87,14 +87,6 @@ def rate_interval(n: int, false_alarms: float, level: float = 0.95) -> tuple[flo
     return float(low), float(high)
 
 
-def observed_interval(events: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Clopper and Pearson's exact interval of a rate of which ``events`` of n were seen."""
-    tail = (1 - level) / 2
-    low = beta.ppf(tail, events, n - events + 1) if events else 0.0
-    high = beta.ppf(1 - tail, events + 1, n - events) if events < n else 1.0
-    return float(low), float(high)
-
-
 def robust_scale(values: Sequence[float], what: str = "value") -> tuple[float, float]:
     """Median and 1.4826 MAD, which estimates the standard deviation of a normal distribution.
 
@@ -209,11 +201,12 @@ def nearest_distance(
     for x, y in zip(tokens, bank, strict=True):
         x, y = F.normalize(x.float(), dim=-1), F.normalize(y.float(), dim=-1)
         found = []
+        patches, k = y.flatten(0, 1).T.contiguous(), y.shape[1]
         for i, image in enumerate(x):  # one image at a time: K x n K cosines
-            cosines = (image @ y.flatten(0, 1).T).unflatten(1, y.shape[:2])
+            cosines = image @ patches
             if same:
-                cosines[:, i] = -1
-            found.append(cosines.amax(dim=(1, 2)))
+                cosines[:, i * k : (i + 1) * k] = -1
+            found.append(cosines.amax(dim=1))
         total = total + 1 - torch.stack(found)
     return total / len(tokens)
 
@@ -248,6 +241,25 @@ class Look:
     logits: np.ndarray
     words: np.ndarray
     tokens: list[torch.Tensor] | None
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def __getitem__(self, index) -> Look:
+        """Some of the images, by their positions."""
+        tokens = None if self.tokens is None else [stage[index] for stage in self.tokens]
+        return Look(self.logits[index], self.words[index], tokens)
+
+    @staticmethod
+    def cat(parts: Sequence[Look]) -> Look:
+        """Batches put together, in their order."""
+        tokens = None
+        if parts[0].tokens is not None:
+            tokens = [torch.cat(stage) for stage in zip(*(p.tokens for p in parts), strict=True)]
+        logits, words = (
+            np.concatenate([getattr(p, n) for p in parts]) for n in ("logits", "words")
+        )
+        return Look(logits, words, tokens)
 
 
 class Inspector:
@@ -289,15 +301,7 @@ class Inspector:
             if len(images) == 1:
                 raise
             torch.cuda.empty_cache()
-        parts = [self.look(half) for half in images.chunk(2)]
-        tokens = None
-        if parts[0].tokens is not None:
-            tokens = [torch.cat(stage) for stage in zip(*(p.tokens for p in parts), strict=True)]
-        return Look(
-            np.concatenate([p.logits for p in parts]),
-            np.concatenate([p.words for p in parts]),
-            tokens,
-        )
+        return Look.cat([self.look(half) for half in images.chunk(2)])
 
     def _look(self, images):
         text = self.detector.text_vectors(self.name)

@@ -1,0 +1,296 @@
+"""Notebook 07's analysis: the same rule over random choices of the flawless images, over names, over tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from clipad.datasets import Dataset, read_image
+from clipad.detectors import Detector, Features
+from clipad.evaluation import read_masks
+from clipad.metrics import image_metrics, pixel_metrics
+from clipad.studies.common import RESAMPLES, Interval, Kept, Scores, from_draws, score
+from clipad.studies.inspection import Inspector, Look, Rule, class_logit, rate_interval
+
+
+@dataclass
+class Product:
+    """One category as if it were yours: a look at each of its images, labels N (0 flawless), masks N x S x S."""
+
+    name: str
+    dataset: Dataset
+    look: Look
+    labels: np.ndarray
+    masks: np.ndarray | None
+
+    @property
+    def flawless(self) -> np.ndarray:
+        """Positions of the flawless images."""
+        return np.flatnonzero(self.labels == 0)
+
+
+def look_at(detector: Detector, dataset: Dataset, category: str, batch_size: int = 16) -> Product:
+    """Run the backbone once over a category's images; everything in notebook 07 then works on what it gave."""
+    own = dataset.select(category)
+    inspector = Inspector(detector, category, "added")
+    images = [inspector.prepare(read_image(s.image_path)) for s in own]
+    parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+    looks = [inspector.look(torch.stack(part)) for part in parts]
+    masks = read_masks(list(own), detector.backbone.image_size) if own.has_masks else None
+    labels = np.array([s.label for s in own])
+    return Product(category, own, Look.cat(looks), labels, masks)
+
+
+def fitted(detector: Detector, product: Product, chosen, rate: float, neighbours="no") -> Inspector:
+    """An inspector that knows the chosen flawless images (positions)."""
+    inspector = Inspector(detector, product.name, neighbours)
+    return inspector.fit([product.look[chosen]], rate)
+
+
+def decide(inspector: Inspector, product: Product, images) -> pd.DataFrame:
+    """A row per image (positions): ``image``, ``label``, ``score``, ``map_max``, ``verdict``."""
+    look, rule = product.look[images], inspector.rule
+    rows = []
+    for i, logit, heat in zip(images, look.logits, inspector.maps(look), strict=True):
+        score, highest = rule.score(logit, heat.max()), float(heat.max())
+        row = {"image": i, "label": product.labels[i], "score": score, "map_max": highest}
+        rows.append(row | {"verdict": rule.verdict(score, highest)})
+    return pd.DataFrame(rows)
+
+
+def trials(
+    detector: Detector,
+    products: Sequence[Product],
+    n: int,
+    rate: float,
+    neighbours: str = "no",
+    draws: int = 50,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """n flawless images drawn at random set the rule, all other images are judged; again and again.
+
+    A row per category and draw: ``category``, ``draw``, ``false_alarms`` (share of the other flawless images that is
+    called bad), ``in_sample`` (the same with the flawless images scored on the scale of all n, themselves among
+    them), ``checks`` (share called bad or check) and ``found`` (share of the defective images called bad).
+    Categories with no more than n flawless images are left out.
+    """
+    rows = []
+    for c, product in enumerate(products):
+        flawless = product.flawless
+        if len(flawless) <= n:
+            continue
+        rng = np.random.default_rng([seed, c])
+        for draw in range(draws):
+            chosen = rng.permutation(flawless)[:n]
+            inspector = fitted(detector, product, chosen, rate, neighbours)
+            found = decide(inspector, product, np.setdiff1d(np.arange(len(product.labels)), chosen))
+            good, bad = found[found["label"] == 0], found[found["label"] == 1]
+            rows.append(
+                {
+                    "category": product.name,
+                    "draw": draw,
+                    "false_alarms": (good["verdict"] == "bad").mean(),
+                    "in_sample": (good["score"] > in_sample_threshold(inspector.rule)).mean(),
+                    "checks": (good["verdict"] != "good").mean(),
+                    "found": (bad["verdict"] == "bad").mean(),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def in_sample_threshold(rule: Rule) -> float:
+    """The tempting mistake: flawless images scored on a scale that they have set themselves."""
+    k = (rule.scores > rule.threshold).sum() + 1
+    own = [rule.score(x, m) for x, m in zip(rule.logits, rule.maxima, strict=True)]
+    return float(np.sort(own)[-k])
+
+
+def over_categories(
+    table: pd.DataFrame, column: str, minus: pd.DataFrame | None = None, seed: int = 0
+) -> Interval:
+    """Mean over categories of ``trials``' column (or of a paired difference), with its interval over categories."""
+    means = table.groupby("category")[column].mean()
+    if minus is not None:
+        means = means - minus.groupby("category")[column].mean()
+    values = means.dropna().to_numpy()
+    if not len(values):
+        return Interval(np.nan, np.nan, np.nan)
+    picked = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    return from_draws(values.mean(), values[picked].mean(axis=1))
+
+
+def names_tried(
+    detector: Detector,
+    product: Product,
+    features,
+    names: Sequence[str],
+    rate: float,
+    draws: int = 50,
+) -> pd.DataFrame:
+    """What the typed word does: a row per name with the flawless images' ``median`` probability, ``above`` (share of
+    them above 0.5), the class ``auroc``, and ``found`` by the conformal threshold on the logit alone, which is set
+    anew for each name (mean over draws of half the flawless images).
+    """
+    flawless, defective = product.flawless, np.flatnonzero(product.labels == 1)
+    rows = []
+    for name in names:
+        logits = class_logit(features.image_embedding, detector.text_vectors(name))
+        probability = 1 / (1 + np.exp(-logits))
+        rng, found = np.random.default_rng(0), []
+        for _ in range(draws):
+            chosen = rng.permutation(flawless)[: len(flawless) // 2]
+            k = max(1, int(rate * (len(chosen) + 1) + 1e-9))
+            found.append((logits[defective] > np.sort(logits[chosen])[-k]).mean())
+        rows.append(
+            {
+                "name": name,
+                "median": float(np.median(probability[flawless])),
+                "above": float((probability[flawless] > 0.5).mean()),
+                "auroc": image_metrics(logits, product.labels)["auroc"],
+                "found": float(np.mean(found)) if len(defective) else np.nan,
+                "probabilities": probability,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def promised(rates: Sequence[float], numbers: Sequence[int]) -> pd.DataFrame:
+    """What n flawless images promise: a row per rate and n with ``low`` and ``high`` of the true false-alarm rate."""
+    rows = []
+    for rate in rates:
+        for n in numbers:
+            if n + 1e-9 >= 1 / rate - 1:
+                low, high = rate_interval(n, rate)
+                rows.append({"rate": rate, "n": n, "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+# Small defects in large images ----------------------------------------------------------------------------------
+
+
+def trays(
+    product: Product, side: int, count: int, piece: int, seed: int = 0
+) -> Mapping[str, np.ndarray | list]:
+    """Large images of ``side`` x ``side`` pieces of ``piece`` pixels, moved so that tiles cut through pieces.
+
+    Every second of the ``count`` trays has one defective piece. ``images`` (PIL), ``labels``, ``masks`` (their size).
+    """
+    rng = np.random.default_rng(seed)
+    samples = product.dataset
+    size = (piece, piece)
+    images, masks, labels = [], [], []
+    for number in range(count):
+        chosen = rng.choice(product.flawless, side * side)
+        label = number % 2
+        if label:
+            chosen[rng.integers(side * side)] = rng.choice(np.flatnonzero(product.labels == 1))
+        pictures = [read_image(samples[i].image_path).convert("RGB").resize(size) for i in chosen]
+        truths = [_native_truth(samples[i], size) for i in chosen]
+        shift = rng.integers(size[1]), rng.integers(size[0])
+        images.append(Image.fromarray(np.roll(_grid(pictures, side), shift, axis=(0, 1))))
+        masks.append(np.roll(_grid(truths, side), shift, axis=(0, 1)))
+        labels.append(label)
+    return {"images": images, "labels": np.array(labels), "masks": np.stack(masks)}
+
+
+def _native_truth(sample, size) -> np.ndarray:
+    if sample.mask_path is None:
+        return np.zeros(size[::-1], bool)
+    truth = read_image(sample.mask_path).convert("L").resize(size, Image.Resampling.NEAREST)
+    return np.asarray(truth) > 0
+
+
+def _grid(pieces, side: int) -> np.ndarray:
+    rows = [
+        np.concatenate([np.asarray(p) for p in pieces[i * side : (i + 1) * side]], axis=1)
+        for i in range(side)
+    ]
+    return np.concatenate(rows)
+
+
+def tiles_tried(
+    detector: Detector, made: Mapping, name: str, tiles: Sequence[int]
+) -> tuple[pd.DataFrame, dict[int, np.ndarray]]:
+    """Pixel AUROC, AP and the AUROC of the map maximum for each number of tiles, and the maps at the trays' size."""
+    size = made["images"][0].size
+    rows, kept = [], {}
+    for number in tiles:
+        inspector = Inspector(detector, name, tiles=number)
+        looks = [inspector.look(inspector.prepare(image)[None]) for image in made["images"]]
+        maps = inspector.maps(Look.cat(looks))
+        large = [
+            np.asarray(Image.fromarray(m).resize(size, Image.Resampling.BILINEAR)) for m in maps
+        ]
+        pixel = pixel_metrics(np.stack(large), made["masks"])
+        image = image_metrics(maps.max(axis=(1, 2)), made["labels"])
+        rows.append(
+            {
+                "tiles": number,
+                "auroc": pixel["auroc"],
+                "ap": pixel["ap"],
+                "map_auroc": image["auroc"],
+            }
+        )
+        kept[number] = np.stack(large)
+    return pd.DataFrame(rows), kept
+
+
+def split_for_maps(
+    products: Sequence[Product], n: int, seed: int = 0
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Per product (n flawless positions, all other positions), drawn once: what the comparison of maps uses."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for product in products:
+        chosen = rng.permutation(product.flawless)[:n]
+        parts.append((chosen, np.setdiff1d(np.arange(len(product.labels)), chosen)))
+    return parts
+
+
+def maps_of(
+    detector: Detector, products: Sequence[Product], parts, rate: float, neighbours: str
+) -> np.ndarray:
+    """Maps of all images that are not among the chosen flawless ones, category by category: N x S x S."""
+    found = []
+    for product, (chosen, rest) in zip(products, parts, strict=True):
+        inspector = fitted(detector, product, chosen, rate, neighbours)
+        found.append(inspector.maps(product.look[rest]))
+    return np.concatenate(found)
+
+
+def rest_of(products: Sequence[Product], parts, dataset: Dataset) -> Dataset:
+    """The data set without the chosen flawless images, in ``maps_of``'s order."""
+    samples = [p.dataset[i] for p, (_, rest) in zip(products, parts, strict=True) for i in rest]
+    return replace(dataset, samples=tuple(samples))
+
+
+def scores_of_maps(
+    maps: Mapping[str, np.ndarray], logits: np.ndarray, rest: Dataset, size: int, seed: int = 0
+) -> Scores:
+    """Metrics of several maps of the same images on the same bootstrap draws; the logit joins in the image score."""
+    masks = read_masks(list(rest), size) if rest.has_masks else None
+    kept = Kept(rest, (), Features(torch.empty(0), []), np.array([s.label for s in rest]), masks)
+    return score(maps, dict.fromkeys(maps, logits), kept, seed=seed)
+
+
+def tiles_over_categories(
+    detector: Detector,
+    products: Sequence[Product],
+    tiles: Sequence[int],
+    count: int,
+    piece: int,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """``tiles_tried`` on trays of every category: columns ``category``, ``tiles``, ``auroc``, ``ap``, ``map_auroc``."""
+    tables = []
+    for product in products:
+        if len(product.flawless) < len(product.labels):  # there are defective images
+            made = trays(product, 3, count, piece, seed)
+            table, _ = tiles_tried(detector, made, product.name, tiles)
+            tables.append(table.assign(category=product.name))
+    return pd.concat(tables, ignore_index=True)
