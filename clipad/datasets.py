@@ -16,8 +16,6 @@ import csv
 import difflib
 import json
 import os
-import unicodedata
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,88 +23,40 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from clipad.files import (
+    IMAGE_SUFFIXES,
+    MASK_FOLDERS,
+    masks_beside,
+    nfc,
+    plain,
+    printable,
+    scan,
+)
 from clipad.published import data_dir
 
 ORIENTATION = 0x0112  # EXIF tag
 PIXEL_LIMIT = 64_000_000  # of one image: 8000 x 8000
-SUFFIXES_OF = {
-    "PNG": (".png",),
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "MPO": (".jpg", ".jpeg"),  # Pillow's name of a JPEG with further frames, as phones write them
-    "BMP": (".bmp",),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-}
-IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes)
-IMAGE_FORMATS = (
-    "PNG",
-    "JPEG",
-    "BMP",
-    "TIFF",
-    "WEBP",
-)  # all others (EPS runs a program) stay closed
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # others (EPS runs a program) stay closed
 NORMAL_NAMES = ("good", "normal", "ok")  # sub-folders of data set "folder" that hold normal images
-STATES = (
-    "yes",
-    "no",
-    "pass",
-    "passed",
-    "fail",
-    "failed",
-    "reject",
-    "nok",
-    "ng",
-    "ko",
-    "bad",
-    "def",
-    "defect",
-)
-STATES += (
-    "defects",
-    "defective",
-    "anomaly",
-    "anomalous",
-    "abnormal",
-    "nominal",
-    "healthy",
-    "clean",
-    "free",
-    "okay",
-)
+# Words that say a state, not a product, and not surely which one: labels are asked for.
+STATES = ("yes", "no", "pass", "passed", "fail", "failed", "reject", "nok", "ng", "ko", "bad")
+STATES += ("def", "defect", "defects", "defective", "anomaly", "anomalous", "abnormal")
+STATES += ("nominal", "healthy", "clean", "free", "okay")
 NO_TEST_IMAGES = ("train", "validation", "test_private", "test_private_mixed", "object")
 
 # Test images per category, (normal, anomalous), of the published data sets (data/README.md says where each is from).
+# fmt: off
 EXPECTED = {
     "mvtec": {
-        "bottle": (20, 63),
-        "cable": (58, 92),
-        "capsule": (23, 109),
-        "carpet": (28, 89),
-        "grid": (21, 57),
-        "hazelnut": (40, 70),
-        "leather": (32, 92),
-        "metal_nut": (22, 93),
-        "pill": (26, 141),
-        "screw": (41, 119),
-        "tile": (33, 84),
-        "toothbrush": (12, 30),
-        "transistor": (60, 40),
-        "wood": (19, 60),
-        "zipper": (32, 119),
+        "bottle": (20, 63), "cable": (58, 92), "capsule": (23, 109), "carpet": (28, 89),
+        "grid": (21, 57), "hazelnut": (40, 70), "leather": (32, 92), "metal_nut": (22, 93),
+        "pill": (26, 141), "screw": (41, 119), "tile": (33, 84), "toothbrush": (12, 30),
+        "transistor": (60, 40), "wood": (19, 60), "zipper": (32, 119),
     },
     "visa": {
-        "candle": (100, 100),
-        "capsules": (60, 100),
-        "cashew": (50, 100),
-        "chewinggum": (50, 100),
-        "fryum": (50, 100),
-        "macaroni1": (100, 100),
-        "macaroni2": (100, 100),
-        "pcb1": (100, 100),
-        "pcb2": (100, 100),
-        "pcb3": (101, 100),
-        "pcb4": (101, 100),
-        "pipe_fryum": (50, 100),
+        "candle": (100, 100), "capsules": (60, 100), "cashew": (50, 100), "chewinggum": (50, 100),
+        "fryum": (50, 100), "macaroni1": (100, 100), "macaroni2": (100, 100), "pcb1": (100, 100),
+        "pcb2": (100, 100), "pcb3": (101, 100), "pcb4": (101, 100), "pipe_fryum": (50, 100),
     },
     # The medical sets have one category; its name is the object's name in the prompts (METHOD.md section 2).
     "isic": {"skin": (0, 379)},
@@ -114,6 +64,7 @@ EXPECTED = {
     "headct": {"head ct": (100, 100)},
     "brainmri": {"brain ct": (98, 155)},
 }
+# fmt: on
 
 
 class LayoutError(ValueError):
@@ -202,6 +153,11 @@ def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
         (image_size, image_size), Image.Resampling.BILINEAR
     )
     return np.asarray(resized) >= 128
+
+
+def two_levels(image: Image.Image) -> bool:
+    """Whether a decoded image has at most two colours: a mask or an empty picture, no photograph."""
+    return image.getcolors(2) is not None
 
 
 def image_tensor(image: Image.Image, image_size: int, mean: Iterable[float], std: Iterable[float]):
@@ -335,7 +291,7 @@ class Dataset:
     def select(self, categories: str | Iterable[str]) -> "Dataset":
         """The same data set with these categories only, in the order given. ValueError for an unknown one."""
         names = [categories] if isinstance(categories, str) else list(categories)
-        names = list(dict.fromkeys(_nfc(name) for name in names))
+        names = list(dict.fromkeys(nfc(name) for name in names))
         for name in names:
             if name not in self.categories:
                 raise ValueError(
@@ -462,134 +418,6 @@ def _require_most_used(root: Path, samples: list[Sample], problem: Problem) -> N
         )
 
 
-# --------------------------------------------------------------------------------------- files of a folder
-
-
-MASK_FOLDERS = ("mask", "masks", "gt", "groundtruth", "label", "labels")
-MASK_FOLDERS += ("annotation", "annotations", "segmentation", "segmentations")
-MASK_ENDINGS = ("_mask", "_masks", "_label", "_gt", "_seg", "_segmentation", "_annotation")
-SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
-OTHER_IMAGES = (".gif", ".heic", ".heif", ".avif", ".svg", ".jp2", ".jxl", ".ppm", ".pgm", ".pbm")
-OTHER_IMAGES += (".tga", ".psd", ".exr", ".hdr", ".dcm", ".nii", ".eps", ".ico")
-OTHER_IMAGES += (".raw", ".dng", ".nef", ".cr2", ".cr3", ".arw")  # cameras
-RESULT_MARK = "clipad-results"
-"""an empty file that `clipad` leaves in a folder of its own pictures: they are not scored again"""
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What lies below a folder: photographs, sorted, and every other file under the reason why it is none."""
-
-    photographs: tuple[Path, ...]
-    skipped: dict[str, list[Path]]
-
-    def skipped_lines(self, root: Path, shown: int = 3) -> list[str]:
-        """A line per reason: how many, and the first of them."""
-        lines = []
-        for reason, paths in sorted(self.skipped.items()):
-            names = ", ".join(printable(os.path.relpath(path, root)) for path in paths[:shown])
-            lines.append(f"{len(paths)} {reason} ({names}{', ...' if len(paths) > shown else ''})")
-        return lines
-
-
-def scan(root: Path, used: Iterable[Path | None] = (), without: Path | None = None) -> Scan:
-    """Every file below a folder, at any depth; nothing is decoded, no file is opened.
-
-    Photographs are files with an image's suffix. None are: masks (in a folder called masks, gt, labels, ..., or
-    beside their photograph as ``x_mask.png`` or as ``x.png`` of ``x.jpg``), hidden files, results of clipad (folders
-    with its mark, and ``without``), pipes and devices, broken links, what cannot be opened, other formats. Files in
-    ``used`` are neither.
-    """
-    skipped: dict[str, list[Path]] = defaultdict(list)
-    photographs: list[Path] = []
-    seen: set[tuple[int, int]] = set()
-
-    def visit(folder: Path, reason: str = "") -> None:
-        try:
-            status = folder.stat()
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            skipped[f"cannot be opened: {error.strerror}"].append(folder)
-            return
-        if (status.st_dev, status.st_ino) in seen:
-            return  # a link that leads back
-        seen.add((status.st_dev, status.st_ino))
-        if any(entry.name == RESULT_MARK for entry in entries) or folder == without:
-            reason = reason or "results of clipad"
-        images = []
-        for entry in entries:
-            path = Path(entry.path)
-            if entry.is_dir():
-                inner = "hidden" if _hidden(entry.name) else ""
-                if _plain(entry.name) in MASK_FOLDERS:
-                    inner = "in a folder of masks"
-                visit(path, reason or inner)
-            elif why := reason or _no_image(path):
-                skipped[why].append(path)
-            else:
-                images.append(path)
-        masks = masks_beside(images)
-        for path in images:
-            if path in masks:
-                skipped["beside a photograph of the same name, so a mask or copy"].append(path)
-            else:
-                photographs.append(path)
-
-    visit(root)
-    used = set(used)
-    kept = {why: sorted(set(paths) - used) for why, paths in skipped.items() if set(paths) - used}
-    return Scan(tuple(sorted(set(photographs) - used)), kept)
-
-
-def masks_beside(images: Iterable[Path]) -> set[Path]:
-    """Of the images of one folder those that belong to another: ``x_mask.png`` to ``x.*``, ``x.png`` to ``x.jpg``.
-
-    Of equal stems the JPEG is the photograph, else the first of webp, bmp, tif and png.
-    """
-    order = (*SUFFIXES_OF["JPEG"], ".webp", ".bmp", ".tif", ".tiff", ".png")
-    of_stem: dict[str, list[Path]] = defaultdict(list)
-    for path in images:
-        of_stem[_nfc(path.stem)].append(path)
-    found = set()
-    for stem, paths in of_stem.items():
-        paths.sort(key=lambda path: order.index(path.suffix.lower()))
-        owner = next((stem.removesuffix(e) for e in MASK_ENDINGS if stem.lower().endswith(e)), stem)
-        found.update(paths if owner != stem and owner in of_stem else paths[1:])
-    return found
-
-
-def two_levels(image: Image.Image) -> bool:
-    """Whether a decoded image has at most two colours: a mask or an empty picture, no photograph."""
-    return image.getcolors(2) is not None
-
-
-def printable(name: str) -> str:
-    """A file name for people: bytes that are not UTF-8 become question marks."""
-    return os.fsencode(name).decode("utf-8", "replace")
-
-
-def _no_image(path: Path) -> str:
-    """Why this file is no photograph, from its name and kind; empty if it may be one."""
-    if _hidden(path.name):
-        return "hidden"
-    if not path.exists():
-        return "broken link"
-    if not path.is_file():
-        return "no file but a pipe or device"
-    suffix = path.suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
-        return ""
-    return f"in a format that is not read ({suffix})" if suffix in OTHER_IMAGES else "no image"
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in SYSTEM_FILES
-
-
-def _plain(name: str) -> str:
-    return "".join(c for c in name.lower() if c.isalnum())
-
-
 # ---------------------------------------------------------------------------------------------- layouts
 
 
@@ -612,7 +440,7 @@ def _mvtec(root: Path, problem: Problem) -> list[Sample]:
     for folder in _folders(root):
         if not (folder / "test").is_dir():
             continue
-        category = _nfc(folder.name)
+        category = nfc(folder.name)
         if category not in EXPECTED["mvtec"]:
             problem(
                 LayoutError,
@@ -635,20 +463,18 @@ def _labelled(
     samples = []
     for defect_folder in _class_folders(parent):
         defect = defect_folder.name
-        label = int(_nfc(defect).lower() not in normal)
+        label = int(nfc(defect).lower() not in normal)
         masks = _by_stem(folder / "ground_truth" / defect, "_mask", problem) if label else {}
         objects = _by_stem(folder / "object" / defect, "_object", problem)
         for image in _photographs(defect_folder):
-            mask = masks.get(_nfc(image.stem))
+            mask = masks.get(nfc(image.stem))
             if label and mask is None and masks_needed:
                 problem(
                     FileNotFoundError,
                     f"no mask for {image}: expected {folder / 'ground_truth' / defect / image.stem}_mask.png",
                 )
             kind = defect if label else "good"
-            samples.append(
-                Sample(image, mask, category, label, kind, objects.get(_nfc(image.stem)))
-            )
+            samples.append(Sample(image, mask, category, label, kind, objects.get(nfc(image.stem))))
     return samples
 
 
@@ -696,7 +522,7 @@ def _visa(root: Path, problem: Problem) -> list[Sample]:
                 f"no mask for {root / row['image']}: {path}, line {line} names none",
             )
         mask = root / row["mask"] if label and row["mask"] else None
-        category = _nfc(row["object"])
+        category = nfc(row["object"])
         samples.append(
             Sample(root / row["image"], mask, category, label, "anomaly" if label else "good")
         )
@@ -730,7 +556,7 @@ def _all_anomalous(
     pairs = _by_stem(masks, suffix, problem)
     samples = []
     for image in _images(images):
-        mask = pairs.get(_nfc(image.stem))
+        mask = pairs.get(nfc(image.stem))
         if mask is None:
             problem(
                 FileNotFoundError,
@@ -807,7 +633,7 @@ def _folder(root: Path, problem: Problem, normal_folder: str = "") -> list[Sampl
 
 def _folder_category(folder: Path, problem: Problem, normal_folder: str) -> list[Sample] | None:
     """The samples of one category, or None if `folder` is not one (see load_dataset)."""
-    category = _nfc(folder.name)
+    category = nfc(folder.name)
     public = folder / "test_public"  # MVTec AD 2; its masks lie beside the defects
     parent = public if public.is_dir() else folder / "test"
     truth = public if public.is_dir() else folder
@@ -835,11 +661,11 @@ def _folder_category(folder: Path, problem: Problem, normal_folder: str) -> list
 
 def _normal_name(names: list[str], given: str, parent: Path, problem: Problem) -> str | None:
     """The sub-folder of normal images in lower case; "" if none is normal, None if these are no states at all."""
-    lower = [_nfc(name).lower() for name in names]
+    lower = [nfc(name).lower() for name in names]
     if given.lower() == "none":
         return "" if names else None
     if given:
-        return _nfc(given).lower() if _nfc(given).lower() in lower else None
+        return nfc(given).lower() if nfc(given).lower() in lower else None
     known = [name for name in lower if name in NORMAL_NAMES]
     if len(known) == 1:
         return known[0]
@@ -871,7 +697,7 @@ def _meta_json(root: Path, problem: Problem) -> list[Sample]:
     path = root / "meta.json"
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))["test"]
-        rows = [(_nfc(category), row) for category, group in listed.items() for row in group]
+        rows = [(nfc(category), row) for category, group in listed.items() for row in group]
         samples = []
         for category, row in rows:
             label, mask = int(row["anomaly"]), row.get("mask_path") or None
@@ -999,7 +825,7 @@ def _class_folders(folder: Path) -> list[Path]:
         path
         for path in _folders(folder)
         if path.name not in NO_TEST_IMAGES
-        and (_plain(path.name) not in MASK_FOLDERS or (path / "test").is_dir())
+        and (plain(path.name) not in MASK_FOLDERS or (path / "test").is_dir())
     ]
 
 
@@ -1032,7 +858,7 @@ def _by_stem(folder: Path, suffix: str, problem: Problem) -> dict[str, Path]:
     """Masks by the stem of their image: masks pair by name, never by position."""
     pairs = {}
     for path in _images(folder):
-        stem = _nfc(path.stem).removesuffix(suffix)
+        stem = nfc(path.stem).removesuffix(suffix)
         if stem in pairs:
             problem(ValueError, f"two masks for one image: {pairs[stem]} and {path}. Remove one")
         pairs[stem] = path
@@ -1079,10 +905,6 @@ def _outside(path: Path, root: Path) -> str:
         f"{path} leads to {os.path.realpath(path)}, outside the root {root}. "
         "Copy the file into the root, or give a root that holds everything (the root itself may be a link)"
     )
-
-
-def _nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)  # archives made on macOS hold decomposed letters
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -7,8 +7,11 @@ import io
 import json
 import os
 import tempfile
+import unicodedata
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -130,3 +133,138 @@ def file_name(name: str, taken: Iterable[str] = ()) -> str:
     if short == name and name not in taken and not name.startswith("."):
         return name
     return f"{short}-{hashlib.sha256(raw).hexdigest()[:6]}"
+
+
+# What lies below a folder -----------------------------------------------------------------------------------------
+
+SUFFIXES_OF = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "MPO": (".jpg", ".jpeg"),  # Pillow's name of a JPEG with further frames, as phones write them
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes)
+MASK_FOLDERS = ("mask", "masks", "gt", "groundtruth", "label", "labels")
+MASK_FOLDERS += ("annotation", "annotations", "segmentation", "segmentations")
+MASK_ENDINGS = ("_mask", "_masks", "_label", "_gt", "_seg", "_segmentation", "_annotation")
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
+OTHER_IMAGES = (".gif", ".heic", ".heif", ".avif", ".svg", ".jp2", ".jxl", ".ppm", ".pgm", ".pbm")
+OTHER_IMAGES += (".tga", ".psd", ".exr", ".hdr", ".dcm", ".nii", ".eps", ".ico")
+OTHER_IMAGES += (".raw", ".dng", ".nef", ".cr2", ".cr3", ".arw")  # cameras
+RESULT_MARK = "clipad-results"
+"""an empty file that `clipad` leaves in a folder of its own pictures: they are not scored again"""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What lies below a folder: photographs, sorted, and every other file under the reason why it is none."""
+
+    photographs: tuple[Path, ...]
+    skipped: dict[str, list[Path]]
+
+    def skipped_lines(self, root: Path, shown: int = 3) -> list[str]:
+        """A line per reason: how many, and the first of them."""
+        lines = []
+        for reason, paths in sorted(self.skipped.items()):
+            names = ", ".join(printable(os.path.relpath(path, root)) for path in paths[:shown])
+            lines.append(f"{len(paths)} {reason} ({names}{', ...' if len(paths) > shown else ''})")
+        return lines
+
+
+def scan(root: Path, used: Iterable[Path | None] = (), without: Path | None = None) -> Scan:
+    """Every file below a folder, at any depth; nothing is decoded, no file is opened.
+
+    Photographs are files with an image's suffix. None are: masks (in a folder called masks, gt, labels, ..., or
+    beside their photograph as ``x_mask.png`` or as ``x.png`` of ``x.jpg``), hidden files, results of clipad (folders
+    with its mark, and ``without``), pipes and devices, broken links, what cannot be opened, other formats. Files in
+    ``used`` are neither.
+    """
+    skipped: dict[str, list[Path]] = defaultdict(list)
+    photographs: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+
+    def visit(folder: Path, reason: str = "") -> None:
+        try:
+            status = folder.stat()
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            skipped[f"cannot be opened: {error.strerror}"].append(folder)
+            return
+        if (status.st_dev, status.st_ino) in seen:
+            return  # a link that leads back
+        seen.add((status.st_dev, status.st_ino))
+        if any(entry.name == RESULT_MARK for entry in entries) or folder == without:
+            reason = reason or "results of clipad"
+        images = []
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.is_dir():
+                inner = "hidden" if _hidden(entry.name) else ""
+                if plain(entry.name) in MASK_FOLDERS:
+                    inner = "in a folder of masks"
+                visit(path, reason or inner)
+            elif why := reason or _no_image(path):
+                skipped[why].append(path)
+            else:
+                images.append(path)
+        masks = masks_beside(images)
+        for path in images:
+            if path in masks:
+                skipped["beside a photograph of the same name, so a mask or copy"].append(path)
+            else:
+                photographs.append(path)
+
+    visit(root)
+    used = set(used)
+    kept = {why: sorted(set(paths) - used) for why, paths in skipped.items() if set(paths) - used}
+    return Scan(tuple(sorted(set(photographs) - used)), kept)
+
+
+def masks_beside(images: Iterable[Path]) -> set[Path]:
+    """Of the images of one folder those that belong to another: ``x_mask.png`` to ``x.*``, ``x.png`` to ``x.jpg``.
+
+    Of equal stems the JPEG is the photograph, else the first of webp, bmp, tif and png.
+    """
+    order = (*SUFFIXES_OF["JPEG"], ".webp", ".bmp", ".tif", ".tiff", ".png")
+    of_stem: dict[str, list[Path]] = defaultdict(list)
+    for path in images:
+        of_stem[nfc(path.stem)].append(path)
+    found = set()
+    for stem, paths in of_stem.items():
+        paths.sort(key=lambda path: order.index(path.suffix.lower()))
+        owner = next((stem.removesuffix(e) for e in MASK_ENDINGS if stem.lower().endswith(e)), stem)
+        found.update(paths if owner != stem and owner in of_stem else paths[1:])
+    return found
+
+
+def printable(name: str) -> str:
+    """A file name for people: bytes that are not UTF-8 become question marks."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _no_image(path: Path) -> str:
+    """Why this file is no photograph, from its name and kind; empty if it may be one."""
+    if _hidden(path.name):
+        return "hidden"
+    if not path.exists():
+        return "broken link"
+    if not path.is_file():
+        return "no file but a pipe or device"
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return ""
+    return f"in a format that is not read ({suffix})" if suffix in OTHER_IMAGES else "no image"
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
+
+
+def plain(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
+def nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)  # archives made on macOS hold decomposed letters

@@ -17,7 +17,8 @@ from clipad.datasets import load_dataset
 from clipad.detectors import SDP
 from clipad.files import file_name
 from clipad.tools.cli import app
-from clipad.tools.detect import detect, find_flawless, find_photographs
+from clipad.tools.detect import detect
+from clipad.tools.photographs import find_flawless, find_photographs
 from clipad.tools.report import find_regions, region_mask
 
 

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from clipad.datasets import (
     EXPECTED,
     ORIENTATION,
-    SUFFIXES_OF,
     Dataset,
     MaskSizeError,
     Sample,
@@ -23,12 +22,10 @@ from clipad.datasets import (
     left_over,
     list_dataset,
     native_mask,
-    printable,
     resize_mask,
-    scan,
     two_levels,
 )
-from clipad.files import content_hash
+from clipad.files import SUFFIXES_OF, content_hash, printable, scan
 
 
 @dataclass(frozen=True)

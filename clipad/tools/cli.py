@@ -193,10 +193,10 @@ def detect(
     130 stopped. The same command continues: flawless images are read again, finished images are not.
     """
     with one_line_errors():
-        from clipad.tools import detect as inspection
+        from clipad.tools.photographs import check_input
 
         output = options.pop("out")
-        inspection.check_input(path, object_name, output, **options)  # before the model is loaded
+        check_input(path, object_name, output, **options)  # before the model is loaded
         if model != "demo" and not pretrained:
             raise ValueError(
                 f"--model {model} needs --pretrained: an open_clip tag or a checkpoint file"
@@ -204,12 +204,14 @@ def detect(
         from clipad.backbone import load_backbone
         from clipad.prompts import load_prompts
         from clipad.studies.experiments import make_detector
+        from clipad.tools.detect import detect as run_detection
+        from clipad.tools.detect import summary
 
         backbone = load_backbone(model, pretrained, device)
         own = {"prompts": load_prompts(prompts)} if prompts else {}
         chosen = make_detector(detector, backbone, layers, **own)
-        report = inspection.detect(chosen, path, object_name, output, **options)
-    for line in inspection.summary(report, output):
+        report = run_detection(chosen, path, object_name, output, **options)
+    for line in summary(report, output):
         click.echo(line)
     if report.warning:
         click.secho(report.warning, fg="red", bold=True, err=True)
