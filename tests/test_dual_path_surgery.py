@@ -1,231 +1,256 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
 import numpy as np
-import open_clip
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_clip
+import torch.nn.functional as F
 from PIL import Image
+from small_data import make_folder
 
 import clipad
-from clipad.backbone import Backbone
-from clipad.dual_path import staged_features
-from clipad.studies.dual_path_surgery import (
-    COLUMNS,
-    Variant,
-    ablate,
-    attention_of,
-    attention_reach,
-    chosen_by_rule,
-    patch_values,
-    stage_shift,
-    variant_values,
-    variants,
-)
-from clipad.studies.dual_path_surgery.figures import in_words
+from clipad.dual_path import attention_weights, embed_patches, staged_features
+from clipad.evaluation import read_masks
+from clipad.prompts import CLIP_AD
+from clipad.studies import common
+from clipad.studies import dual_path_surgery as study
+from clipad.studies.dual_path_surgery import figures
+from clipad.surgery import feature_surgery
 
-RNG = np.random.default_rng(0)
+ALL, LAST = slice(None), slice(-1, None)
 
 
-@pytest.mark.parametrize("layers", [4, 12, 24])
-def test_variants_differ_and_end_with_sdp(layers):
-    found = variants(layers)
-    assert (
-        len({v.name for v in found})
-        == len(found)
-        == len({tuple(vars(v).values())[2:] for v in found})
-    )
-    assert found[-1].blocks == (layers // 4, layers // 2, 3 * layers // 4, layers)
-    assert max(block for v in found for block in v.blocks) == layers
+def total(values):
+    found = 0
+    for value in values:
+        found = found + value  # a comment
+    return found
+
+
+def written(visual, images):
+    return staged_features(visual, images, as_released=False).surgery
+
+
+def surgery(features, text):
+    return feature_surgery(features, text)[:, 1:, 1]
 
 
 @pytest.fixture
-def backbone():
-    return Backbone(
-        tiny_clip(layers=8), open_clip.SimpleTokenizer(context_length=32), name="tiny", pretrained="random",
-        mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
+def data(tmp_path):
+    return make_folder(tmp_path / "data", categories=("bolt", "leather"))
+
+
+@pytest.fixture
+def run(tiny_backbone, data):
+    options = {"rvs": "mean", "rvs_options": {}}
+    return SimpleNamespace(
+        backbone=tiny_backbone, dataset=data, seed=0, prompts=CLIP_AD,
+        protocol=SimpleNamespace(**options),
     )  # fmt: skip
 
 
-def test_variants_equal_the_detectors(backbone):
-    images, text = (
-        torch.randn(3, 3, 32, 32),
-        torch.nn.functional.normalize(torch.randn(24, 2), dim=0),
-    )
-    values, probabilities = variant_values(backbone, images, text, variants(8))
-    for name, detector in (
-        ("Direct", clipad.Direct(backbone)),
-        ("last 4", clipad.ClipSurgery(backbone)),
-        ("SDP", clipad.SDP(backbone)),
-        ("as written", clipad.SDP(backbone, as_released=False)),
-    ):
-        features = detector.features(images)
-        torch.testing.assert_close(
-            values[name], detector.patch_values(features, text), atol=1e-5, rtol=1e-4
-        )
-        torch.testing.assert_close(probabilities, detector.score_with(features, text).probabilities)
-
-
-def test_the_last_quarter_on_one_path_is_the_last_stage(backbone):
-    images, text = (
-        torch.randn(2, 3, 32, 32),
-        torch.nn.functional.normalize(torch.randn(24, 2), dim=0),
-    )
-    one_path = Variant("one path", "", (8,), first_block=6, restart=False)
-    values, _ = variant_values(backbone, images, text, (*variants(8), one_path))
-    torch.testing.assert_close(values["one path"], values["last 2 = stage 4"], atol=1e-6, rtol=1e-5)
-
-
-def test_feature_surgery_with_equal_weights_is_the_difference():
-    """A class token that sees both states alike has weights of 1."""
-    tokens = torch.randn(2, 5, 8)
-    tokens[:, 0] = 0
-    text = torch.nn.functional.normalize(torch.randn(8, 2), dim=0)
-    torch.testing.assert_close(
-        patch_values([tokens], text, "surgery"), patch_values([tokens], text, "difference")
-    )
-
-
-def test_published_stages_move_in_the_class_token_only(backbone):
-    images = torch.randn(2, 3, 32, 32)
-    released, written = (
-        staged_features(backbone.visual, images, as_released=flag) for flag in (True, False)
-    )
-    table = stage_shift(released, written)
-    assert (table["patch tokens, surgery path"] == 0).all()
-    assert (table["class token"].iloc[:-1] > 0.001).all()
-    assert (table.iloc[-1] == 0).all()
-
-
 @pytest.fixture
-def dataset(tmp_path):
-    """Two categories in MVTec's layout, with masks."""
-    for category in ("nut", "wood"):
-        for defect, count in (("good", 4), ("spot", 5)):
-            (tmp_path / category / "test" / defect).mkdir(parents=True)
-            (tmp_path / category / "ground_truth" / defect).mkdir(parents=True)
-            for i in range(count):
-                pixels = RNG.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-                mask = np.zeros((32, 32), np.uint8)
-                if defect == "spot":
-                    mask[8 : 14 + i, 10:20] = 255
-                    pixels[mask > 0] //= 4
-                    Image.fromarray(mask).save(
-                        tmp_path / category / "ground_truth" / defect / f"{i}_mask.png"
-                    )
-                Image.fromarray(pixels).save(tmp_path / category / "test" / defect / f"{i}.png")
-    return clipad.load_dataset("folder", tmp_path)
+def texts(run):
+    sdp = clipad.SDP(run.backbone, rvs="mean")
+    return {category: sdp.text_vectors(category) for category in run.dataset.categories}
 
 
-def test_the_table_is_that_of_evaluate(backbone, dataset):
-    sdp = clipad.SDP(backbone, rvs="mean")
-    found = ablate(sdp, dataset, n_resamples=5)
-    expected = clipad.evaluate(sdp, dataset, progress=False).table
-    columns = [c for c in COLUMNS if not c.startswith("map_")]
-    np.testing.assert_allclose(found.table("SDP")[columns], expected[columns], atol=1e-6)
-    assert list(found.table("SDP").index) == list(expected.index)
-    image = backbone.preprocess(clipad.read_image(dataset[7].image_path))[None]
-    np.testing.assert_allclose(
-        found.maps("SDP", [7]), sdp.predict(image, dataset[7].category).maps, atol=1e-6
+def without_masks(data):
+    return replace(data, samples=tuple(replace(s, mask_path=None) for s in data))
+
+
+def test_one_line_is_changed_and_the_function_stays():
+    product = study.with_line(total, "found = found + value", "found = found * value + 1")
+    assert product([2, 3]) == 4
+    assert total([2, 3]) == 5
+    for line in ("found = found - value", "found"):
+        with pytest.raises(ValueError, match="0 lines of total"):
+            study.with_line(total, line, "pass")
+
+
+def test_variants_are_the_detectors_in_the_order_of_the_data(run, texts):
+    """Also when categories take turns, and whatever the batches are."""
+    order = sorted(run.dataset, key=lambda s: s.image_path.name)
+    dataset = replace(run.dataset, samples=tuple(order))
+    calls = []
+
+    def path(visual, images):
+        calls.append(len(images))
+        return written(visual, images)
+
+    tries = {
+        "sdp": (path, ALL, surgery, texts),
+        "last": (path, LAST, surgery, texts),
+        "swapped": (path, ALL, surgery, {c: t.flip(1) for c, t in texts.items()}),
+    }
+    values, probabilities = study.run_variants(run.backbone, dataset, tries, 3, progress=False)
+    assert sum(calls) == len(dataset)  # once for all three
+    sdp = clipad.SDP(run.backbone, rvs="mean", as_released=False)
+    last = clipad.SDP(run.backbone, rvs="mean", as_released=False, stages=[4])
+    for i in (0, 5, 9):
+        image = run.backbone.preprocess(clipad.read_image(order[i].image_path))[None]
+        for name, detector in (("sdp", sdp), ("last", last)):
+            features = detector.features(image)
+            expected = detector.patch_values(features, texts[order[i].category])[0]
+            torch.testing.assert_close(values[name][i], expected, atol=1e-5, rtol=1e-4)
+        found = sdp.predict(image, order[i].category)
+        assert float(probabilities[i]) == pytest.approx(float(found.probabilities), abs=1e-5)
+        maps = study.smooth_maps(values["sdp"][[i]], run.backbone.image_size)
+        np.testing.assert_allclose(maps, found.maps, atol=1e-5)
+    assert not torch.allclose(values["sdp"], values["swapped"])
+
+
+def test_scores_are_those_of_evaluate_and_paired(run, texts):
+    tries = {"as written": (written, ALL, surgery, texts), "last": (written, LAST, surgery, texts)}
+    values, probabilities = study.run_variants(run.backbone, run.dataset, tries, progress=False)
+    scores = study.score_variants(run, values, probabilities, resamples=5)
+    sdp = clipad.SDP(run.backbone, rvs="mean", as_released=False)
+    expected = clipad.evaluate(sdp, run.dataset, progress=False).table
+    metrics = study.main_metrics(run.dataset)
+    np.testing.assert_allclose(scores.table("as written")[metrics], expected[metrics], atol=1e-4)
+    assert scores.interval("pixel_pro", "last", minus="last")[1].high == 0
+    table = study.by_group(scores, "pixel_pro")
+    gains = scores.table("last")["pixel_pro"] - scores.table("as written")["pixel_pro"]
+    assert table.loc["last", "textures"] == pytest.approx(100 * gains["leather"])
+    assert table.loc["last", "objects"] == pytest.approx(100 * gains["bolt"])
+    assert table.loc["last", "all"] == pytest.approx(100 * gains["mean"])
+    assert table.loc["as written", "mean"] == pytest.approx(
+        100 * scores.table("as written")["pixel_pro"]["mean"]
     )
 
 
-def test_intervals_are_paired_and_hold_the_estimate(backbone, dataset):
-    found = ablate(clipad.SDP(backbone, rvs="mean"), dataset, n_resamples=100)
-    table = found.intervals("pixel_auroc")
-    assert (table.loc["SDP"].filter(like="difference") == 0).all()
-    assert (table["difference"] + table.loc["SDP", "mean"]).to_numpy() == pytest.approx(
-        table["mean"]
+def test_data_without_masks_are_compared_by_images(run, texts, monkeypatch):
+    run.dataset = without_masks(run.dataset)
+    tries = {"as written": (written, ALL, surgery, texts)}
+    values, probabilities = study.run_variants(run.backbone, run.dataset, tries, progress=False)
+    scores = study.score_variants(run, values, probabilities, resamples=2)
+    assert scores.means()[study.main_metrics(run.dataset)].notna().all(axis=None)
+    assert scores.interval("pixel_pro", "as written")[1].verdict() == "not measured"
+    said = []
+    monkeypatch.setattr(study, "display", said.append)
+    assert not study.has_masks(run.dataset)
+    assert len(said) == 1
+
+
+def test_attention_on_the_defect_by_hand(run):
+    for number, sample in enumerate(s for s in run.dataset if s.label == 1):
+        mask = np.zeros((40, 48), np.uint8)
+        mask[: 5 + 5 * number, :37] = 255  # the first are too small for two patches
+        Image.fromarray(mask).save(sample.mask_path)
+    table = study.defect_attention(run.backbone, run.dataset, per_category=4, batch_size=3)
+    visual, size = run.backbone.visual, run.backbone.image_size
+    samples = [s for s in run.dataset if s.label == 1]
+    coverage = F.adaptive_avg_pool2d(torch.tensor(read_masks(samples, size)).float(), 4).flatten(1)
+    seen = table[["category", "image"]].drop_duplicates()
+    assert 0 < len(seen) == int(((coverage > 0.5).sum(dim=1) >= 2).sum()) < len(samples)
+    row = table[table["block"] == 1].iloc[-1]
+    sample = samples[int(row["image"])]
+    assert sample.category == row["category"]
+    x = visual.ln_pre(
+        embed_patches(visual, run.backbone.preprocess(clipad.read_image(sample.image_path))[None])
     )
-    inside = (table["mean_low_images"] <= table["mean"]) & (
-        table["mean"] <= table["mean_high_images"]
+    with torch.no_grad():
+        weights = attention_weights(
+            visual.transformer.resblocks[1], visual.transformer.resblocks[0](x)
+        )
+    inside = torch.nonzero(coverage[int(row["image"])] > 0.5)[:, 0].tolist()
+    for kind, w in zip(("q-k", "v-v"), weights, strict=True):
+        shares = []
+        for patch in inside:
+            own = w[0, 1 + patch, 1:].clone()
+            own[patch] = 0
+            shares.append(float(own[inside].sum() / own.sum()))
+        assert row[kind] == pytest.approx(np.mean(shares), rel=1e-4)
+    assert row["uniform"] == pytest.approx((len(inside) - 1) / 15)
+
+
+def test_attention_is_averaged_over_blocks_for_each_image():
+    rows = [
+        ("bolt", 0, 0, 0.1, 0.2, 0.05), ("bolt", 0, 1, 0.3, 0.6, 0.05),
+        ("bolt", 1, 0, 0.0, 0.1, 0.07), ("bolt", 1, 1, 0.0, 0.3, 0.07),
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["category", "image", "block", "q-k", "v-v", "uniform"])
+    frames = study.attention_frames(trained=table, untrained=table)
+    assert frames["v-v"]["share"].tolist() == pytest.approx([0.4, 0.2])
+    scores = common.scores_of_images(frames, ["share"], resamples=10)
+    assert scores.interval("share", "v-v", "q-k")[1].estimate == pytest.approx(0.2)
+
+
+def test_controls_know_nothing_and_the_found_row_does(run, texts):
+    asked = {"as written": (written, ALL, surgery), "last": (written, LAST, surgery)}
+    once, again = (
+        study.control_aurocs(run, asked, texts, draws=3, networks=2, per_category=100)
+        for _ in range(2)
     )
-    assert inside.mean() > 0.7
-    # What both maps share cancels in a paired difference: it is known better than either mean.
-    row = table.loc["as written"]
-    assert (
-        row["difference_high_both"] - row["difference_low_both"]
-        < row["mean_high_both"] - row["mean_low_both"]
+    pd.testing.assert_frame_equal(once, again)
+    assert once["control"].value_counts().to_dict() == {
+        "shuffled states": 3, "untrained": 2, "found": 1,
+    }  # fmt: skip
+    sdp = clipad.SDP(run.backbone, rvs="mean", as_released=False)
+    expected = clipad.evaluate(sdp, run.dataset, progress=False).table["pixel_auroc"]["mean"]
+    assert once.loc[0, "as written"] == pytest.approx(expected, abs=1e-4)
+    assert once["last"].nunique() > 3
+    figure, caption = figures.chance(once)
+    assert f"{100 * expected:.0f}" in caption
+    plt.close(figure)
+
+
+def test_the_example_is_the_median_of_its_category(run):
+    sdp = clipad.SDP(run.backbone, rvs="mean")
+    example = study.median_example(run, sdp, "leather")
+    found = example.auroc(sdp.predict(example.image, "leather").maps[0].numpy())
+    aurocs = []
+    for sample in run.dataset:
+        if sample.category == "leather" and sample.label == 1:
+            other = study.example_of(run, sample)
+            aurocs.append(other.auroc(sdp.predict(other.image, "leather").maps[0].numpy()))
+    assert example.category == "leather"
+    assert found == pytest.approx(sorted(aurocs)[len(aurocs) // 2])
+    coverage = study.patch_coverage(example.mask[None], 4)[0]
+    assert coverage[example.patch] == coverage.max()
+    assert study.median_example(run, sdp, "no such category").category == "bolt"
+
+
+def test_an_example_without_masks(run):
+    run.dataset = without_masks(run.dataset)
+    example = study.median_example(run, clipad.SDP(run.backbone, rvs="mean"), "bolt")
+    values = np.zeros((1, 32, 32), np.float32)
+    assert example.auroc(values[0]) is None
+    assert example.mask is None
+    figure, caption = figures.beside(example, {"a": values})
+    assert "AUROC" not in caption
+    plt.close(figure)
+
+
+def test_the_largest_differences_are_chosen(run):
+    n = len(run.dataset)
+    coverage = study.patch_coverage(read_masks(list(run.dataset), run.backbone.image_size), 4)
+    anomalous = [i for i, s in enumerate(run.dataset) if s.label == 1]
+    better, worse = coverage.clone(), torch.zeros(n, 16)
+    better[anomalous[2]] = 0  # as good as the other one
+    better[anomalous[1]] *= -1  # upside down
+    worse[anomalous[3]] = -coverage[anomalous[3]]  # here the gain is largest
+    lowest, middle, highest = study.by_difference(run, better, worse)
+    assert (lowest, highest) == (anomalous[1], anomalous[3])
+    assert middle in anomalous
+
+
+def test_figures_say_their_numbers(run, texts):
+    example = study.example_of(run, next(s for s in run.dataset if s.label == 1))
+    maps = {"Direct": np.random.default_rng(0).random((1, 32, 32)), "it": example.mask[None] * 1.0}
+    figure, caption = figures.beside(example, maps)
+    assert "it 100" in caption
+    weights = study.attention_of(run.backbone.visual, example, (0, 3))
+    assert [len(row) for row in weights[3]] == [17, 17]
+    another, _ = figures.attention_of_patch(example, weights)
+    tables = dict.fromkeys(
+        ("trained", "untrained"), study.defect_attention(run.backbone, run.dataset)
     )
-
-
-def test_data_without_masks_have_image_metrics_only(backbone, dataset):
-    samples = tuple(
-        clipad.Sample(s.image_path, None, s.category, s.label, s.defect) for s in dataset
-    )
-    plain = clipad.Dataset("folder", dataset.root, dataset.categories, samples)
-    means = ablate(clipad.SDP(backbone, rvs="mean"), plain, n_resamples=2).means()
-    assert means.filter(like="pixel_").isna().all(axis=None)
-    assert means.filter(like="image_").notna().all(axis=None)
-
-
-def test_too_few_resamples_are_refused(backbone, dataset):
-    with pytest.raises(ValueError, match="2 resamples or more, found 18 and 1"):
-        ablate(clipad.SDP(backbone), dataset, n_resamples=1)
-
-
-def test_images_are_chosen_by_rule(dataset):
-    maps = np.zeros((len(dataset), 32, 32), np.float32)
-    for i, sample in enumerate(dataset):
-        if sample.mask_path:
-            # The higher i, the more of the defect is found.
-            maps[i] = clipad.read_mask(sample.mask_path, 32) * (
-                np.arange(32)[:, None] < 8 + i % 5 * 2
-            )
-        else:
-            maps[i, 0, 0] = i
-    chosen = chosen_by_rule(dataset, maps)
-    kinds = [dataset[i].label for i in chosen]
-    assert kinds == [1, 1, 1, 0, 0, 0]
-    aurocs = [
-        clipad.pixel_metrics(maps[[i]], clipad.read_mask(dataset[i].mask_path, 32)[None])["auroc"]
-        for i in chosen[:3]
-    ]
-    assert aurocs == sorted(aurocs)
-    assert aurocs[0] < aurocs[2]
-    peaks = [maps[i].max() for i in chosen[3:]]
-    assert peaks == sorted(peaks, reverse=True)
-
-
-def test_attention_reach_by_hand(backbone, dataset):
-    """One image, one block: the weights on the other patches of the defect, averaged by the definition."""
-    one = clipad.Dataset(
-        "folder", dataset.root, ("nut",), tuple(s for s in dataset if s.mask_path)[:1]
-    )
-    coverage = torch.zeros(1, 16)
-    coverage[0, [5, 6]] = 1
-    table = attention_reach(backbone, one, coverage)
-    assert list(table.index) == list(range(1, 9))
-    image = backbone.preprocess(clipad.read_image(one[0].image_path))[None]
-    for kind, place in (("q-k", 0), ("v-v", 1)):
-        lifts = []
-        for patch, other in ((5, 6), (6, 5)):
-            row = attention_of(backbone.visual, image, patch, [3])[3][place][1:]
-            lifts.append(row[other] / np.delete(row, patch).sum() * 15)
-        assert table.loc[3, (kind, "lift")] == pytest.approx(
-            min(lifts), rel=1e-4
-        )  # torch's median of two
-        assert 1 <= table.loc[3, (kind, "spread")] <= 15
-
-
-def test_contrast_is_inside_minus_outside(backbone, dataset):
-    study = ablate(clipad.SDP(backbone, rvs="mean"), dataset, n_resamples=2)
-    contrast = study.contrast("SDP")
-    normal = torch.tensor([s.label == 0 for s in dataset])
-    assert contrast[normal].isnan().all()
-    assert study.contrast(study.coverage)[~normal].gt(0).all()
-    i = int(torch.nonzero(~normal)[0])
-    values, cover = study.values["SDP"][i].double(), study.coverage[i].double()
-    expected = (
-        np.average(values, weights=cover) - np.average(values, weights=1 - cover)
-    ) / values.std()
-    assert float(contrast[i]) == pytest.approx(float(expected), rel=1e-4)
-
-
-def test_words_follow_the_interval():
-    columns = ["difference", "difference_low_both", "difference_high_both"]
-    rows = {"a": [0.02, 0.01, 0.03], "b": [-0.02, -0.03, -0.001], "c": [0.02, -0.01, 0.03]}
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-    lines = in_words({"pixel_pro": table}, list(rows)).splitlines()
-    assert lines[0] == "* **a** against SDP: PRO +2.0 [+1.0, +3.0] higher"
-    assert lines[1].endswith("[-3.0, -0.1] lower")
-    assert lines[2].endswith("not told apart")
+    by_block, _ = figures.attention_by_block(tables)
+    toy, caption = figures.six_tokens(np.eye(6)[:, :2], {"all alike": np.full((6, 6), 1 / 6)})
+    assert "all alike 33" in caption
+    for drawn in (figure, another, by_block, toy, figures.dual_path_block()):
+        drawn.canvas.draw()
+        plt.close(drawn)

@@ -1,320 +1,205 @@
-"""What each part of SDP does: its variants as data, all computed from a few passes of the dual path.
+"""Notebook 03: variants of the dual path on a whole data set, where patches look, and what knows nothing (controls).
 
-A variant says which path it reads, where that path starts, whether it restarts, after which blocks it is read, and
-how similarities become values. Variants that share a path share its pass through the backbone.
+The method itself, and each change to it, is written in the notebook. Here is what runs it over all images and scores
+it. Shapes: B images, N patch tokens, C joint width, S the image's side.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from IPython.display import Markdown, display
 from tqdm import tqdm
 
-from clipad.datasets import Dataset
-from clipad.detectors import CLIP_TEMPERATURE, class_probability
-from clipad.dual_path import (
-    StagedFeatures,
-    attention_weights,
-    default_stages,
-    embed_patches,
-    project,
-    staged_features,
+from clipad.datasets import Dataset, Sample, read_image
+from clipad.detectors import class_probability
+from clipad.dual_path import attention_weights, embed_patches
+from clipad.evaluation import batches, read_masks
+from clipad.metrics import pixel_metrics
+from clipad.studies.common import (
+    METRIC_NAMES,
+    Kept,
+    Scores,
+    chosen_by_rule,
+    groups,
+    score,
+    thinned,
+    within_image,
+    worst_median_best,
 )
-from clipad.evaluation import load_images, published_image_score, read_masks
-from clipad.metrics import draw_counts, interval, pixel_metrics, resampled_metrics
-from clipad.surgery import cosine, feature_surgery, similarity_map
+from clipad.studies.figures import image_array
+from clipad.studies.opposite_predictions import shuffled_states, untrained
+from clipad.surgery import similarity_map
 
-COLUMNS = (
-    *(f"pixel_{m}" for m in ("auroc", "f1_max", "ap", "pro")),
-    *(f"image_{m}" for m in ("auroc", "f1_max", "ap")),
-    *(f"map_{m}" for m in ("auroc", "f1_max", "ap")),
-)
-"""``pixel_*`` as everywhere; ``image_*`` by the published image score; ``map_*`` by the maximum of the map alone"""
-FULL = "SDP"
+Variant = tuple[Callable, slice, Callable]
+"""(path, which of its stage features, score): ``path(visual, images)`` makes of images B x 3 x S x S a list of stage
+features B x (N+1) x C, ``score(features, text)`` of some of these, and text C x 2, patch values B x N"""
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way from an image to patch values. The defaults are SDP as released."""
+def with_line(function: Callable, old: str, new: str) -> Callable:
+    """The same function with one line of its source replaced; shows both lines.
 
-    name: str
-    group: str
-    blocks: tuple[int, ...]
-    """1-based blocks after which the path is read; the similarities are summed"""
-    path: str = "surgery"
-    """``surgery`` (v-v attention) or ``ordinary`` (plain CLIP)"""
-    first_block: int = 0
-    restart: bool = True
-    as_released: bool = True
-    score: str = "surgery"
-    """``surgery`` (feature surgery), ``difference`` (the same with w = 1), ``anomalous`` (the cosine with the
-    anomalous vector alone), ``softmax`` (direct map)"""
-
-
-def variants(layers: int) -> tuple[Variant, ...]:
-    """The ablation for a network of ``layers`` blocks, in the order of the tables.
-
-    Not listed twice: v-v attention in the last quarter on one path *is* the last stage alone.
-
-    >>> [v.name for v in variants(12)][:6]
-    ['Direct', 'Direct + feature surgery', 'last 1', 'last 3 = stage 4', 'last 6', 'all 12']
+    Raises ValueError unless exactly one line of the source is ``old`` (spaces and comments at its ends do not count).
     """
-    stages = default_stages(layers)
-    quarter, half = layers // 4, layers // 2
-    one_path, single, parts = "v-v in the last k blocks, one path", "one stage", "parts of SDP"
-    starts = sorted({1, quarter, half} - {quarter})
-    found = [
-        Variant("Direct", "ordinary path", (layers,), path="ordinary", score="softmax"),
-        Variant("Direct + feature surgery", "ordinary path", (layers,), path="ordinary"),
-        *(
-            Variant(f"last {k}", one_path, (layers,), first_block=layers - k, restart=False)
-            for k in starts
-        ),
-        Variant(f"all {layers}", one_path, (layers,), restart=False, as_released=False),
-        *(Variant(f"stage {n}", single, (block,)) for n, block in enumerate(stages[:3], start=1)),
-        # Without restart the released program's side effect would also change the path: one change at a time.
-        Variant("no restart", parts, stages, restart=False, as_released=False),
-        Variant("no feature surgery", parts, stages, score="anomalous"),
-        Variant("no class-token weights", parts, stages, score="difference"),
-        Variant("as written", parts, stages, as_released=False),
-        Variant(FULL, "all of it", stages),
-    ]
-    last_quarter = Variant(f"last {quarter} = stage 4", one_path, (layers,))
-    found.insert(2 + sum(k < quarter for k in starts), last_quarter)
-    return tuple(found)
-
-
-def patch_values(tokens: list[torch.Tensor], text: torch.Tensor, score: str) -> torch.Tensor:
-    """Per stage B x (N+1) x C and text C x 2 -> B x N, by one of the scores of :class:`Variant`."""
-    if score == "surgery":
-        return feature_surgery(tokens, text)[:, 1:, 1]
-    z = sum(cosine(stage[:, 1:], text) for stage in tokens)
-    if score == "softmax":
-        return (CLIP_TEMPERATURE * z).softmax(dim=-1)[..., 1]
-    return {"anomalous": z[..., 1], "difference": (z[..., 1] - z[..., 0]) / 2}[score]
-
-
-@torch.no_grad()
-def variant_values(
-    backbone, images: torch.Tensor, text: torch.Tensor, chosen
-) -> tuple[dict, torch.Tensor]:
-    """Patch values per variant, B x N on the CPU, and the class probabilities B, of images B x 3 x S x S.
-
-    One pass of the dual path for each (first_block, restart, as_released) that occurs in ``chosen``.
-    """
-    passes: dict[tuple, list[Variant]] = {}
-    for variant in chosen:
-        passes.setdefault((variant.first_block, variant.restart, variant.as_released), []).append(
-            variant
-        )
-    images, text = images.to(backbone.device), text.to(backbone.device)
-    values = {}
-    for (first_block, restart, as_released), own in passes.items():
-        blocks = sorted({block for variant in own for block in variant.blocks})
-        with backbone.autocast():
-            found = staged_features(
-                backbone.visual, images, blocks, as_released, first_block, restart
-            )
-            ordinary = {
-                b: project(backbone.visual, x) for b, x in zip(blocks, found.ordinary, strict=True)
-            }
-        surgery = dict(zip(blocks, found.surgery, strict=True))
-        for variant in own:
-            path = ordinary if variant.path == "ordinary" else surgery
-            tokens = [path[block].float() for block in variant.blocks]
-            values[variant.name] = patch_values(tokens, text, variant.score).cpu()
-    return values, class_probability(found.image_embedding.float(), text).cpu()
+    lines = textwrap.dedent(inspect.getsource(function)).splitlines()
+    at = [i for i, line in enumerate(lines) if line.split("  #")[0].strip() == old]
+    if len(at) != 1:
+        raise ValueError(f"{len(at)} lines of {function.__name__} are {old!r}, expected 1")
+    indent = lines[at[0]][: -len(lines[at[0]].lstrip())]
+    lines[at[0]] = indent + new
+    found = dict(function.__globals__)
+    exec(compile("\n".join(lines), f"<{function.__name__}, changed>", "exec"), found)
+    display(Markdown(f"```diff\n- {old}\n+ {new}\n```"))
+    return found[function.__name__]
 
 
 @dataclass
-class Ablation:
-    """Metrics of every variant, category and resample, and the patch values they came from."""
+class Example:
+    """One image that a notebook looks at."""
 
-    variants: tuple[Variant, ...]
-    dataset: Dataset
-    numbers: np.ndarray
-    """V x categories x metrics (``COLUMNS``) x (1 + R); [..., 0] is the estimate, the rest are resamples"""
-    values: dict[str, torch.Tensor]
-    """per variant, patch values of all images of the data set in its order"""
-    image_size: int
-    smoothing: float
+    category: str
+    defect: str
+    image: torch.Tensor
+    """1 x 3 x S x S, on the backbone's device"""
+    pixels: np.ndarray
+    """S x S x 3, to be shown"""
+    mask: np.ndarray | None
+    """S x S, None without ground truth"""
+    patch: int
+    """the patch that the defect covers most; without a mask the middle one"""
 
-    def maps(self, name: str, index) -> np.ndarray:
-        """Smoothed maps S x S of some images (indices into the data set)."""
-        return similarity_map(self.values[name][index], self.image_size, self.smoothing).numpy()
-
-    @cached_property
-    def coverage(self) -> torch.Tensor:
-        """Share of every patch that is anomalous, as the values of a variant; 0 where there is no mask."""
-        grid = round(next(iter(self.values.values())).shape[1] ** 0.5)
-        return patch_coverage(read_masks(list(self.dataset), self.image_size), grid)
-
-    def contrast(self, values: str | torch.Tensor) -> torch.Tensor:
-        """Per image, mean of the patch values inside minus outside the defect, in standard deviations of the image.
-
-        ``values``: name of a variant, or values like a variant's. NaN where an image has no defect with a mask.
-        """
-        values = self.values[values] if isinstance(values, str) else values
-        inside, outside = (
-            (values * w).sum(dim=1) / w.sum(dim=1) for w in (self.coverage, 1 - self.coverage)
-        )
-        return (inside - outside) / values.std(dim=1)
-
-    def table(self, name: str) -> pd.DataFrame:
-        """Category x metric with a last row ``mean``, as :class:`clipad.Result` has it."""
-        table = pd.DataFrame(
-            self.numbers[self._row(name), :, :, 0], self.dataset.categories, COLUMNS
-        )
-        table.loc["mean"] = table.mean()
-        return table
-
-    def means(self) -> pd.DataFrame:
-        """Variant x metric: mean over categories."""
-        return pd.DataFrame({v.name: self.table(v.name).loc["mean"] for v in self.variants}).T
-
-    def intervals(
-        self, metric: str, baseline: str = FULL, level: float = 0.95, seed: int = 0
-    ) -> pd.DataFrame:
-        """Per variant: ``mean``, ``difference`` to the baseline, and ``low``/``high`` of both, in two kinds.
-
-        ``images``: images drawn anew within the categories at hand. ``both``: categories drawn anew as well, and
-        within each the images. Differences are paired: variant and baseline see the same draws.
-        """
-        m = COLUMNS.index(metric)
-        numbers = self.numbers[:, :, m]
-        numbers = numbers[:, np.isfinite(numbers[:, :, 0]).all(axis=0)]
-        n_categories, n_draws = numbers.shape[1], numbers.shape[2] - 1
-        rng = np.random.default_rng(seed)
-        picked = rng.integers(n_categories, size=(2000, n_categories))
-        draws = {
-            "images": numbers[:, :, 1:].mean(axis=1),
-            "both": numbers[:, picked, rng.integers(1, n_draws + 1, size=picked.shape)].mean(
-                axis=2
-            ),
-        }
-        mean = numbers[:, :, 0].mean(axis=1)
-        base = self._row(baseline)
-        table = pd.DataFrame(
-            {"mean": mean, "difference": mean - mean[base]}, [v.name for v in self.variants]
-        )
-        for kind, values in draws.items():
-            for column, shown in (("mean", values), ("difference", values - values[base])):
-                table[f"{column}_low_{kind}"], table[f"{column}_high_{kind}"] = interval(
-                    shown, level
-                )
-        return table
-
-    def _row(self, name: str) -> int:
-        return [v.name for v in self.variants].index(name)
+    def auroc(self, values: np.ndarray) -> float | None:
+        """Pixel AUROC of a map S x S inside this image, in percent; None without a defect."""
+        if self.mask is None or not self.mask.any():
+            return None
+        return 100 * pixel_metrics(values[None], self.mask[None])["auroc"]
 
 
-def ablate(
-    detector,
+def _grid(backbone) -> int:
+    return round((backbone.visual.positional_embedding.shape[0] - 1) ** 0.5)
+
+
+def example_of(run, sample: Sample) -> Example:
+    """An image of a data set, ready to be looked at."""
+    size, image = run.backbone.image_size, read_image(sample.image_path)
+    grid = _grid(run.backbone)
+    mask, patch = None, grid * grid // 2 + grid // 2
+    if run.dataset.has_masks:
+        mask = read_masks([sample], size)[0]
+        if mask.any():
+            patch = int(patch_coverage(mask[None], grid).argmax())
+    tensor = run.backbone.preprocess(image)[None].to(run.backbone.device)
+    return Example(sample.category, sample.defect, tensor, image_array(image, size), mask, patch)
+
+
+def median_example(run, detector, category: str) -> Example:
+    """By rule: the anomalous image of a category that a detector maps with median quality.
+
+    Quality: pixel AUROC inside the image, or without masks the map's maximum. The first category where the data set
+    does not have this one.
+    """
+    category = category if category in run.dataset.categories else run.dataset.categories[0]
+    samples = [s for s in run.dataset if s.category == category]
+    found = [detector.predict(x, category).maps for _, x in batches(run.backbone, samples)]
+    own = replace(run.dataset, categories=(category,), samples=tuple(samples))
+    masks = read_masks(samples, run.backbone.image_size) if run.dataset.has_masks else None
+    chosen = chosen_by_rule(own, torch.cat(found).numpy(), masks)
+    return example_of(run, samples[chosen[min(1, len(chosen) - 1)] if chosen else 0])
+
+
+def main_metrics(dataset: Dataset) -> list[str]:
+    """What the variants are compared by, the first one in the claims: pixels where there are masks, else images."""
+    if dataset.has_masks:
+        return ["pixel_pro", "pixel_f1_max", "pixel_auroc"]
+    return ["image_auroc", "image_ap"]
+
+
+def has_masks(dataset: Dataset) -> bool:
+    """Whether there is ground truth for a section that needs it; says so where there is none."""
+    if not dataset.has_masks:
+        display(Markdown(f"*Skipped: {dataset.name} has no masks.*"))
+    return dataset.has_masks
+
+
+@torch.no_grad()
+def run_variants(
+    backbone,
     dataset: Dataset,
-    chosen=None,
-    n_resamples: int = 200,
-    seed: int = 0,
+    variants: Mapping[Any, tuple],
     batch_size: int = 16,
-) -> Ablation:
-    """Every variant on every image, with ``n_resamples`` bootstrap resamples of the images for each metric.
+    progress: bool = True,
+) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
+    """Patch values of every variant (N images x N patches) and the class probabilities, in the data set's order.
 
-    ``detector``: where text vectors, backbone and smoothing come from (a :class:`clipad.SDP`); ``chosen``: None for
-    :func:`variants`. Metrics are NaN where a data set has no such labels.
-
-    Raises ValueError for fewer than 2 resamples or a data set without images.
+    ``variants``: name -> :data:`Variant` and its texts (category -> C x 2). A path that several share runs once. The
+    last class token of the first path, under the first texts, gives the class probability.
     """
-    if n_resamples < 2 or not len(dataset):
-        raise ValueError(
-            f"expected images and 2 resamples or more, found {len(dataset)} and {n_resamples}"
-        )
-    backbone = detector.backbone
-    chosen = chosen or variants(len(backbone.visual.transformer.resblocks))
-    rng = np.random.default_rng(seed)
-    numbers = np.full((len(chosen), len(dataset.categories), len(COLUMNS), 1 + n_resamples), np.nan)
-    parts = {variant.name: {} for variant in chosen}
-    for c, category in enumerate(
-        tqdm(dataset.categories, desc=f"ablation on {dataset.name}", unit="category")
-    ):
-        where = [i for i, s in enumerate(dataset) if s.category == category]
-        samples = [dataset[i] for i in where]
-        text = detector.text_vectors(category)
-        batches = load_images(samples, backbone.preprocess, batch_size)
-        found = [variant_values(backbone, images, text, chosen) for images in batches]
-        probabilities = torch.cat([p for _, p in found]).numpy()
-        labels = np.array([s.label for s in samples])
-        masked = (labels >= 0).all() and all(s.mask_path for s in samples if s.label == 1)
-        masks = read_masks(samples, backbone.image_size) if masked else None
-        counts = draw_counts(labels, n_resamples, rng)
-        for v, variant in enumerate(chosen):
-            values = torch.cat([part[variant.name] for part, _ in found])
-            parts[variant.name].update(zip(where, values, strict=True))
-            maps = similarity_map(values, backbone.image_size, detector.smoothing).numpy()
-            numbers[v, c] = _metrics(maps, masks, probabilities, labels, counts)
-    joined = {
-        name: torch.stack([rows[i] for i in range(len(dataset))]) for name, rows in parts.items()
-    }
-    return Ablation(
-        tuple(chosen), dataset, numbers, joined, backbone.image_size, detector.smoothing
-    )
+    paths = dict.fromkeys(path for path, *_ in variants.values())
+    first, *_, first_text = next(iter(variants.values()))
+    values, probabilities = {name: [] for name in variants}, []
+    with tqdm(
+        total=len(dataset), desc=f"{len(paths)} paths", unit="image", disable=not progress
+    ) as bar:
+        for category, images in batches(backbone, list(dataset), batch_size):
+            images = images.to(backbone.device)
+            with backbone.autocast():
+                found = {path: path(backbone.visual, images) for path in paths}
+            features = {path: [f.float() for f in stages] for path, stages in found.items()}
+            for name, (path, which, scored, texts) in variants.items():
+                text = texts[category].to(images.device)
+                values[name].append(scored(features[path][which], text).cpu())
+            text = first_text[category].to(images.device)
+            probabilities.append(class_probability(features[first][-1][:, 0], text).cpu())
+            bar.update(len(images))
+    return {name: torch.cat(parts) for name, parts in values.items()}, torch.cat(probabilities)
 
 
-def _metrics(maps, masks, probabilities, labels, counts) -> np.ndarray:
-    """Metrics (``COLUMNS``) x (1 + R) of one variant on one category."""
-    found = {}
-    if masks is not None:
-        found |= {f"pixel_{k}": v for k, v in resampled_metrics(maps, masks, counts).items()}
-    if (labels >= 0).all():
-        maxima = maps.max(axis=(1, 2))
-        for kind, scores in (
-            ("image", published_image_score(probabilities, maxima)),
-            ("map", maxima),
-        ):
-            found |= {
-                f"{kind}_{k}": v for k, v in resampled_metrics(scores, labels, counts).items()
-            }
-    return np.array([found.get(name, np.full(len(counts), np.nan)) for name in COLUMNS])
+def smooth_maps(values: torch.Tensor, image_size: int) -> np.ndarray:
+    """Patch values B x N -> maps B x S x S with SDP's smoothing, 8 pixels per 240."""
+    return similarity_map(values, image_size, 8 / 240 * image_size).numpy()
 
 
-def stage_shift(one: StagedFeatures, other: StagedFeatures) -> pd.DataFrame:
-    """How far two readings of the same images differ, per stage: length of the difference / length of ``other``.
+def score_variants(
+    run, values: Mapping[str, torch.Tensor], probabilities: torch.Tensor, resamples: int
+) -> Scores:
+    """All metrics of every variant on the same draws, of maps smoothed like SDP's."""
+    dataset, size = run.dataset, run.backbone.image_size
+    masks = read_masks(list(dataset), size) if dataset.has_masks else None
+    kept = Kept(dataset, (), None, np.array([s.label for s in dataset]), masks)
 
-    Columns: the class token and the patch tokens of the projected stage feature (median over images and tokens), and
-    the tokens of the ordinary path, which SDP+ reads.
-    """
+    def scored(name: str) -> Scores:
+        maps = {name: smooth_maps(values[name], size)}
+        return score(maps, {name: probabilities.numpy()}, kept, resamples, run.seed)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(tqdm(pool.map(scored, values), "metrics", len(values), unit="variant"))
+    joined = np.concatenate([one.values for one in found])
+    return Scores(tuple(values), found[0].categories, found[0].metrics, joined, run.seed)
+
+
+def by_group(scores: Scores, metric: str, baseline: str = "as written") -> pd.DataFrame:
+    """A row per variant, percent and points: ``mean``, difference to the baseline for ``textures``, ``objects`` and
+    ``all``, and the ``worst`` and ``best`` category's."""
     rows = {}
-    for stage, a, b, x, y in zip(
-        one.stages, one.surgery, other.surgery, one.ordinary, other.ordinary, strict=True
-    ):
-        parts = ((a[:, :1], b[:, :1]), (a[:, 1:], b[:, 1:]), (x, y))
-        rows[stage] = [float(((p - q).norm(dim=-1) / q.norm(dim=-1)).median()) for p, q in parts]
-    columns = ["class token", "patch tokens, surgery path", "tokens, ordinary path"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("after block")
+    for method in scores.methods:
+        values = 100 * scores.table(method)[metric].drop("mean")
+        gain = values - 100 * scores.table(baseline)[metric].drop("mean")
+        row = {"mean": values.mean()}
+        row |= {name: gain[members].mean() for name, members in groups(scores.categories).items()}
+        rows[method] = row | {"all": gain.mean(), "worst": gain.min(), "best": gain.max()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(METRIC_NAMES[metric])
 
 
-def chosen_by_rule(dataset: Dataset, maps: np.ndarray) -> list[int]:
-    """Up to six images: the worst, median and best anomalous one, then the normal one with the highest, median and
-    lowest map.
-
-    ``maps``: of the whole data set, N x S x S. Anomalous images are ranked by the pixel AUROC within the image, or,
-    where there are no masks, by the maximum of the map.
-    """
-    maxima = maps.max(axis=(1, 2))
-    masks = read_masks(list(dataset), maps.shape[-1]) if dataset.has_masks else None
-    chosen = []
-    for label in (1, 0):
-        found = [i for i, s in enumerate(dataset) if s.label == label]
-        if label and masks is not None:
-            found = [i for i in found if masks[i].any() and not masks[i].all()]
-            found.sort(key=lambda i: pixel_metrics(maps[[i]], masks[[i]])["auroc"])
-        else:
-            found.sort(key=lambda i: maxima[i] if label else -maxima[i])
-        chosen += [found[place] for place in (0, len(found) // 2, -1)] if len(found) >= 3 else found
-    return chosen
+# Where patches look ---------------------------------------------------------------------------------------------
 
 
 def patch_coverage(masks: np.ndarray, grid: int) -> torch.Tensor:
@@ -324,52 +209,129 @@ def patch_coverage(masks: np.ndarray, grid: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def attention_reach(
-    backbone, dataset: Dataset, coverage: torch.Tensor, per_category: int = 4, batch_size: int = 8
-) -> pd.DataFrame:
-    """Where patches of a defect look, per block, with q-k and with v-v attention; medians over these patches.
-
-    The first ``per_category`` anomalous images of each category; ``coverage``: of the data set, images x patches.
-    ``lift``: attention that a defect's patch gives to the *other* patches of the defect, over what it would give if
-    it looked everywhere alike (1 = chance). ``spread``: the number of patches it looks at, exp(entropy). A patch is of
-    the defect when the mask covers more than half of it. Both leave out the class token and the patch itself, whose
-    v-v weight is large by construction. NaN where no defect has two such patches.
-    """
-    anomalous = pd.Series({i: s.category for i, s in enumerate(dataset) if s.label == 1})
-    chosen = anomalous.groupby(anomalous).head(per_category).index.tolist()
-    batches = load_images([dataset[i] for i in chosen], backbone.preprocess, batch_size)
-    found: dict[tuple, list] = {}
-    for images, cover in zip(batches, coverage[chosen].split(batch_size), strict=True):
-        x = backbone.visual.ln_pre(embed_patches(backbone.visual, images.to(backbone.device)))
-        cover, n = cover.to(x.device), cover.shape[1]
-        others = (cover.sum(dim=1, keepdim=True) - cover) / (n - 1)
-        ours = (cover > 0.5) & (others > 0)
-        for number, block in enumerate(backbone.visual.transformer.resblocks, start=1):
-            for kind, weights in zip(("q-k", "v-v"), attention_weights(block, x), strict=True):
-                p = weights[:, 1:, 1:] * (1 - torch.eye(n, device=x.device))
-                p = p / p.sum(dim=-1, keepdim=True)
-                lift = (p @ cover[..., None])[..., 0] / others
-                found.setdefault((kind, "lift", number), []).append(lift[ours])
-                spread = torch.special.entr(p).sum(dim=-1).exp()
-                found.setdefault((kind, "spread", number), []).append(spread[ours])
-            x = block(x)
-    medians = pd.Series(
-        {key: float(torch.cat(values).nanmedian()) for key, values in found.items()}
-    )
-    return medians.unstack().T.rename_axis("block")
+def attention_of(visual, example: Example, blocks: Sequence[int]) -> dict[int, tuple]:
+    """0-based block -> q-k and v-v attention of the example's patch over all tokens, N + 1 weights each."""
+    x = visual.ln_pre(embed_patches(visual, example.image))
+    found = {}
+    for number, block in enumerate(visual.transformer.resblocks):
+        if number in blocks:
+            rows = (w[0, 1 + example.patch] for w in attention_weights(block, x))
+            found[number] = tuple(row.float().cpu().numpy() for row in rows)
+        x = block(x)
+    return found
 
 
 @torch.no_grad()
-def attention_of(
-    visual, image: torch.Tensor, patch: int, blocks
-) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """1-based block -> q-k and v-v attention of one patch over all tokens, of one image 1 x 3 x S x S."""
-    x = visual.ln_pre(embed_patches(visual, image))
-    found = {}
-    for number, block in enumerate(visual.transformer.resblocks, start=1):
-        if number in blocks:
-            found[number] = tuple(
-                w[0, 1 + patch].cpu().numpy() for w in attention_weights(block, x)
-            )
-        x = block(x)
-    return found
+def defect_attention(
+    backbone, dataset: Dataset, per_category: int = 8, batch_size: int = 8
+) -> pd.DataFrame:
+    """How much of its attention a defect's patch gives to the rest of the defect: a row per image and block.
+
+    Columns ``category``, ``image``, ``block`` (0-based), ``q-k``, ``v-v``, and ``uniform``: the share if it looked
+    everywhere alike. A patch is of the defect when the mask covers more than half of it. The class token and the patch
+    itself are left out, and the other weights scaled to sum to 1. Images with fewer than two such patches are left out.
+    """
+    samples = [s for s in thinned(dataset, 2 * per_category) if s.label == 1]
+    grid = _grid(backbone)
+    coverage = patch_coverage(read_masks(samples, backbone.image_size), grid)
+    rows, done = [], 0
+    for category, images in batches(backbone, samples, batch_size):
+        x = backbone.visual.ln_pre(embed_patches(backbone.visual, images.to(backbone.device)))
+        inside = coverage[done : done + len(images)].to(x.device) > 0.5  # B x N
+        count = inside.sum(dim=1)
+        for number, block in enumerate(backbone.visual.transformer.resblocks):
+            shares = [_share_inside(w[:, 1:, 1:], inside) for w in attention_weights(block, x)]
+            for b in torch.nonzero(count >= 2)[:, 0].tolist():
+                uniform = float(count[b] - 1) / (inside.shape[1] - 1)
+                found = {"q-k": float(shares[0][b]), "v-v": float(shares[1][b])}
+                place = {"category": category, "image": done + b, "block": number}
+                rows.append(place | found | {"uniform": uniform})
+            x = block(x)
+        done += len(images)
+    return pd.DataFrame(rows, columns=["category", "image", "block", "q-k", "v-v", "uniform"])
+
+
+def _share_inside(weights: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Mean over the patches inside: share of their weights (B x N x N) on the other patches inside (B x N), B."""
+    weights = weights * (1 - torch.eye(weights.shape[1], device=weights.device))
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    inside = inside.float()
+    on_defect = (weights @ inside[..., None])[..., 0]
+    return (on_defect * inside).sum(dim=1) / inside.sum(dim=1)
+
+
+def attention_frames(**shares: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """One frame per kind of attention for :func:`clipad.studies.common.scores_of_images`: mean over blocks, per image.
+
+    ``trained``: the table of the model at hand, ``untrained``: that of the same architecture with random weights.
+    """
+    frames = {}
+    for network, kind in (
+        ("trained", "uniform"), ("trained", "q-k"), ("trained", "v-v"),
+        ("untrained", "q-k"), ("untrained", "v-v"),
+    ):  # fmt: skip
+        by_image = shares[network].groupby(["category", "image"], sort=False)[kind].mean()
+        name = f"{kind}, untrained" if network == "untrained" else kind
+        frames[name] = by_image.rename("share").reset_index()
+    return frames
+
+
+# Controls -------------------------------------------------------------------------------------------------------
+
+
+def control_aurocs(
+    run,
+    variants: Mapping[str, Variant],
+    texts: Mapping[str, torch.Tensor],
+    draws: int = 50,
+    networks: int = 3,
+    per_category: int = 10,
+) -> pd.DataFrame:
+    """What variants reach that know nothing: a row per draw, ``control``, and pixel AUROC (mean) per variant.
+
+    ``found``: the model and the texts at hand, on ``per_category`` images of each category, as all rows. ``shuffled
+    states``: the sentences dealt to the two states at random. ``untrained``: an image encoder with random weights.
+    """
+    dataset = thinned(run.dataset, per_category)
+    masks = read_masks(list(dataset), run.backbone.image_size)
+    rvs = (run.prompts, run.protocol.rvs, run.protocol.rvs_options)
+    dealt = [
+        shuffled_states(run.backbone, dataset.categories, *rvs, run.seed + draw)
+        for draw in range(draws)
+    ]
+    known = [("found", texts), *(("shuffled states", text) for text in dealt)]
+    rows = _aurocs(run.backbone, dataset, masks, variants, known)
+    for seed in range(run.seed, run.seed + networks):
+        blind = untrained(run.backbone, seed)
+        rows += _aurocs(blind, dataset, masks, variants, [("untrained", texts)])
+    return pd.DataFrame(rows)
+
+
+def _aurocs(backbone, dataset, masks, variants, known) -> list[dict]:
+    """A row per text: all texts are tried on the features of one pass."""
+    tries = {
+        (name, number): (path, which, scored, text)
+        for name, (path, which, scored) in variants.items()
+        for number, (_, text) in enumerate(known)
+    }
+    values, _ = run_variants(backbone, dataset, tries, progress=False)
+    category = np.array([s.category for s in dataset])
+    rows = [{"control": control} for control, _ in known]
+    for (name, number), found in values.items():
+        maps = smooth_maps(found, backbone.image_size)
+        own = [category == c for c in dataset.categories]
+        aurocs = [pixel_metrics(maps[at], masks[at])["auroc"] for at in own]
+        rows[number][name] = np.nanmean(aurocs)
+    return rows
+
+
+def by_difference(run, values: torch.Tensor, others: torch.Tensor) -> list[int]:
+    """Positions of the anomalous images where a variant loses most, gains least and gains most against another one.
+
+    ``values``, ``others``: patch values, images x patches; the measure is the pixel AUROC inside the image.
+    """
+    size, samples = run.backbone.image_size, list(run.dataset)
+    at = np.array([i for i, s in enumerate(samples) if s.label == 1])
+    masks = read_masks([samples[i] for i in at], size)
+    inside = [within_image(smooth_maps(v[at], size), masks) for v in (values, others)]
+    return [int(at[i]) for i in worst_median_best(inside[0] - inside[1])]

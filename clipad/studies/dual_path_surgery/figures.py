@@ -1,8 +1,7 @@
-"""Figures of notebook 03: the dual-path block, where a patch looks, and the ablation with its intervals."""
+"""Figures of notebook 03: six tokens, the dual-path block, where a patch looks, and maps beside one another."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -13,17 +12,18 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from clipad.datasets import Dataset, Sample, read_image
-from clipad.evaluation import read_masks
-from clipad.studies.figures import COLOURS, MAP, METRIC_NAMES, contour, gallery, image_array
+from clipad.studies.dual_path_surgery import Example
+from clipad.studies.figures import COLOURS, MAP
 
 DUAL_PATH_BLOCK = (
-    "Flow chart of one block. The ordinary path adds q-k attention a, then the MLP, to x. The surgery path takes v, "
-    "mixes it by v-v attention and the same output projection to s, adds s to the path, and restarts at blocks 0, L/4, "
-    "L/2 and 3L/4. A stage feature joins the ordinary class token and the surgery path's patch tokens; ln_post and "
-    "projection follow."
+    "One block of the dual path. Ordinary path (grey): q-k attention gives a, added to x, then the MLP. Surgery path "
+    "(green): the same v, mixed by v-v attention, through the same output projection (and ls_1) gives s, added to the "
+    "path; the switch opens at blocks 0, L/4, L/2 and 3L/4, where the path restarts with s alone. A stage feature "
+    "(blue) takes the class token from the ordinary path and the patch tokens from the surgery path."
 )
 KINDS = {"q-k": COLOURS["grey"], "v-v": COLOURS["green"]}
+SIGNED = "RdBu_r"
+"""for values with a sign: white is 0, red anomalous"""
 
 
 def dual_path_block() -> Figure:
@@ -59,7 +59,7 @@ def dual_path_block() -> Figure:
     box(6, 24, 6, 4, "ln_1", grey)
     box(16, 22, 8, 8, "in_proj\n$q,\\ k,\\ v$", grey)
     box(29, 23.5, 15, 5, "softmax($qk^T/\\sqrt{d}$) $v$", grey)
-    box(48.5, 23.5, 7.5, 5, "out_proj", grey)
+    box(48.5, 23.5, 7.5, 5, "out_proj\nls_1", grey)
     box(63, 23.5, 9, 5, "ln_2, MLP", grey)
     line((9, 33), (9, 28.5))
     line((12.4, 26), (15.6, 26))
@@ -76,7 +76,7 @@ def dual_path_block() -> Figure:
     # surgery path
     colour = COLOURS["green"]
     box(29, 11.5, 15, 5, "softmax($vv^T/\\sqrt{d}$) $v$", green)
-    box(48.5, 11.5, 7.5, 5, "out_proj", green)
+    box(48.5, 11.5, 7.5, 5, "out_proj\nls_1", green)
     line((20, 21.6), (20, 14), (28.6, 14), colour=colour)
     ax.text(19, 17.5, "$v$", fontsize=10, ha="right", color=colour)
     line((44.4, 14), (48.1, 14), colour=colour)
@@ -106,7 +106,7 @@ def dual_path_block() -> Figure:
         13.5,
         16,
         9.5,
-        "stage feature $f^{\\,j}$\nln_post, projection\n$B\\times(N{+}1)\\times C$",
+        "stage feature $F$\nln_post, projection\n$B\\times(N{+}1)\\times C$",
         blue,
     )
     line((90.5, 33), (90.5, 23.5), colour=dark)
@@ -116,223 +116,192 @@ def dual_path_block() -> Figure:
     return figure
 
 
-def attention_of_patch(
-    sample: Sample,
-    image_size: int,
-    patch: int,
-    weights: Mapping[int, tuple[np.ndarray, np.ndarray]],
-    reach: pd.DataFrame | None = None,
-) -> Figure:
-    """Where one patch looks, q-k above v-v, in some blocks; beside it medians over many patches, block by block.
-
-    ``patch``: its index row by row; ``weights``: 1-based block -> the
-    two rows of attention weights over all tokens, class token first; ``reach``: the table of
-    :func:`attention_reach`, or None where there are no masks. All maps share one square-root scale
-    that ends at the largest weight on another patch.
-    """
-    image, mask = (
-        image_array(read_image(sample.image_path), image_size),
-        read_masks([sample], image_size)[0],
-    )
-    grid = round((len(next(iter(weights.values()))[0]) - 1) ** 0.5)
-    step = len(image) / grid
-    top = max(np.delete(row[1:], patch).max() for pair in weights.values() for row in pair)
-    n = 1 + len(weights)
-    width = 1.55 * n + (3.2 if reach is not None else 0)
-    figure = plt.figure(figsize=(width, 3.9), layout="constrained")
-    left, right = (
-        figure.subfigures(1, 2, width_ratios=[1.55 * n, 3.2], wspace=0.02)
-        if reach is not None
-        else (figure, None)
-    )
-    if reach is None:
-        left.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
-    axes = left.subplots(2, n, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
-    for row, kind in enumerate(KINDS):
-        axes[row, 0].imshow(image, extent=(0, len(image), len(image), 0))
-        contour(axes[row, 0], mask)
-        axes[row, 0].set_ylabel(f"{kind} attention", fontsize=9)
-        for ax, (block, pair) in zip(axes[row, 1:], weights.items(), strict=True):
-            shown = ax.imshow(
-                pair[row][1:].reshape(grid, grid),
-                cmap=MAP,
-                norm=PowerNorm(0.5, 0, top),
-                extent=(0, len(image), len(image), 0),
-            )
-            if mask.any():
-                ax.contour(mask, levels=[0.5], colors="white", linewidths=0.7)
-            axes[0, 0].set_title("image", fontsize=9)
-            if row == 0:
-                ax.set_title(f"block {block}", fontsize=9)
-        for ax in axes[row]:
-            corner = (patch % grid * step, patch // grid * step)
-            ax.add_patch(Rectangle(corner, step, step, fill=False, edgecolor="cyan", linewidth=1.6))
-            ax.set(xticks=[], yticks=[], xlim=(0, len(image)), ylim=(len(image), 0))
-    bar = left.colorbar(shown, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02)
-    bar.locator = plt.MaxNLocator(4)
-    bar.update_ticks()
-    bar.set_label("attention weight, one scale for all", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    if reach is not None:
-        _reach_curves(right, reach)
-    return figure
-
-
-def _reach_curves(figure, reach: pd.DataFrame) -> None:
-    labels = {
-        "lift": "attention on rest of\ndefect (1 = chance)",
-        "spread": "number of patches\nlooked at",
-    }
-    axes = figure.subplots(2, 1, sharex=True)
-    for ax, (column, label) in zip(axes, labels.items(), strict=True):
-        for (kind, colour), marker in zip(KINDS.items(), "os", strict=True):
-            ax.plot(
-                reach.index,
-                reach[kind, column],
-                color=colour,
-                marker=marker,
-                markersize=4,
-                label=kind,
-            )
-        if column == "lift":
-            ax.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
-        ax.set_ylim(bottom=0)
-        ax.set_ylabel(label, fontsize=8)
-        ax.tick_params(labelsize=7)
-        sns.despine(ax=ax)
-    axes[0].legend(fontsize=8, frameon=False, ncol=2, loc="lower right", bbox_to_anchor=(1, 0.98))
-    axes[1].set_xlabel("block", fontsize=8)
-
-
-def reach_in_words(reach: pd.DataFrame | None) -> str:
-    """Medians over blocks of :func:`attention_reach`, as a sentence."""
-    if reach is None:
-        return "No masks: no curves."
-    m = reach.median()
-    return (
-        f"Medians over blocks: {m['q-k', 'lift']:.1f} times chance on the defect with q-k, {m['v-v', 'lift']:.1f} with "
-        f"v-v attention; {m['q-k', 'spread']:.0f} against {m['v-v', 'spread']:.0f} patches looked at."
-    )
-
-
-def ablation_forest(
-    tables: Mapping[str, pd.DataFrame], groups: Mapping[str, str], baseline: str = "SDP"
-) -> Figure:
-    """Difference of every variant to SDP with both intervals, one panel per metric; the mean stands beside it.
-
-    ``tables``: metric -> :meth:`Ablation.intervals`; ``groups``: variant -> group, in order. Thick:
-    other images of the same categories; thin: other categories as well.
-    """
-    names = list(groups)
-    colours = dict(
-        zip(
-            dict.fromkeys(groups.values()),
-            ("grey", "blue", "purple", "orange", "green"),
-            strict=False,
-        )
-    )
-    markers = dict(zip(colours, "Xosd*", strict=False))
-    y, at = {}, 0.0
-    for i, name in enumerate(names):  # a gap between groups
-        at += 1.0 + (0.6 if i and groups[name] != groups[names[i - 1]] else 0)
-        y[name] = at
+def six_tokens(v: np.ndarray, weights: Mapping[str, np.ndarray]) -> tuple[Figure, str]:
+    """The six vectors v (6 x 2; the last two are the defect's) and attention weights, 6 x 6 each; and the caption."""
+    n = len(weights)
     figure, axes = plt.subplots(
-        1, len(tables), figsize=(3.0 + 2.6 * len(tables), 0.25 * at + 1.1), sharey=True, squeeze=False,
+        1, 1 + n, figsize=(2.3 * (1 + n), 2.7), layout="constrained", width_ratios=[1.1] + [1] * n
+    )
+    for token, (x, y) in enumerate(v):
+        colour = COLOURS["orange"] if token >= 4 else COLOURS["blue"]
+        axes[0].annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour})
+        axes[0].annotate(str(token), (x, y), fontsize=9, xytext=(3, 1), textcoords="offset points")
+    axes[0].set(xlim=(-1, 2.7), ylim=(-0.8, 2.1), title="values $v$", aspect="equal")
+    axes[0].title.set_fontsize(10)
+    axes[0].tick_params(labelsize=8)
+    sns.despine(ax=axes[0])
+    for ax, (name, w) in zip(axes[1:], weights.items(), strict=True):
+        sns.heatmap(
+            100 * w, ax=ax, vmin=0, vmax=100, cmap="cividis", annot=True, fmt=".0f", cbar=False,
+            square=True, annot_kws={"fontsize": 8},
+        )  # fmt: skip
+        for line in (ax.axhline, ax.axvline):
+            line(4, color="white", linewidth=2)
+        ax.set_title(name, fontsize=10)
+        ax.tick_params(labelsize=8, length=0)
+    axes[1].set_ylabel("token that looks", fontsize=9)
+    axes[1].set_xlabel("token looked at", fontsize=9)
+    told = ", ".join(
+        f"{name} {100 * w[4:, 4:].sum(axis=1).mean():.0f}" for name, w in weights.items()
+    )
+    return figure, (
+        "Left: the six values; 4 and 5 (orange) are the defect's. Then attention weights in percent, a row per token "
+        f"that looks. Of the defect's own attention this stays on the defect, in percent: {told}."
+    )
+
+
+def attention_of_patch(
+    example: Example, weights: Mapping[int, tuple[np.ndarray, np.ndarray]]
+) -> tuple[Figure, str]:
+    """Where the example's patch looks, q-k above v-v, in some blocks, and the caption.
+
+    ``weights``: 0-based block -> the two rows of attention weights over all tokens, class token first.
+    """
+    grid = round((len(next(iter(weights.values()))[0]) - 1) ** 0.5)
+    side, step = len(example.pixels), len(example.pixels) / grid
+    extent = (0, side, side, 0)
+    top = max(np.delete(row[1:], example.patch).max() for pair in weights.values() for row in pair)
+    figure, axes = plt.subplots(
+        2, 1 + len(weights), figsize=(2.2 * (1 + len(weights)), 4.6), layout="constrained"
+    )
+    for row, kind in enumerate(KINDS):
+        axes[row, 0].imshow(example.pixels, extent=extent)
+        axes[row, 0].set_ylabel(f"{kind} attention", fontsize=10)
+        for ax, (block, pair) in zip(axes[row, 1:], weights.items(), strict=True):
+            values = pair[row][1:].reshape(grid, grid)
+            shown = ax.imshow(values, cmap=MAP, norm=PowerNorm(0.5, 0, top), extent=extent)
+            ax.set_title("" if row else f"block {block}", fontsize=10)
+        for ax in axes[row]:
+            corner = (example.patch % grid * step, example.patch // grid * step)
+            ax.add_patch(Rectangle(corner, step, step, fill=False, edgecolor="cyan", linewidth=1.5))
+            _outline(ax, example.mask)
+            ax.set(xticks=[], yticks=[], xlim=(0, side), ylim=(side, 0))
+    bar = figure.colorbar(shown, ax=axes[:, 1:], location="bottom", shrink=0.6, aspect=40)
+    bar.set_label("attention weight (square-root scale, one for all)", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    caption = (
+        f"What the marked patch (cyan) of a {example.category}, {example.defect}, takes from every other patch, "
+        f"mean over heads; the defect is outlined. Blocks {', '.join(map(str, weights))}, counted from 0."
+    )
+    return figure, caption
+
+
+def attention_by_block(tables: Mapping[str, pd.DataFrame]) -> tuple[Figure, str]:
+    """Share of a defect patch's attention on the rest of the defect, per block: mean over images; and the caption.
+
+    ``tables``: ``trained`` and ``untrained``, :func:`clipad.studies.dual_path_surgery.defect_attention`.
+    """
+    figure, ax = plt.subplots(figsize=(7.2, 3.1), layout="constrained")
+    for network, table in tables.items():
+        by_block = 100 * table.groupby("block")[["q-k", "v-v", "uniform"]].mean()
+        for (kind, colour), marker in zip(KINDS.items(), "os", strict=True):
+            blind = network == "untrained"
+            ax.plot(
+                by_block.index, by_block[kind], color=colour, marker=marker, markersize=5,
+                linestyle=":" if blind else "-", mfc="white" if blind else colour,
+                label=f"{kind}{', untrained' if blind else ''}",
+            )  # fmt: skip
+    ax.axhline(
+        by_block["uniform"].mean(), color="0.3", linewidth=0.8, linestyle="--",
+        label="everywhere alike",
+    )  # fmt: skip
+    ax.set(xlabel="block", ylabel="attention on the\nrest of the defect, %", ylim=(0, None))
+    ax.set_xticks(by_block.index)
+    ax.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set_title("How much a defect's patch takes from the rest of the defect", fontsize=11)
+    sns.despine(ax=ax)
+    images = len(table[["category", "image"]].drop_duplicates())
+    return figure, (
+        f"Mean over {images} anomalous images, per block. Solid: this CLIP. Dotted: the same architecture with random "
+        "weights. Dashed: the share if a patch looked everywhere alike."
+    )
+
+
+def beside(
+    examples: Example | Sequence[Example],
+    maps: Mapping[str, np.ndarray],
+) -> tuple[Figure, str]:
+    """Maps of one or several images side by side, a row per image, and their caption with the numbers.
+
+    ``maps``: name -> E x S x S. Values with a sign are drawn around 0 (red: anomalous), sums of probabilities, which
+    are never negative, from 0 on. Every column has its own scale.
+    """
+    examples = [examples] if isinstance(examples, Example) else list(examples)
+    rows, columns = len(examples), 1 + len(maps)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.85 * columns, 2.0 * rows + 0.5), squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    for ax, (metric, table) in zip(axes[0], tables.items(), strict=True):
-        ax.axvline(0, color="0.35", linewidth=1, linestyle="--", zorder=0)
-        for name in names:
-            row, group = 100 * table.loc[name], groups[name]
-            colour = COLOURS[colours[group]]
-            for kind, width in (("both", 1.1), ("images", 3.6)):
-                ends = [row[f"difference_low_{kind}"], row[f"difference_high_{kind}"]]
-                ax.plot(ends, [y[name]] * 2, color=colour, linewidth=width, solid_capstyle="butt")
-            size = 12 if name == baseline else 7
-            ax.plot(
-                row["difference"],
-                y[name],
-                markers[group],
-                color=colour,
-                markersize=size,
-                markeredgecolor="white",
-            )
-            ax.text(
-                1.0, y[name], f"{row['mean']:.1f}", transform=ax.get_yaxis_transform(), fontsize=7.5, ha="right",
-                va="center", color="0.3",
-            )  # fmt: skip
-        low, high = ax.get_xlim()
-        ax.set_xlim(low, high + 0.22 * (high - low))  # room for the means
-        ax.text(
-            1.0,
-            -0.1,
-            "mean, %",
-            transform=ax.get_yaxis_transform(),
-            fontsize=7.5,
-            ha="right",
-            color="0.3",
-        )
-        ax.set_title(METRIC_NAMES[metric], fontsize=10)
-        ax.set_xlabel(f"difference to {baseline}, points", fontsize=8)
-        ax.grid(axis="x", color="0.92")
-        ax.set_axisbelow(True)
-        ax.tick_params(labelsize=8)
-        ax.tick_params(axis="y", length=0)
-        sns.despine(ax=ax, left=True)
-    axes[0, 0].set_yticks(list(y.values()), names)
-    axes[0, 0].set_ylim(at + 0.7, -0.4)
-    for group, colour in colours.items():
-        own = [y[name] for name in names if groups[name] == group]
-        place = {
-            "transform": axes[0, -1].get_yaxis_transform(),
-            "va": "center",
-            "color": COLOURS[colour],
-        }
-        axes[0, -1].text(1.06, np.mean(own), textwrap.fill(group, 20), fontsize=8, **place)
-    return figure
-
-
-def in_words(
-    tables: Mapping[str, pd.DataFrame],
-    names: Sequence[str],
-    baseline: str = "SDP",
-    kind: str = "both",
-) -> str:
-    """Differences to the baseline as a Markdown list, in points: estimate, interval, and whether it leaves out 0.
-
-    ``tables``: metric -> :meth:`Ablation.intervals`; ``kind`` of interval: ``both`` or ``images``.
-    """
-    lines = []
-    for name in names:
-        said = []
-        for metric, table in tables.items():
-            row = 100 * table.loc[name]
-            low, high = row[f"difference_low_{kind}"], row[f"difference_high_{kind}"]
-            verdict = "higher" if low > 0 else "lower" if high < 0 else "not told apart"
-            label = METRIC_NAMES[metric]
-            said.append(f"{label} {row['difference']:+.1f} [{low:+.1f}, {high:+.1f}] {verdict}")
-        lines.append(f"* **{name}** against {baseline}: {'; '.join(said)}")
-    return "\n".join(lines)
-
-
-def gallery_of(
-    dataset: Dataset,
-    indices: Sequence[int],
-    maps: Mapping[str, np.ndarray],
-    limits: tuple | None = None,
-) -> Figure:
-    """:func:`gallery` for images of a data set; ``limits`` are shared by all columns of maps, if given."""
-    samples = [dataset[i] for i in indices]
-    size = next(iter(maps.values())).shape[-1]
-    return gallery(
-        [image_array(read_image(s.image_path), size) for s in samples],
-        maps,
-        read_masks(samples, size),
-        [f"{s.category}\n{s.defect}" for s in samples],
-        dict.fromkeys(maps, limits) if limits else None,
+    told = []
+    for row, example in enumerate(examples):
+        axes[row, 0].imshow(example.pixels)
+        _outline(axes[row, 0], example.mask)
+        axes[row, 0].set_ylabel(f"{example.category}, {example.defect}", fontsize=9)
+    for column, (name, values) in enumerate(maps.items(), start=1):
+        top = np.abs(values).max()
+        limits = {"vmin": -top, "vmax": top, "cmap": SIGNED}
+        if values.min() >= 0:
+            limits = {"vmin": 0, "vmax": np.ceil(top), "cmap": MAP}
+        for row, example in enumerate(examples):
+            shown = axes[row, column].imshow(values[row], **limits)
+            auroc = example.auroc(values[row])
+            if auroc is not None:
+                axes[row, column].set_xlabel(f"AUROC {auroc:.0f}", fontsize=9)
+                told.append(f"{example.category + ' ' if rows > 1 else ''}{name} {auroc:.0f}")
+        axes[0, column].set_title(name, fontsize=10)
+        bar = figure.colorbar(shown, ax=axes[:, column], location="bottom", aspect=18, pad=0.02)
+        bar.ax.tick_params(labelsize=8)
+        bar.locator = plt.MaxNLocator(3)
+        bar.update_ticks()
+    axes[0, 0].set_title("image", fontsize=10)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    numbers = f" Pixel AUROC inside the image: {', '.join(told)}." if told else ""
+    signed = any(values.min() < 0 for values in maps.values())
+    plain = any(values.min() >= 0 for values in maps.values())
+    colours = ["red is anomalous, white 0, blue normal"] * signed + ["bright is anomalous"] * plain
+    return figure, (
+        f"Defect outlined in the image. In the maps {', or '.join(colours)}. Each column has its own scale.{numbers}"
     )
 
 
-def shared_limits(maps: Mapping[str, np.ndarray]) -> tuple[float, float]:
-    """One scale for several columns of maps."""
-    return tuple(np.percentile(np.stack(list(maps.values())), [1, 99.8]))
+def _outline(ax, mask) -> None:
+    """The defect's edge as one thin line just outside it."""
+    if mask is not None and mask.any():
+        ax.contour(mask, levels=[0.01], colors=["black"], linewidths=1.6)
+        ax.contour(mask, levels=[0.01], colors=["white"], linewidths=0.8)
+
+
+def chance(controls: pd.DataFrame) -> tuple[Figure, str]:
+    """Mean pixel AUROC of variants, found and under ignorance, and the caption.
+
+    ``controls``: :func:`clipad.studies.dual_path_surgery.control_aurocs`.
+    """
+    names = [column for column in controls.columns if column != "control"]
+    marks = {
+        "shuffled states": ("o", COLOURS["grey"], 5), "untrained": ("^", COLOURS["blue"], 6),
+        "found": ("D", COLOURS["orange"], 8),
+    }  # fmt: skip
+    figure, ax = plt.subplots(figsize=(7.2, 0.55 * len(names) + 1.2), layout="constrained")
+    told = []
+    for control, (marker, colour, size) in marks.items():
+        rows = controls[controls["control"] == control]
+        for place, name in enumerate(names):
+            shift = {"untrained": 0.2, "found": 0}.get(control, -0.2)
+            ax.plot(
+                100 * rows[name], [place + shift] * len(rows), marker, color=colour,
+                markersize=size, alpha=0.8, label=control if not place else None,
+            )  # fmt: skip
+            low, high = 100 * rows[name].min(), 100 * rows[name].max()
+            many = f"{low:.0f} to {high:.0f}" if len(rows) > 1 else f"{low:.0f}"
+            told.append(f"{name}, {control}: {many}")
+    ax.axvline(50, color="0.3", linewidth=0.8, linestyle="--")
+    ax.set(xlim=(0, 100), ylim=(len(names) - 0.5, -0.5), xlabel="pixel AUROC, mean over categories")
+    ax.set_yticks(range(len(names)), names, fontsize=9)
+    ax.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set_title("What a map reaches that knows nothing", fontsize=11)
+    sns.despine(ax=ax)
+    return figure, (
+        "Diamond: this CLIP with its text. Dots: the same features with the sentences dealt to the states at random. "
+        f"Triangles: untrained networks. Dashed: 50. {'; '.join(told)}."
+    )
