@@ -20,7 +20,7 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.model import convert_weights_to_lp
-from open_clip.transformer import VisionTransformer, text_global_pool
+from open_clip.transformer import VisionTransformer
 from PIL import Image
 
 from clipad.checkpoints import Checkpoint, download, load_weights, read_checkpoint
@@ -142,7 +142,7 @@ class Backbone:
         tokens = tokens[:, :length]
         x = model.token_embedding(tokens) + model.positional_embedding[:length]
         x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
-        x = text_global_pool(x, tokens, "argmax")
+        x = x[torch.arange(len(x)), tokens.argmax(dim=-1)]
         if isinstance(model.text_projection, torch.nn.Linear):
             return model.text_projection(x)
         return x @ model.text_projection

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from clipad.dual_path import default_stages, require_images, staged_features
+from clipad.dual_path import (
+    default_stages,
+    embed_patches,
+    project,
+    require_images,
+    staged_features,
+)
 from clipad.linear_layers import LinearLayers, linear_maps, require_separate
 from clipad.prompts import CLIP_AD, Prompts
 from clipad.surgery import cosine, feature_surgery, similarity_map, smooth
@@ -181,18 +187,9 @@ class Direct(Detector):
     name = "Direct"
 
     def encode(self, images):
-        out = self.backbone.tower.forward_intermediates(
-            images,
-            indices=1,
-            normalize_intermediates=True,
-            output_fmt="NLC",
-            output_extra_tokens=True,
-        )
-        # forward_intermediates has applied ln_post; only the projection is missing.
-        tokens = torch.cat(
-            [out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1
-        )
-        return Features(out["image_features"], [tokens @ self.backbone.tower.proj])
+        visual = self.backbone.tower
+        x = visual.transformer(visual.ln_pre(embed_patches(visual, images)))
+        return Features(project(visual, x[:, 0]), [project(visual, x)])
 
     def patch_values(self, features, text):
         return (CLIP_TEMPERATURE * cosine(features.tokens[0][:, 1:], text)).softmax(dim=-1)[..., 1]
