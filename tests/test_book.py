@@ -93,6 +93,7 @@ def pages(book):
             if "_static" not in path.parts}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_notebook_becomes_a_page(book):
     page = (book / "notebooks" / "00_first.html").read_text(encoding="utf-8")
     assert 'alt="a dot &amp; &quot;more&quot;"' in page
@@ -103,6 +104,7 @@ def test_a_notebook_becomes_a_page(book):
     assert "../_sources/notebooks/00_first.ipynb" in page  # to download
 
 
+@pytest.mark.slow
 def test_the_first_page_has_notebooks_and_claims(book):
     page = (book / "index.html").read_text(encoding="utf-8")
     assert 'href="notebooks/00_first.html"' in page
@@ -112,6 +114,7 @@ def test_the_first_page_has_notebooks_and_claims(book):
     assert "PRO +1.5 [+0.7, +4.3]" in text
 
 
+@pytest.mark.slow
 def test_links_lead_somewhere_and_nothing_is_loaded_from_elsewhere(book):
     for path, text in pages(book).items():
         assert len(text) < 3e6
@@ -126,6 +129,7 @@ def test_links_lead_somewhere_and_nothing_is_loaded_from_elsewhere(book):
                 assert (path.parent / unescape(target)).exists(), f"{path.name}: {target}"
 
 
+@pytest.mark.slow
 def test_what_is_no_book_is_left_alone(book, tmp_path):
     (tmp_path / "mine.txt").touch()
     for source, output in ((tmp_path, book), (book.parent, tmp_path)):

@@ -198,6 +198,7 @@ def still_page(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 900, 1400])
 def test_without_a_kernel_it_fits_and_can_be_read(still_page, browser, width, scheme):
@@ -211,6 +212,7 @@ def test_without_a_kernel_it_fits_and_can_be_read(still_page, browser, width, sc
     assert visit.faults == visit.elsewhere == []
 
 
+@pytest.mark.slow
 def test_without_a_kernel_clicks_keys_and_sliders_are_answered(
     still_page, browser, record_property
 ):
@@ -277,6 +279,7 @@ def photograph() -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_in_jupyterlab_a_user_asks_uploads_and_errs(lab, browser, record_property):
     visit = Visit(browser)
     page = visit.page

@@ -202,6 +202,7 @@ def test_output_folder(make, tmp_path):
 # --- running ---
 
 
+@pytest.mark.slow
 def test_a_good_run(make, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     path = make(
@@ -225,6 +226,7 @@ def test_a_good_run(make, monkeypatch):
     assert record["parameters"] == {"count": 3, "data_root": str(path.parent)}
 
 
+@pytest.mark.slow
 def test_an_exception_fails_and_the_copy_shows_it(make):
     done = run(make("00_bad", "print('before')", "# first\n1 / 0", "print('after')"))
     assert (done.status, done.reason) == (
@@ -238,6 +240,7 @@ def test_an_exception_fails_and_the_copy_shows_it(make):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_kernel_fails_and_names_the_cell(make):
     done = run(make("00_killed", "import os", "os.kill(os.getpid(), 9)", "print('after')"))
     assert done.status == "failed"
@@ -246,6 +249,7 @@ def test_a_killed_kernel_fails_and_names_the_cell(make):
     assert any("DeadKernelError" in p for p in stored.gate(stored.read_notebook(done.output_path)))
 
 
+@pytest.mark.slow
 def test_a_timeout_fails_and_names_the_cell(make):
     done = run(make("00_slow", "import time", "time.sleep(600)"), timeout=2)
     assert done.status == "failed"
@@ -265,6 +269,7 @@ def kernel(tmp_path, monkeypatch):
     return install
 
 
+@pytest.mark.slow
 def test_a_kernel_that_dies_at_its_start_fails_the_run(make, kernel):
     specification = {"argv": [sys.executable, "-c", "raise SystemExit(3)"]}
     kernel(json.dumps(specification | {"display_name": "x", "language": "python"}))
@@ -283,6 +288,7 @@ def test_a_damaged_kernel_specification_is_named(make, kernel, text):
         run(make("00_a"))
 
 
+@pytest.mark.slow
 def test_terminated_means_stopped_and_leaves_nothing(make, tmp_path):
     started = tmp_path / "started"
     note = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid()))"
@@ -300,6 +306,7 @@ def test_terminated_means_stopped_and_leaves_nothing(make, tmp_path):
     assert not list(out.glob(".*"))
 
 
+@pytest.mark.slow
 def test_what_killed_processes_left_is_removed(make):
     path = make("00_a", "print(1)")
     out = path.parent / "out" / "deeper"
@@ -313,6 +320,7 @@ def test_what_killed_processes_left_is_removed(make):
     assert [part.exists() for part in (old, ours, other)] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_a_damaged_record_of_runs_is_written_anew(make):
     path = make("00_a", "print(1)")
     (path.parent / "out").mkdir()
@@ -321,6 +329,7 @@ def test_a_damaged_record_of_runs_is_written_anew(make):
     assert "00_a" in json.loads((path.parent / "out" / "runs.json").read_text())
 
 
+@pytest.mark.slow
 def test_streams_are_whole_and_bars_end_in_their_last_state(make):
     bar = "for i in range(3):\n    print(f'\\r{i} of 3', end='', file=sys.stderr, flush=True)\n    time.sleep(.2)"
     text = "print('a', flush=True); time.sleep(.2); print('b'); display('between'); print('c')"
@@ -329,15 +338,18 @@ def test_streams_are_whole_and_bars_end_in_their_last_state(make):
     assert [output.get("text") for output in cells[-1].outputs] == ["a\nb\n", None, "c\n"]
 
 
+@pytest.mark.slow
 def test_system_exit_skips_with_its_reason(make):
     done = run(make("00_skip", "print('this data has no masks')\nraise SystemExit(0)", "1 / 0"))
     assert (done.status, done.reason) == ("skipped", "this data has no masks")
 
 
+@pytest.mark.slow
 def test_system_exit_with_a_text_is_a_failure(make):
     assert run(make("00_exit", "raise SystemExit('no')")).status == "failed"
 
 
+@pytest.mark.slow
 def test_an_exception_inside_a_widget_fails(make):
     lines = "import ipywidgets\ndef f(x): raise ValueError('hidden')\nprint('twin')\nipywidgets.interact(f, x=(0, 3));"
     done = run(make("00_widget", lines))
@@ -461,6 +473,7 @@ def test_shape():
 # --- stored outputs ---
 
 
+@pytest.mark.slow
 def test_what_differs_between_any_two_runs_is_not_stored(make):
     shown = "class Shown:\n    def __repr__(self): return f'<Shown at {hex(id(self))}>'\nShown()"
     path = make("00_a", shown, "import warnings; warnings.warn('constant scores')")
@@ -475,6 +488,7 @@ def test_what_differs_between_any_two_runs_is_not_stored(make):
     assert "/" not in warning.text.split("UserWarning")[0]
 
 
+@pytest.mark.slow
 def test_stored_outputs_follow_the_sources(make):
     path = make("00_a", "print('hello')\n3", "import sys; print(' 50%|##  | 1/2', file=sys.stderr)")
     done = run(path)
@@ -501,6 +515,7 @@ def test_stored_outputs_follow_the_sources(make):
         stored.update_stored(path, again.output_path)
 
 
+@pytest.mark.slow
 def test_outputs_that_are_too_large_are_not_stored(make):
     path = make("00_a", "print('x' * 1_700_000)")
     before, done = path.read_bytes(), run(path)
@@ -512,6 +527,7 @@ def test_outputs_that_are_too_large_are_not_stored(make):
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_only_default_parameters_are_stored(make):
     path = make("00_a", "print(count)")
     done = run(path, {"count": 3})
@@ -522,6 +538,7 @@ def test_only_default_parameters_are_stored(make):
     )
 
 
+@pytest.mark.slow
 def test_stored_widgets_are_the_same_in_every_run(make):
     path = make(
         "00_w",
@@ -549,6 +566,7 @@ def test_a_file_that_is_no_notebook(tmp_path, content):
         runner.inspect_parameters(path)
 
 
+@pytest.mark.slow
 def test_stored_outputs_do_not_travel_in_the_metadata(tmp_path):
     """papermill keeps what it was given as input; a notebook with stored figures must not count twice."""
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}

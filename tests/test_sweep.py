@@ -168,6 +168,7 @@ def test_wrong_files_are_refused(plan, notebook, block, message):
 # --- one run ---
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_what_evaluate_says(plan, tmp_path):
     import clipad
 
@@ -198,6 +199,7 @@ def test_other_code_or_weights_on_a_worker_are_noticed(plan, tmp_path):
         sweeps.run_one(run, str(tmp_path / "elsewhere"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rest", [None, "", "{"])
 def test_half_of_a_run_is_nothing(plan, notebook, tmp_path, rest):
     """What a kill leaves behind while a folder is removed: no record, or half of one."""
@@ -211,6 +213,7 @@ def test_half_of_a_run_is_nothing(plan, notebook, tmp_path, rest):
     assert sweeps.read_record(run, tmp_path)["results"]
 
 
+@pytest.mark.slow
 def test_a_complete_run_stays(plan, notebook, tmp_path):
     run = plan({"notebook": str(notebook), "parameters": {"log": str(tmp_path / "log")}})[0]
     (tmp_path / "runs").mkdir()

@@ -287,25 +287,22 @@ def sweep(file, workers, scheduler, output_dir) -> None:
         sys.exit(1)
 
 
-@app.command(short_help="Check this machine; say the fix for each fault.")
-@click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
-def doctor(as_json) -> None:
-    """Check versions, device, memory, disk, shipped model and images, kernel; say the fix for each fault.
+@app.command(short_help="What keeps the notebooks from running here, and the fix.")
+def doctor() -> None:
+    """Say what keeps the notebooks from running on this machine, each fault with its fix.
 
-    Ends with exit code 1 when the notebooks cannot run.
+    Packages (pip check), torch, shipped model and images, notebooks, kernel; then PyTorch's account of system and
+    devices. Ends with exit code 1 when there is a fault.
     """
-    from clipad.tools.doctor import diagnose
+    from clipad.tools.doctor import diagnose, environment
 
-    checks = diagnose()
-    if as_json:
-        click.echo(json.dumps([vars(check) for check in checks], indent=1, ensure_ascii=False))
-    else:
-        click.echo(_table([(check.status, check.name, check.found) for check in checks]))
-        for check in checks:
-            if check.fix:
-                click.echo(f"\n{check.name}: {check.found}\n  fix: {check.fix}")
-    if any(check.status == "broken" for check in checks):
+    faults = list(diagnose())
+    click.echo(environment() + "\n")
+    for fault, fix in faults:
+        click.echo(f"{fault}\n  fix: {fix}")
+    if faults:
         sys.exit(1)
+    click.echo("no fault found: the notebooks run here")
 
 
 @app.group()
