@@ -271,7 +271,7 @@ def _run_category(detector, samples, folder, batch_size, workers, bar) -> Arrays
         )
         if maps is None:  # once for the category: to put parts together later would hold them twice
             maps = np.empty((len(samples), *part["maps"].shape[1:]), dtype=np.float32)
-        maps[start : start + len(group)] = part["maps"]
+        maps[start : start + len(group)] = part.pop("maps")
         probabilities.append(part["probabilities"])
         maxima.append(part["map_maxima"])
 

@@ -99,17 +99,17 @@ def test_no_parameter_and_no_image_is_changed():
 
 @pytest.mark.parametrize("stages", [[], [0], [9], [4, 2], [2, 2]])
 def test_impossible_stages_are_refused(stages):
-    with pytest.raises(ValueError, match=r"stages have to rise within 1\.\.8"):
+    with pytest.raises(ValueError, match=r"1\.\.8"):
         staged_features(tiny_clip(layers=8).visual, torch.zeros(1, 3, 32, 32), stages)
 
 
 def test_depth_without_quarters_is_refused():
-    with pytest.raises(ValueError, match="divisible by 4"):
+    with pytest.raises(ValueError, match="by 4"):
         default_stages(6)
 
 
 def test_images_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"B x 3 x 32 x 32 with B >= 1, found \(1, 3, 48, 48\)"):
+    with pytest.raises(ValueError, match=r"32 x 32.*\(1, 3, 48, 48\)"):
         staged_features(tiny_clip().visual, torch.zeros(1, 3, 48, 48))
 
 

@@ -126,6 +126,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_what_it_finished_and_ends_with_the_same_bytes(data, tmp_path):
     def start(out, delay):
         code = textwrap.dedent(KILLED).format(
@@ -162,9 +163,9 @@ def test_a_damaged_part_is_computed_again(detector, data, tmp_path, monkeypatch)
 
 def test_other_settings_do_not_mix(detector, data, tmp_path):
     evaluate(detector, data, tmp_path, progress=False)
-    with pytest.raises(ValueError, match=r"results of other settings \(different: smoothing\)"):
+    with pytest.raises(ValueError, match="smoothing"):
         evaluate(SDP(detector.backbone, rvs="mean", smoothing=3), data, tmp_path, progress=False)
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="samples"):
         evaluate(detector, data.select(["bolt"]), tmp_path, progress=False)
 
 
@@ -238,7 +239,7 @@ def test_not_finite_maps_are_refused(detector, data, monkeypatch):
         return prediction
 
     monkeypatch.setattr(SDP, "predict", predict)
-    with pytest.raises(ValueError, match="not finite for 'bolt'"):
+    with pytest.raises(ValueError, match=r"finite.*bolt"):
         evaluate(detector, data, progress=False)
 
 

@@ -268,7 +268,7 @@ def test_one_class_gives_nan_without_a_warning(value):
     assert pixel.keys() == {"auroc", "f1_max", "ap", "pro"}
     assert image.keys() == {"auroc", "f1_max", "ap"}
     assert np.isnan([*pixel.values(), *image.values()]).all()
-    with pytest.raises(ValueError, match="only one of the two"):
+    with pytest.raises(ValueError, match="one of the two"):
         pro_curve(scores, masks)
 
 
@@ -373,13 +373,13 @@ def test_resampled_scores_have_to_be_finite(value):
     scores, masks = smooth_case(n=2, side=16)
     scores[1, 3, 3] = value
     for function in (resampled_metrics, lambda s, m, _: pixel_metrics(s, m)):
-        with pytest.raises(ValueError, match="1 that are NaN or infinite"):
+        with pytest.raises(ValueError, match=r"1 .*\(1, 3, 3\)"):
             function(scores, masks, np.ones((3, 2)))
 
 
 @pytest.mark.parametrize("counts", [np.ones((3, 4)), np.ones(5), -np.ones((3, 5))])
 def test_counts_that_do_not_fit_are_refused(counts):
-    with pytest.raises(ValueError, match="counts must be R x 5"):
+    with pytest.raises(ValueError, match="R x 5"):
         resampled_metrics(np.arange(5.0), [0, 1, 0, 1, 1], counts)
 
 
@@ -418,21 +418,21 @@ def test_the_callers_arrays_stay_as_they_were():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s, m: (s[0], m[0]), r"scores must have the shape N x H x W, found \(48, 48\)"),
-        (lambda s, m: (s, m[:, :40]), r"one shape, found \(6, 48, 48\) and \(6, 40, 48\)"),
-        (lambda s, m: (s[:0], m[:0]), r"Nothing to evaluate.*\(0, 48, 48\)"),
+        (lambda s, m: (s[0], m[0]), r"N x H x W.*\(48, 48\)"),
+        (lambda s, m: (s, m[:, :40]), r"\(6, 48, 48\).*\(6, 40, 48\)"),
+        (lambda s, m: (s[:0], m[:0]), r"\(0, 48, 48\)"),
         (
             lambda s, m: (np.where(m, np.nan, s), m),
-            r"scores must be finite, found 162 .* first at \(0, \d+, \d+\)",
+            r"162.*\(0, \d+, \d+\)",
         ),
-        (lambda s, m: (np.where(m, np.inf, s), m), "scores must be finite, found 162"),
-        (lambda s, m: (np.where(m, -np.inf, s), m), "scores must be finite, found 162"),
-        (lambda s, m: (s, m * 255), "masks must hold only 0 .* found 255; binarise"),
-        (lambda s, m: (s, m * 0.5), "masks must hold only 0 .* found 0.5"),
-        (lambda s, m: (s, np.where(m, np.nan, 0)), "masks must hold only 0 .* found nan"),
-        (lambda s, m: (s, m - 1.0), "masks must hold only 0 .* found -1"),
-        (lambda s, m: (s * 1j, m), "scores must be real numbers, found an array of complex"),
-        (lambda s, m: (s, m.astype(str)), "masks must be real numbers, found an array of <U5"),
+        (lambda s, m: (np.where(m, np.inf, s), m), "162"),
+        (lambda s, m: (np.where(m, -np.inf, s), m), "162"),
+        (lambda s, m: (s, m * 255), "masks.*255"),
+        (lambda s, m: (s, m * 0.5), r"masks.*0\.5"),
+        (lambda s, m: (s, np.where(m, np.nan, 0)), "masks.*nan"),
+        (lambda s, m: (s, m - 1.0), "masks.*-1"),
+        (lambda s, m: (s * 1j, m), "scores.*complex"),
+        (lambda s, m: (s, m.astype(str)), "masks.*U5"),
     ],
 )
 def test_bad_input(function, change, message):
@@ -442,13 +442,13 @@ def test_bad_input(function, change, message):
 
 
 def test_bad_image_input():
-    with pytest.raises(ValueError, match=r"scores must have the shape N, found \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"\(2, 2\)"):
         image_metrics(np.ones((2, 2)), np.ones((2, 2)))
-    with pytest.raises(ValueError, match="scores and labels must have one shape"):
+    with pytest.raises(ValueError, match=r"\(3,\).*\(2,\)"):
         image_metrics([1, 2, 3], [0, 1])
-    with pytest.raises(ValueError, match="Nothing to evaluate"):
+    with pytest.raises(ValueError, match="empty"):
         image_metrics([], [])
-    with pytest.raises(ValueError, match=r"labels must hold only 0 .* found 2"):
+    with pytest.raises(ValueError, match=r"labels.*2"):
         image_metrics([1, 2, 3], [0, 1, 2])
 
 

@@ -26,7 +26,7 @@ def test_results_of_one_method_on_one_data_set():
 
 
 def test_misspelt_method_is_refused():
-    with pytest.raises(ValueError, match=r"'WinClip', only of .*WinCLIP"):
+    with pytest.raises(ValueError, match=r"WinClip.*WinCLIP"):
         published_results("WinClip")
 
 
@@ -34,7 +34,7 @@ def test_misspelt_method_is_refused():
 def test_unknown_data_set_names_the_nearest(call):
     with pytest.raises(ValueError, match="'mvtec'"):
         call("MVTec-AD")
-    with pytest.raises(ValueError, match="Known: mvtec, visa"):
+    with pytest.raises(ValueError, match=r"mvtec.*visa"):
         call("zzz")
 
 
@@ -77,9 +77,7 @@ def test_data_dir_variable_wins(tmp_path, monkeypatch):
     monkeypatch.setenv("CLIPAD_DATA", str(tmp_path))
     assert data_dir() == tmp_path
     monkeypatch.setenv("CLIPAD_DATA", str(tmp_path / "absent"))
-    with pytest.raises(
-        FileNotFoundError, match=r"CLIPAD_DATA is set to .*absent.*correct or unset"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"CLIPAD_DATA.*absent"):
         data_dir()
 
 
@@ -87,5 +85,5 @@ def test_data_dir_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.delenv("CLIPAD_DATA", raising=False)
     (tmp_path / "data").mkdir()  # some other folder of that name
     monkeypatch.setattr(published, "__file__", str(tmp_path / "clipad" / "published.py"))
-    with pytest.raises(FileNotFoundError, match="pip install -e"):
+    with pytest.raises(FileNotFoundError, match="CLIPAD_DATA"):
         data_dir()

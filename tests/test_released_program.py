@@ -35,7 +35,6 @@ def test_an_image_score_depends_on_the_other_images():
     row = without_one(images).loc["bolt"]
     # Without the first image the third has 0.1 / 0.6 + 0 instead of 0.5 + 0.4, although nothing of it was changed.
     assert row["largest change"] == pytest.approx(0.9 - 1 / 6)
-    assert row["orders changed"] >= 0
     # A score that is one number only, whatever its scale, keeps its order.
     alone = without_one(images.assign(map_max=0.0)).loc["bolt"]
     assert alone["orders changed"] == 0

@@ -48,7 +48,7 @@ def test_the_two_columns_are_opposite():
 
 
 def test_more_than_two_states_are_refused():
-    with pytest.raises(ValueError, match="two states"):
+    with pytest.raises(ValueError, match="two"):
         feature_surgery([torch.randn(1, 5, 8)], torch.randn(8, 3))
 
 
@@ -68,5 +68,5 @@ def test_one_matrix_equals_bilinear_and_scipy(grid, side, sigma):
 
 
 def test_a_grid_that_is_not_square_is_refused():
-    with pytest.raises(ValueError, match="17 patch values"):
+    with pytest.raises(ValueError, match="17"):
         similarity_map(torch.randn(1, 17), 32, 0)

@@ -191,6 +191,7 @@ def test_a_finished_training_is_read_back_at_any_epoch(tiny_backbone, collection
     assert len(two.log) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_training_loses_at_most_one_epoch(tiny_backbone, collection, tmp_path):
     """A process that is killed in its third epoch, without any chance to clean up."""
     program = textwrap.dedent("""
@@ -237,14 +238,14 @@ def test_a_killed_training_loses_at_most_one_epoch(tiny_backbone, collection, tm
 def test_a_damaged_checkpoint_is_left_out_with_a_warning(tiny_backbone, collection, tmp_path):
     whole = train(tiny_backbone, collection, tmp_path, epochs=3, **TRAINING)
     whole.checkpoints[-1].write_bytes(whole.checkpoints[-1].read_bytes()[:500])
-    with pytest.warns(UserWarning, match="epoch_003.safetensors is damaged"):
+    with pytest.warns(UserWarning, match="epoch_003"):
         again = train(tiny_backbone, collection, tmp_path, epochs=3, **TRAINING)
     assert same(again.layers, whole.layers)
 
 
 def test_a_folder_of_another_training_is_refused(tiny_backbone, collection, tmp_path):
     train(tiny_backbone, collection, tmp_path, epochs=1, **TRAINING)
-    with pytest.raises(ValueError, match=r"other settings \(different: learning_rate, seed"):
+    with pytest.raises(ValueError, match="learning_rate, seed"):
         train(
             tiny_backbone,
             collection,
@@ -281,9 +282,9 @@ def test_a_full_disk_stops_the_training_and_keeps_the_earlier_epochs(
 def test_what_cannot_train_is_refused_before_any_work(tiny_backbone, collection):
     without = Dataset("none", collection.root, collection.categories, tuple(
         type(s)(s.image_path, None, s.category, s.label, s.defect) for s in collection))  # fmt: skip
-    with pytest.raises(ValueError, match="learn from masks, but 6 of the 12 images"):
+    with pytest.raises(ValueError, match="6 of the 12"):
         train(tiny_backbone, without, **TRAINING)
-    with pytest.raises(ValueError, match="epochs and batch_size have to be 1 or more"):
+    with pytest.raises(ValueError, match="epochs"):
         train(tiny_backbone, collection, epochs=0, **TRAINING)
 
 
@@ -291,7 +292,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tiny_backbone, collection, 
     from clipad import linear_layers
 
     monkeypatch.setattr(linear_layers, "focal_loss", lambda p, mask: p.mean() / 0)
-    with pytest.raises(ValueError, match="try a smaller learning_rate"):
+    with pytest.raises(ValueError, match="learning_rate"):
         train(tiny_backbone, collection, epochs=1, **TRAINING)
 
 
@@ -300,12 +301,12 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tiny_backbone, collection, 
 
 def test_training_on_what_one_tests_needs_a_flag_and_is_marked(tiny_backbone, collection):
     layers = train(tiny_backbone, collection, epochs=1, **TRAINING).layers
-    with pytest.raises(ValueError, match="bolt, which is also tested"):
+    with pytest.raises(ValueError, match="bolt"):
         evaluate(SDPPlus(tiny_backbone, layers, rvs="mean"), collection, progress=False)
     allowed = SDPPlus(tiny_backbone, layers, rvs="mean", allow_overlap=True)
     assert evaluate(allowed, collection, progress=False).settings["allow_overlap"] is True
     assert allowed.name == "SDP+ (overlap allowed)"
-    with pytest.raises(ValueError, match="trained on b, c, which"):
+    with pytest.raises(ValueError, match="b, c"):
         require_separate("abc", "bcd")
     require_separate("abc", "def")
 
@@ -327,17 +328,17 @@ def test_layers_of_another_backbone_are_refused(tiny_backbone, collection):
     other = Backbone(
         tiny_clip(width=48), None, name="wider", pretrained="", mean=(0, 0, 0), std=(1, 1, 1)
     )
-    with pytest.raises(ValueError, match="4 of 32 -> 24, but wider"):
+    with pytest.raises(ValueError, match="32 -> 24"):
         SDPPlus(other, layers)
-    with pytest.raises(ValueError, match="trained with as_released=True"):
+    with pytest.raises(ValueError, match="as_released"):
         SDPPlus(tiny_backbone, layers, as_released=False)
     larger = Backbone(
         tiny_clip(image_size=48), None, name="larger", pretrained="", mean=(0, 0, 0), std=(1, 1, 1)
     )
-    with pytest.raises(ValueError, match="trained with image_size=32, but are used with 48"):
+    with pytest.raises(ValueError, match=r"32.*48"):
         SDPPlus(larger, layers)
     tiny_backbone.__dict__["weights_hash"] = "something else"
-    with pytest.raises(ValueError, match="trained with weights="):
+    with pytest.raises(ValueError, match="weights"):
         SDPPlus(tiny_backbone, layers)
 
 
@@ -381,21 +382,21 @@ STATE = LinearLayers(6, 4, 2).state_dict()
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"layers": STATE}, "a dict with 'linear_layers'.*found: layers"),
-        ([1, 2], "found: list"),
-        ({"linear_layers": {}}, "missing or unknown: fc.0.bias, fc.0.weight"),
-        ({"linear_layers": STATE | {"extra": torch.zeros(1)}}, "missing or unknown: extra"),
+        ({"layers": STATE}, "linear_layers.*layers"),
+        ([1, 2], "list"),
+        ({"linear_layers": {}}, "fc.0.bias, fc.0.weight"),
+        ({"linear_layers": STATE | {"extra": torch.zeros(1)}}, "extra"),
         (
             {"linear_layers": {k.replace("fc.1", "fc.2"): v for k, v in STATE.items()}},
-            "unknown: fc.1.bias",
+            "fc.1.bias",
         ),
         (
             {"linear_layers": STATE | {"fc.1.weight": torch.zeros(4, 5)}},
-            r"fc.1.weight has shape \(4, 5\), expected \(4, 6\)",
+            r"fc.1.weight.*\(4, 5\).*\(4, 6\)",
         ),
         (
             {"linear_layers": STATE | {"fc.0.bias": torch.full((4,), torch.nan)}},
-            "fc.0.bias holds values",
+            "fc.0.bias",
         ),
     ],
 )
@@ -416,15 +417,15 @@ def test_pickled_code_is_not_executed(tmp_path, monkeypatch):
     ):
         path = tmp_path / f"{number}.pth"
         write({"linear_layers": Evil()}, path)
-        with pytest.raises(ValueError, match="never executed"):
+        with pytest.raises(ValueError, match="executed"):
             load_layers(path)
     assert not (tmp_path / "executed").exists()
 
 
 def test_other_files_are_no_checkpoints(tmp_path):
-    for name, message in (("a.safetensors", "no safetensors file"), ("a.pth", "is no checkpoint")):
+    for name, message in (("a.safetensors", "a.safetensors"), ("a.pth", "a.pth")):
         (tmp_path / name).write_bytes(b"something else entirely")
         with pytest.raises(ValueError, match=message):
             load_layers(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"missing.pth"):
         load_layers(tmp_path / "missing.pth")

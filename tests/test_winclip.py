@@ -132,7 +132,7 @@ def test_features_do_not_depend_on_the_text_and_can_be_cut(tiny_backbone, images
 
 
 def test_a_grid_that_holds_no_window_is_refused():
-    with pytest.raises(ValueError, match="3 x 3 patches does not fit into 2 x 2"):
+    with pytest.raises(ValueError, match=r"3 x 3.*2 x 2"):
         windows(2, 3)
 
 
