@@ -3,24 +3,11 @@ import pandas as pd
 import pytest
 from small_data import make_folder
 
-from clipad.prompts import CLIP_AD
 from clipad.studies.benchmark.released_program import (
-    angles_to_mean,
     min_max,
     vanished,
     without_one,
 )
-
-
-def test_a_selection_that_keeps_everything_is_the_mean(tiny_backbone):
-    table = angles_to_mean(tiny_backbone, CLIP_AD, ["bolt"])
-    # Unit vectors are at most 2 apart.
-    assert table.loc["mean shift, bandwidth 2", "is the mean"] == 1
-    assert table.loc["PCA", "largest angle"] > 0
-    noise = {"all noise": ("dbscan", {"eps": 1e-6, "min_samples": 15})}
-    table = angles_to_mean(tiny_backbone, CLIP_AD, ["bolt", "nut"], noise)
-    assert table.loc["all noise", "all noise"] == 2
-    assert table.loc["all noise", "is the mean"] == 1
 
 
 def test_an_image_score_depends_on_the_other_images():

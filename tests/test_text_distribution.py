@@ -71,11 +71,6 @@ def test_the_probe_finds_a_state_that_is_there_and_not_one_that_is_not(two_cloud
     assert study.separability(noise, draws=2)["state"].max() < 0.85
 
 
-def test_silhouettes_rank_what_separates(two_clouds):
-    found = study.silhouettes(two_clouds)
-    assert found["template"] > found["state"]
-
-
 def test_negations_are_compared_with_the_other_words_of_their_state(sentences):
     words = study.word_cosines(sentences.of("bolt"))
     pairs = study.negation_pairs(words)

@@ -5,7 +5,7 @@ features is :mod:`clipad.released`, its PRO :func:`clipad.pro_200_thresholds`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -24,35 +24,6 @@ SELECTIONS = {
     "KDE, bandwidth 0.3": ("kde", {"bandwidth": 0.3}),
     "PCA": ("pca", {}),
 }
-
-
-def angles_to_mean(
-    backbone, prompts, categories: Sequence[str], selections: Mapping = SELECTIONS
-) -> pd.DataFrame:
-    """How far each published selection lies from the plain mean, in degrees over categories and states.
-
-    ``is the mean``: share of vectors within 0.1 degrees of it; ``all noise``: categories where DBSCAN found no cluster
-    in some state, so that the released program would have stopped and ours takes the mean.
-    """
-    rows = {}
-    for name, (method, options) in selections.items():
-        angles, noise = [], 0
-        for category in categories:
-            mean = representative_vectors(backbone, category, prompts, "mean")
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                vectors = representative_vectors(backbone, category, prompts, method, **options)
-            noise += any("noise" in str(w.message) for w in said)
-            # Through the chord: the arc cosine of nearly 1 has no digits left.
-            chord = (vectors - mean).double().norm(dim=0) / 2
-            angles += torch.rad2deg(2 * torch.asin(chord.clamp(max=1))).tolist()
-        rows[name] = {
-            "median angle": np.median(angles),
-            "largest angle": max(angles),
-            "is the mean": np.mean(np.array(angles) < 0.1),
-            "all noise": noise,
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def without_one(images: pd.DataFrame) -> pd.DataFrame:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.cluster import DBSCAN, MeanShift
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score, silhouette_score
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
 from clipad.evaluation import category_metrics
@@ -174,21 +174,6 @@ def probe_accuracy(e: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> flo
     model = LogisticRegression(solver="liblinear")  # small problems; no iteration limit to tune
     predicted = cross_val_predict(model, e, labels, groups=groups, cv=LeaveOneGroupOut())
     return float(balanced_accuracy_score(labels, predicted))
-
-
-def silhouettes(sentences: Sentences) -> dict[str, float]:
-    """Silhouette (cosine distance; 1 far apart, 0 overlapping) by state, state word and template (articles aside)."""
-    table = sentences.table
-    keys = {
-        "state": table["state"],
-        "state word": table["state"] + table["word"],
-        "template": table["template"].map(without_articles),
-    }
-    return {
-        name: float(silhouette_score(sentences.embeddings, key.to_numpy(), metric="cosine"))
-        for name, key in keys.items()
-        if 1 < key.nunique() < len(key)
-    }
 
 
 def word_cosines(sentences: Sentences) -> pd.DataFrame:
