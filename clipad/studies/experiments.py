@@ -6,7 +6,6 @@ A parameter left empty ("" or 0 or []) means what the preset says; a given one w
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -25,7 +24,7 @@ from IPython.display import display
 from clipad.backbone import Backbone, load_backbone
 from clipad.datasets import Dataset, load_dataset
 from clipad.detectors import SDP, ClipSurgery, Detector, Direct, SDPPlus
-from clipad.evaluation import Result, evaluate, fingerprint
+from clipad.evaluation import fingerprint
 from clipad.files import code_version, require_writable, write_atomically
 from clipad.prompts import Prompts, load_prompts
 from clipad.published import Protocol, protocol
@@ -62,24 +61,6 @@ class Experiment:
             "rvs": self.protocol.rvs,
             "rvs_options": self.protocol.rvs_options,
         }
-
-    def evaluate(self, detector, dataset: Dataset | None = None, **options) -> Result:
-        """:func:`clipad.evaluate` with results kept under the output folder, by content.
-
-        What decides the numbers (settings, data, code) names the folder, so a finished evaluation is read back and a
-        stopped one continues, and neither is ever taken for another.
-        """
-        dataset = dataset or self.dataset
-        key = json.dumps(
-            detector.settings | {"samples": fingerprint(dataset), "code": code_version()},
-            sort_keys=True,
-        )
-        folder = (
-            self.output_dir
-            / "evaluations"
-            / f"{_file_name(detector.name)}-{dataset.name}-{_short_hash(key)}"
-        )
-        return evaluate(detector, dataset, folder, **options)
 
     def record(self, name: str, value: Any) -> None:
         """Keep a result (number, mapping or DataFrame) for the record of the run."""
@@ -323,11 +304,3 @@ def _plain(value):
 
 def _digits(values) -> str:
     return " ".join(f"{value:.4f}" for value in values)
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower().replace("+", "-plus")).strip("-")
