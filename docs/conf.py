@@ -16,7 +16,7 @@ nb_execution_mode = "off"
 nb_custom_formats = {".ipynb": "pages.as_read"}
 nb_merge_streams = True
 nb_output_stderr = "remove"
-nb_ipywidgets_js = {"anywidget.js": {"defer": "defer"}}  # not require.js and a manager of a CDN
+nb_ipywidgets_js = {}  # no manager of a CDN: what lives without a kernel brings its own script
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 # Links out of the notebooks (to ../METHOD.md and the like) lead to files that are not pages here.

@@ -10,14 +10,16 @@ import pandas as pd
 from myst_nb.core.render import NbElementRenderer
 
 from clipad.tools.claims import markdown
+from clipad.tools.stored import without_kernel
 
 HERE = Path(__file__).parent
 NOTEBOOKS = HERE / "notebooks"
 
 
 def as_read(text: str):
-    """A notebook as a reader wants it: parameters folded, nothing of papermill's own cells."""
+    """A notebook as a reader wants it: parameters folded, nothing of papermill's own cells, nothing for a kernel."""
     notebook = nbformat.reads(text, as_version=4)
+    without_kernel(notebook)
     for cell in notebook.cells:
         tags = cell.metadata.setdefault("tags", [])
         if "parameters" in tags:

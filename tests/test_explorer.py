@@ -378,7 +378,6 @@ def test_controls_show_the_same_as_the_cell_above(explorer, start, controls):
         ("object_name", "metal nut"),
         ("normal_words", "clean"),
         ("anomalous_words", "torn"),
-        ("image", "capsule/test/good/001.png"),
     ],
 )
 def test_each_control_changes_what_the_browser_draws(explorer, start, controls, name, value):
@@ -398,6 +397,16 @@ def test_a_side_can_be_changed_alone(controls, start):
     assert controls.viewer.answers[1] == b
     controls.sides.value = (1,)
     assert controls.controls["detector"].value == "sdp"  # the controls say what B asks
+
+
+def test_an_image_is_chosen_for_one_side(controls):
+    before = [s.image for s in controls.asked]
+    for sides, side, name in (((0, 1), 0, "000"), ((1,), 1, "001")):
+        controls.sides.value = sides
+        controls.controls["image"].value = f"capsule/test/good/{name}.png"
+        before[side] = f"capsule/test/good/{name}.png"
+        assert [s.image for s in controls.asked] == before
+        assert [p["name"] for p in controls.viewer.pictures] == before
 
 
 def test_what_is_changed_in_the_browser_reaches_the_command(controls):
@@ -443,7 +452,8 @@ def test_an_uploaded_image_is_shown_and_can_be_shown_again(explorer, controls, t
         controls.controls["upload"].value = upload("../my photo.png", picture())
     path = next((tmp_path / "uploads").iterdir()).resolve()
     assert path.name.split("-", 1)[1] == ".._my_photo.png"
-    assert [s.image for s in controls.asked] == [str(path)] * 2
+    assert controls.asked[0].image == str(path)
+    assert controls.asked[1].image != str(path)  # B stays beside it
     assert controls.viewer.pictures != before
     assert "type under object" in message(controls, "upload")
     assert explorer.show(controls.settings()[0]).mask is None

@@ -246,7 +246,7 @@ def update_stored(path, executed_path) -> None:
 
     The copy has to come from the present sources with default parameters, and the file to stay under 1.5 MB
     (ValueError otherwise, and the last good outputs stay). Cell ids stay,
-    execution counts become 1..n, progress bars go, widgets get ids that are the same in every run.
+    execution counts become 1..n, progress bars go, and so does what only a kernel can show.
     """
     path = Path(path)
     stored, executed = read_notebook(path), read_notebook(executed_path)
@@ -270,11 +270,8 @@ def update_stored(path, executed_path) -> None:
                 output.execution_count = cell.execution_count
     stored.metadata.pop("papermill", None)
     stored.metadata.get("language_info", {}).pop("version", None)
-    stored.metadata.pop("widgets", None)
-    if "widgets" in executed.metadata:
-        stored.metadata.widgets = executed.metadata.widgets
     stored.metadata.clipad = {"source_hash": source_hash(stored)}
-    stored = _with_stable_widget_ids(stored)
+    without_kernel(stored)
     if problems := _too_large(stored):
         raise ValueError(f"{path.name} is not stored: {problems[0]}")
     write_notebook(stored, path)
@@ -303,26 +300,12 @@ def _tidy(output):
     return output if output.text.strip() else None
 
 
-def _with_stable_widget_ids(notebook):
-    """Numbers the widgets by where they first appear, in place of their random ids."""
-    import nbformat
-
-    models = _widget_models(notebook)
-
-    def named_in(part) -> list[str]:
-        return [name for name in re.findall(r"[0-9a-f]{32}", json.dumps(part)) if name in models]
-
-    order, waiting = {}, named_in(notebook.cells)
-    while waiting:  # a box names its children, a slider its layout
-        name = waiting.pop(0)
-        if name not in order:
-            order[name] = f"{len(order):032x}"
-            waiting += named_in(models[name])
-    rest = [name for name in models if name not in order]
-    for name in sorted(rest, key=lambda name: re.sub("[0-9a-f]{32}", "", json.dumps(models[name]))):
-        order[name] = f"{len(order):032x}"
-    text = re.sub(r"[0-9a-f]{32}", lambda m: order.get(m[0], m[0]), _as_text(notebook))
-    return nbformat.reads(text, as_version=4)
+def without_kernel(notebook) -> None:
+    """Leaves of widgets what works without a kernel: the HTML or text that stands beside them in an output."""
+    notebook.metadata.pop("widgets", None)
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            output.get("data", {}).pop(WIDGET_VIEW, None)
 
 
 def _as_text(notebook) -> str:

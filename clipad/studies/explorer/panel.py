@@ -156,11 +156,14 @@ class Controls:
         images = ("category", "image", "upload", "folder", "flawless")
         wrap = w.Layout(display="flex", flex_flow="row wrap", grid_gap="0 24px")
         question = column("Question", *(f[name] for name in names), self.notes)
+        image = column("Image (of A, unless B is chosen)", *(f[name] for name in images))
         return [
             self.sides,
-            w.Box([column("Image", *(f[name] for name in images)), question], layout=wrap),
+            w.Box([image, question], layout=wrap),
             self.viewer,
-            column("Which phrase speaks", self.speaker, self.phrases),
+            w.HTML("<b>Which phrase speaks</b>"),
+            self.speaker,
+            self.phrases,
             self.command,
         ]
 
@@ -188,21 +191,26 @@ class Controls:
         field = self.fields[name]
         field.say("")
         try:
-            own = {"category": self._category, "upload": self._upload, "folder": self._folder}
-            if name in own:
-                self._ask(own[name](self.controls[name].value))
+            value, first = self.controls[name].value, self.sides.value[0]
+            own = {"upload": self._upload, "folder": self._folder}
+            if name == "category":
+                self._ask(self._category(value))
+            elif name in own:
+                self._ask({first: {"image": own[name](value)}} if value else {})
+            elif name == "image":  # two images side by side, not one twice
+                self._ask({first: {"image": value}})
             else:
-                self._ask([{name: self.controls[name].value} for _ in self.sides.value])
+                self._ask({side: {name: value} for side in self.sides.value})
         except (ValueError, OSError) as error:
             field.say(f"{error}. What was shown stays.")
         except Exception as error:
             field.say(f"a fault of this program, {type(error).__name__}: {error}")
             raise
 
-    def _ask(self, changes: list[dict]) -> None:
-        """Change what the chosen sides ask, if all of it can be shown; then show it."""
+    def _ask(self, changes: dict[int, dict]) -> None:
+        """Change what sides (0 for A, 1 for B) ask, if all of it can be shown; then show it."""
         asked = list(self.asked)
-        for side, change in zip(self.sides.value, changes, strict=True):
+        for side, change in changes.items():
             asked[side] = replace(asked[side], **change)
             self.explorer.check(asked[side])
         answers = [widget.answer(self.explorer.answer(s), s) for s in asked]
@@ -217,19 +225,17 @@ class Controls:
         self._show_settings()
         self._tell()
 
-    def _category(self, name: str) -> list[dict]:
+    def _category(self, name: str) -> dict[int, dict]:
         """A its first anomalous image, B its first flawless one; the object follows unless it was typed."""
-        changes = []
+        changes = {}
         for side in self.sides.value:
             old = self.asked[side]
             follows = old.object_name == self.explorer.category(old.image)
             image = self.explorer.example(label=1 - side, category=name)
-            changes.append({"image": image, "object_name": name if follows else old.object_name})
+            changes[side] = {"image": image, "object_name": name if follows else old.object_name}
         return changes
 
-    def _upload(self, files) -> list[dict]:
-        if not files:
-            return [{} for _ in self.sides.value]
+    def _upload(self, files) -> str:
         file = files[-1]
         content = bytes(file["content"])
         with self._hold():
@@ -247,15 +253,13 @@ class Controls:
         self.fields["upload"].say(
             f"asked about as {named!r}: type under object what it shows", wrong=False
         )
-        return [{"image": str(path)} for _ in self.sides.value]
+        return str(path)
 
-    def _folder(self, name: str) -> list[dict]:
-        if not name.strip():
-            return [{} for _ in self.sides.value]
+    def _folder(self, name: str) -> str:
         found = list_images(name.strip())
         self._own |= {path: f"own: {Path(path).name}" for path in found}
         self.fields["folder"].say(f"{len(found)} images, now in the list above", wrong=False)
-        return [{"image": found[0]} for _ in self.sides.value]
+        return found[0]
 
     @contextlib.contextmanager
     def _hold(self):
