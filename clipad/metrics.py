@@ -280,13 +280,6 @@ def draw_counts(labels: ArrayLike, n_resamples: int, rng: np.random.Generator) -
     return counts
 
 
-def interval(
-    values: np.ndarray, level: float = 0.95, axis: int = -1
-) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile interval: the middle ``level`` of resampled values; NaN (nothing to measure) is left out."""
-    return tuple(np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=axis))
-
-
 def resampled_metrics(
     scores: ArrayLike, truth: ArrayLike, counts: ArrayLike
 ) -> dict[str, np.ndarray]:
