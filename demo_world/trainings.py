@@ -5,6 +5,7 @@
 """
 
 import argparse
+import copy
 import json
 import tempfile
 from collections.abc import Callable
@@ -23,7 +24,8 @@ from clipad.evaluation import evaluate
 from clipad.files import content_hash, write_atomically
 from clipad.linear_layers import LinearLayers
 from clipad.published import protocol
-from clipad.studies.opposite_predictions import count_phenomena, ground_truth, raw_maps
+from clipad.studies.common import keep
+from clipad.studies.opposite_predictions import count_phenomena, ground_truth
 from clipad.studies.trainings import COLUMNS, METRICS, RATES, read_trainings, trainings_file
 from clipad.surgery import cosine
 from clipad.training import train
@@ -123,7 +125,9 @@ def measured(detector: Detector, dataset: Dataset, rates: bool) -> pd.DataFrame:
     table = evaluate(detector, dataset, progress=False).table.drop(index="mean")[list(METRICS)]
     if rates:
         truth = ground_truth(dataset, detector.backbone.image_size)
-        images = count_phenomena(raw_maps(detector, truth.samples), truth)
+        sharp = copy.copy(detector)
+        sharp.smoothing = 0
+        images = count_phenomena(keep(sharp, truth.dataset).maps(sharp), truth)
         table = table.join(images.groupby("category")[list(RATES)].mean())
     return table.rename_axis("category").reset_index()
 

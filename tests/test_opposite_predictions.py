@@ -1,357 +1,230 @@
-"""Both phenomena on maps drawn by hand, where the answer is known, and the probe against the detectors."""
+"""Both phenomena on maps drawn by hand, where the answer is known, and the network's parts against the detectors."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torch.nn.functional as F
+from PIL import Image
 
 from clipad.datasets import Dataset, Sample, read_image
-from clipad.detectors import Direct
+from clipad.detectors import ClipSurgery, Direct
+from clipad.dual_path import project
+from clipad.prompts import CLIP_AD
 from clipad.studies import opposite_predictions as phenomena
+from clipad.studies.common import keep
 from clipad.studies.opposite_predictions import (
-    all_features,
-    change,
-    control_rates,
+    attention_on_defect,
+    beyond,
+    contributions,
     count_phenomena,
     direct_maps,
-    gap_closed,
+    encoded,
     ground_truth,
-    highlight_share,
+    held_out_scores,
+    highlight,
     image_phenomena,
-    linear_probe_auroc,
-    modality_gap,
-    opposite_prediction,
+    need_masks,
     patch_auroc,
-    probe,
     random_states,
-    rates,
-    raw_maps,
-    scale_effect,
+    rates_with,
+    read,
     shuffled_states,
+    text_scores,
     untrained,
+    who_writes_what,
+    written_by_block,
 )
 
 SIZE = 20  # 5 % of 20 x 20 pixels are 20
+SHARES = ["opposite", "opposite_on_object"]
 
 
 @pytest.fixture
 def scene():
     """The object is the left half, 200 pixels; two defects on it, 3 x 3 and 2 x 2; the rest is background."""
-    objects = np.zeros((SIZE, SIZE), bool)
-    objects[:, :10] = True
-    mask = np.zeros_like(objects)
+    whole = np.zeros((SIZE, SIZE), bool)
+    whole[:, :10] = True
+    mask = np.zeros_like(whole)
     mask[2:5, 2:5] = True
     mask[10:12, 2:4] = True
-    return mask, objects
+    return mask, whole
 
 
 def test_a_map_that_is_right_shows_neither_phenomenon(scene):
-    mask, objects = scene
-    found = image_phenomena(mask.astype(np.float32), mask, objects)
-    assert found["opposite"] == found["opposite_regions"] == found["opposite_on_object"] == 0
+    found = image_phenomena(scene[0].astype(np.float32), *scene)
+    assert found["opposite"] == found["opposite_on_object"] == 0
     # 13 hot pixels on the defect; the 7 missing ones of the 20 are ties, spread over the 387 others, 200 of them off
     # the object.
     assert found["off_object"] == pytest.approx(7 * 200 / 387 / 20)
     assert found["off_defect"] == pytest.approx(7 / 20)
-    assert (found["inside"], found["outside"]) == (1, 0)
+    assert (found["on_defect"], found["elsewhere"], found["on_rest"]) == (1, 0, 0)
 
 
 def test_a_map_that_is_inverted_shows_both(scene):
-    mask, objects = scene
-    values = np.where(objects, 0.5, 0.9).astype(np.float32)
+    mask, whole = scene
+    values = np.where(whole, 0.5, 0.9).astype(np.float32)
     values[mask] = 0.1
-    found = image_phenomena(values, mask, objects)
-    assert found["opposite"] == found["opposite_regions"] == found["opposite_on_object"] == 1
+    found = image_phenomena(values, mask, whole)
+    assert found["opposite"] == found["opposite_on_object"] == 1
     assert found["off_object"] == found["off_defect"] == 1
-    assert found["off_object_chance"] == 0.5
-    assert found["off_defect_chance"] == 1 - 13 / 400
+    assert found["off_object_area"] == 0.5
+    assert found["off_defect_area"] == 1 - 13 / 400
 
 
-def test_the_on_object_form_sees_through_a_bright_background(scene):
-    """The defect is the hottest part of the object, the background hotter still."""
-    mask, objects = scene
-    values = np.where(objects, 0.2, 0.9).astype(np.float32)
-    values[mask] = 0.3
-    found = image_phenomena(values, mask, objects)
-    assert (found["opposite"], found["opposite_on_object"]) == (1, 0)
-
-
-def test_regions_are_counted_one_by_one(scene):
-    mask, objects = scene
-    values = np.full(mask.shape, 0.5, np.float32)
-    values[2:5, 2:5], values[10:12, 2:4] = 0.9, 0.1  # larger region right, smaller one wrong
-    found = image_phenomena(values, mask, objects)
-    assert (found["opposite"], found["opposite_regions"]) == (0, 0.5)
-
-
-def test_regions_touching_at_a_corner_are_one():
-    mask = np.zeros((SIZE, SIZE), bool)
-    mask[0, 0] = mask[1, 1] = True
-    values = np.zeros(mask.shape, np.float32)
-    values[0, 0], values[1, 1] = 1, -0.5  # apart they would be half wrong
-    assert image_phenomena(values, mask)["opposite_regions"] == 0
+@pytest.mark.parametrize(
+    ("background", "rest", "defect", "expected"),
+    [(0.9, 0.2, 0.3, (1, 0)), (0.0, 0.8, 0.5, (0, 1))],
+    ids=["bright background", "dark background"],
+)
+def test_the_form_on_the_object_sees_through_the_background(
+    scene, background, rest, defect, expected
+):
+    """A bright background looks like an opposite prediction, and a dark one hides one."""
+    mask, whole = scene
+    values = np.where(whole, rest, background).astype(np.float32)
+    values[mask] = defect
+    found = image_phenomena(values, mask, whole)
+    assert (found["opposite"], found["opposite_on_object"]) == expected
 
 
 @pytest.mark.parametrize("value", [0, 0.1, 1 / 3, 1e-8, 7e5])
 def test_a_constant_map_is_exactly_at_chance(scene, value):
-    mask, objects = scene
-    found = image_phenomena(np.full(mask.shape, value, np.float32), mask, objects)
-    assert found["opposite"] == found["opposite_regions"] == found["opposite_on_object"] == 0.5
-    assert found["off_object"] == found["off_object_chance"]
-    assert found["off_defect"] == found["off_defect_chance"]
+    found = image_phenomena(np.full((SIZE, SIZE), value, np.float32), *scene)
+    assert found["opposite"] == found["opposite_on_object"] == 0.5
+    assert found["off_object"] == found["off_object_area"]
+    assert found["off_defect"] == found["off_defect_area"]
 
 
 def test_random_maps_are_at_chance_on_average(scene):
-    mask, objects = scene
-    generator = np.random.default_rng(0)
-    found = pd.DataFrame(
-        [image_phenomena(generator.random(mask.shape), mask, objects) for _ in range(2000)]
-    ).mean()
-    assert found["opposite"] == pytest.approx(0.5, abs=0.04)
-    assert found["off_object"] == pytest.approx(found["off_object_chance"], abs=0.01)
-    assert found["off_defect"] == pytest.approx(found["off_defect_chance"], abs=0.01)
-
-
-def test_a_tie_counts_half():
-    assert [opposite_prediction(*pair) for pair in ((0, 1), (1, 0), (1, 1))] == [1, 0, 0.5]
-    assert np.isnan(opposite_prediction(np.nan, 0))
+    rng = np.random.default_rng(0)
+    found = pd.DataFrame([image_phenomena(rng.random((SIZE, SIZE)), *scene) for _ in range(2000)])
+    assert found[SHARES].mean().tolist() == pytest.approx([0.5, 0.5], abs=0.04)
+    assert found["off_object"].mean() == pytest.approx(0.5, abs=0.01)
 
 
 def test_highlights_are_the_hottest_share_of_the_pixels():
     values = np.arange(100.0).reshape(10, 10)
     region = values >= 97
-    assert highlight_share(values, region) == 3 / 5
-    assert highlight_share(values, region, top=0.02) == 1
+    assert highlight(values, region) == 3 / 5
+    assert highlight(values, region, top=0.02) == 1
     values[values >= 90] = 90  # ten tie for five places, three of them in the region
-    assert highlight_share(values, region) == pytest.approx(3 / 10)
+    assert highlight(values, region) == pytest.approx(3 / 10)
 
 
 def test_what_cannot_be_counted_is_nan(scene):
-    mask, objects = scene
+    mask, whole = scene
     values = np.zeros(mask.shape, np.float32)
     for nothing in (np.zeros_like(mask), np.ones_like(mask)):
-        assert np.isnan(list(image_phenomena(values, nothing, objects).values())).all()
+        assert np.isnan(list(image_phenomena(values, nothing, whole).values())).all()
     texture = image_phenomena(values, mask, np.ones_like(mask))
-    assert np.isnan(texture["off_object"])
-    assert not np.isnan(texture["opposite_on_object"])
+    assert np.isnan([texture["off_object"], texture["on_background"]]).all()
+    assert texture["opposite_on_object"] == 0.5
     unknown = image_phenomena(values, mask)
-    assert np.isnan(unknown["off_object"])
-    assert np.isnan(unknown["opposite_on_object"])
-    assert not np.isnan(unknown["off_defect"])
+    assert np.isnan([unknown["off_object"], unknown["opposite_on_object"]]).all()
+    assert unknown["off_defect"] > 0
 
 
-def test_each_image_on_its_own_scale_makes_flawless_ones_glow():
-    ramp = np.linspace(0, 1, 100, dtype=np.float32).reshape(1, 10, 10)
-    maps, flawless = np.concatenate([ramp, ramp]), np.concatenate([0.1 * ramp, 0.2 * ramp])
-    found = scale_effect(maps, flawless)
-    assert (found["shared"], found["released"], found["auroc"]) == (0, 0.1, 1)
-
-
-# ------------------------------------------------------------------------------------------------------- rates
-
-
-@pytest.fixture
-def frame():
-    values = {"a": [1, 1, 1, 1], "b": [0, 1, 0, 1, np.nan], "c": [np.nan]}
-    return pd.DataFrame(
-        [{"category": c, "opposite": v} for c, column in values.items() for v in column]
-    )
-
-
-def test_rates_are_means_over_images_then_over_categories(frame):
-    table = rates(frame, ["opposite"])["opposite"]
-    assert list(table.index) == ["a", "b", "c", "mean"]
-    assert table["rate"].tolist()[:2] == [1, 0.5]
-    assert np.isnan(table.loc["c", "rate"])
-    assert table.loc["mean", "rate"] == 0.75
-    assert table["n"].tolist() == [4, 4, 0, 8]
-
-
-def test_intervals_hold_the_rate_and_are_reproducible(frame):
-    table = rates(frame, ["opposite"], seed=3)["opposite"]
-    assert table.loc["a", ["low", "high"]].tolist() == [1, 1]
-    assert 0 <= table.loc["b", "low"] < 0.5 < table.loc["b", "high"] <= 1
-    assert 0.5 <= table.loc["mean", "low"] < 0.75 < table.loc["mean", "high"] <= 1
-    pd.testing.assert_frame_equal(
-        rates(frame, ["opposite"], seed=3), rates(frame, ["opposite"], seed=3)
-    )
-
-
-def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    generator = np.random.default_rng(0)
-    hits = 0
-    for trial in range(200):
-        drawn = pd.DataFrame({"category": "a", "opposite": generator.random(60) < 0.3})
-        table = rates(drawn, ["opposite"], n_resamples=300, seed=trial)["opposite"]
-        hits += table.loc["a", "low"] <= 0.3 <= table.loc["a", "high"]
-    assert 0.88 <= hits / 200 <= 0.99
-
-
-def test_a_change_is_taken_image_by_image():
-    before = pd.DataFrame(
-        {"category": "a", **{name: [1.0, 1.0, 0.0] for name in phenomena.PHENOMENA}}
-    )
-    after = pd.DataFrame(
-        {"category": "a", **{name: [0.0, 1.0, 1.0] for name in phenomena.PHENOMENA}}
-    )
-    assert change(before, after)["opposite"].tolist() == [-1, 0, 1]
-
-
-# ---------------------------------------------------------------------------------------- models and data sets
+# A data set -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def collection(tmp_path):
     """Six images of two categories with made masks, 32 px; the last is normal."""
-    from PIL import Image
-
-    generator = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     samples = []
     for i in range(6):
         for name in ("image", "mask", "object"):
-            pixels = generator.integers(0, 255, (32, 32, 3), np.uint8)
+            pixels = rng.integers(0, 255, (32, 32, 3), np.uint8)
             if name != "image":
                 pixels[:] = 0
-                pixels[4 : 20 if name == "mask" else 28, 4 : 12 + i] = 255
+                pixels[4 : 20 if name == "mask" else 32, 4 : 12 + i] = 255
             Image.fromarray(pixels).save(tmp_path / f"{i}_{name}.png")
-        paths = [tmp_path / f"{i}_{name}.png" for name in ("image", "mask", "object")]
-        label = int(i < 5)
-        samples.append(
-            Sample(
-                paths[0],
-                paths[1] if label else None,
-                "nut" if i < 3 else "screw",
-                label,
-                "dent",
-                paths[2],
-            )
-        )
+        image, mask, whole = (tmp_path / f"{i}_{name}.png" for name in ("image", "mask", "object"))
+        category, defect = ("nut", "dent") if i < 3 else ("screw", "hole")
+        sample = Sample(image, mask, category, 1, defect, whole)
+        samples.append(sample if i < 5 else Sample(image, None, category, 0, "good", whole))
     return Dataset("made", tmp_path, ("nut", "screw"), tuple(samples))
 
 
 @pytest.fixture
-def text(tiny_backbone):
-    return {
-        category: Direct(tiny_backbone, rvs="mean").text_vectors(category)
-        for category in ("nut", "screw")
-    }
+def truth(collection):
+    return ground_truth(collection, 32)
 
 
-def test_ground_truth_takes_the_anomalous_images(collection):
-    truth = ground_truth(collection, 32)
-    assert len(truth.samples) == 5
+@pytest.fixture
+def direct(tiny_backbone):
+    return Direct(tiny_backbone, rvs="mean", smoothing=0)
+
+
+@pytest.fixture
+def text(direct):
+    return {category: direct.text_vectors(category) for category in ("nut", "screw")}
+
+
+@pytest.fixture
+def images(tiny_backbone, truth):
+    return torch.stack([tiny_backbone.preprocess(read_image(s.image_path)) for s in truth.dataset])
+
+
+def test_ground_truth_takes_the_anomalous_images(truth):
+    assert len(truth.dataset) == 5
     assert truth.masks.shape == truth.objects.shape == (5, 32, 32)
-    labels = truth.patches(4)[0].reshape(
-        4, 4
-    )  # the mask is rows 4-19, columns 4-11 of patches of 8 pixels
-    assert labels.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
+    assert truth.categories.tolist() == ["nut"] * 3 + ["screw"] * 2
 
 
-def test_without_masks_nothing_is_counted(collection):
+def test_patches_are_of_the_defect_or_of_the_rest_of_the_object(truth):
+    # The mask is rows 4-19 and the object rows 4-31, columns 4-11, of patches of 8 pixels.
+    labels = truth.patches(4)[0].reshape(4, 4)
+    assert labels.tolist() == [[1, 1, -1, -1], [1, 1, -1, -1], [1, 1, -1, -1], [0, 0, -1, -1]]
+    picked = truth.pick(4, per_image=2)
+    assert picked.groupby(["image", "label"]).size().max() == 2
+    assert not picked.duplicated(["image", "patch"]).any()
+    assert (truth.patches(4)[picked["image"], picked["patch"]] == picked["label"]).all()
+    pd.testing.assert_frame_equal(picked, truth.pick(4, per_image=2))
+
+
+def test_without_objects_the_plain_forms_take_their_place(truth):
+    assert phenomena.forms(truth)[::2] == ("opposite_on_object", "off_object")
+    plain = phenomena.Truth(truth.dataset, truth.masks, None)
+    assert phenomena.forms(plain)[::2] == ("opposite", "off_defect")
+    assert (plain.patches(4) == 0).sum() > (truth.patches(4) == 0).sum()
+
+
+def test_without_masks_nothing_is_counted_and_the_notebook_ends_there(collection, capsys):
     normal_only = Dataset("made", collection.root, ("screw",), collection.samples[-1:])
     with pytest.raises(ValueError, match="made has no ground-truth masks"):
         ground_truth(normal_only, 32)
+    finished = []
+    run = SimpleNamespace(dataset=normal_only, finish=lambda: finished.append(True))
+    with pytest.raises(SystemExit) as stop:
+        need_masks(run)
+    assert not stop.value.code
+    assert finished == [True]
+    need_masks(SimpleNamespace(dataset=collection))  # goes on
 
 
-def test_maps_and_masks_have_to_fit(collection):
-    truth = ground_truth(collection, 32)
+def test_maps_have_to_fit_the_masks_and_to_be_finite(truth):
     with pytest.raises(ValueError, match=r"\(5, 32, 32\).*found \(5, 16, 16\)"):
         count_phenomena(np.zeros((5, 16, 16)), truth)
+    maps = np.zeros((5, 32, 32))
+    maps[2, 3, 4] = np.nan
+    with pytest.raises(ValueError, match="finite"):
+        count_phenomena(maps, truth)
 
 
-def test_raw_maps_are_the_detectors_without_its_smoothing(collection, tiny_backbone):
-    smooth, sharp = (Direct(tiny_backbone, rvs="mean", smoothing=sigma) for sigma in (3, 0))
-    samples = list(collection)
-    images = torch.stack([tiny_backbone.preprocess(read_image(s.image_path)) for s in samples])
-    expected = torch.cat(
-        [sharp.predict(images[:3], "nut").maps, sharp.predict(images[3:], "screw").maps]
-    )
-    np.testing.assert_allclose(raw_maps(smooth, samples, batch_size=2), expected, atol=1e-5)
-    assert smooth.smoothing == 3
+# Controls -------------------------------------------------------------------------------------------------------
 
 
-def test_the_probe_ends_where_the_direct_detector_starts(collection, tiny_backbone, text):
-    detector = Direct(tiny_backbone, rvs="mean")
-    truth = ground_truth(collection, 32)
-    found = probe(
-        tiny_backbone, truth.samples, text, truth.patches(4), last_blocks=(1, 2), per_image=3
-    )
-    assert list(found.cosines) == [
-        ("q-k", 1),
-        ("q-k", 2),
-        ("q-k", 3),
-        ("q-k", 4),
-        ("v-v", 1),
-        ("v-v", 2),
-        ("v-v", 4),
-    ]
-    maps = direct_maps(found.cosines["q-k", 4], 32)
-    np.testing.assert_allclose(maps, raw_maps(detector, truth.samples), atol=1e-5)
-
-    pairs = found.picked[:, 0] * 16 + found.picked[:, 1]
-    assert len(set(pairs.tolist())) == len(pairs) == 5 * 3 * 2
-    assert found.picked[:, 0].tolist() == sorted(found.picked[:, 0].tolist())
-    for key, features in found.features.items():
-        np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
-        row, (image, patch) = 17, found.picked[17]
-        words = text[truth.samples[image].category].numpy()
-        np.testing.assert_allclose(
-            features[row] @ words, found.cosines[key][image, patch], atol=1e-5
-        )
-
-
-def test_attention_is_a_share_of_what_others_get(collection, tiny_backbone, text):
-    truth = ground_truth(collection, 32)
-    labels = truth.patches(4)
-    attention = probe(tiny_backbone, truth.samples, text, labels).attention
-    assert len(attention) == 4 * 5  # blocks x images
-    assert attention["layer"].value_counts().tolist() == [5] * 4
-    np.testing.assert_allclose(attention["chance"][0], ((labels[0] == 1).sum() - 1) / 15)
-    even = phenomena.attention_to_defect(
-        (torch.full((1, 17, 17), 1 / 17),) * 2, labels[:1], 1
-    ).iloc[0]
-    np.testing.assert_allclose([even["q-k"], even["v-v"]], even["chance"], atol=1e-6)
-    assert probe(tiny_backbone, truth.samples, text).attention is None
-
-
-def test_the_gap_is_a_distance_of_means():
-    sentences = torch.tensor(
-        [[2.0, 0.0], [0.0, 5.0]]
-    )  # normalised they have their mean at (1/2, 1/2)
-    gap = modality_gap(
-        {("q-k", 1): torch.tensor([0.5, 0.5]), ("q-k", 2): torch.tensor([-0.5, 0.5])}, sentences
-    )
-    np.testing.assert_allclose(gap, [0, 1])
-
-
-def test_a_linear_probe_finds_what_is_there_and_nothing_else():
-    generator = np.random.default_rng(0)
-    labels, groups = np.arange(200) % 2, np.arange(200) // 4
-    features = generator.normal(size=(200, 5))
-    assert linear_probe_auroc(features, labels, groups) == pytest.approx(0.5, abs=0.12)
-    features[:, 2] -= 4 * labels  # whatever the sign
-    assert linear_probe_auroc(features, labels, groups) > 0.97
-    assert np.isnan(linear_probe_auroc(features, labels, np.zeros(200)))
-
-
-def test_patch_auroc_leaves_out_mixed_patches():
-    cosines = torch.tensor([[[0.0, 0.1], [0.0, 0.5], [0.9, 0.0]]])
-    assert patch_auroc(cosines, np.array([[0, 1, -1]])) == 1
-    assert patch_auroc(cosines, np.array([[1, 0, -1]])) == 0
-
-
-def test_exchanged_states_turn_the_rate_around(collection, tiny_backbone, text):
-    truth = ground_truth(collection, 32)
-    detector = Direct(tiny_backbone, rvs="mean")
-    features = detector.features(
-        torch.stack([tiny_backbone.preprocess(read_image(s.image_path)) for s in truth.samples])
-    )
+def test_exchanged_states_turn_the_rate_around(truth, direct, text):
+    kept = keep(direct, truth.dataset)
     exchanged = {category: vectors.flip(-1) for category, vectors in text.items()}
-    found = control_rates(detector, features, [text, exchanged], truth)["opposite"]
-    assert found[0] + found[1] == pytest.approx(1)
-    counted = count_phenomena(raw_maps(detector, truth.samples), truth)
-    assert found[0] == pytest.approx(rates(counted).loc["mean", ("opposite", "rate")])
+    rate, turned = (rates_with(kept, direct, t, truth) for t in (text, exchanged))
+    counted = count_phenomena(kept.maps(direct), truth)
+    for form in SHARES:
+        assert rate[form] + turned[form] == pytest.approx(1)
+        assert rate[form] == pytest.approx(counted.groupby("category")[form].mean().mean())
 
 
 def test_random_states_are_directions():
@@ -361,78 +234,143 @@ def test_random_states_are_directions():
     assert not torch.equal(vectors["nut"], random_states(24, ["nut"], seed=2)["nut"])
 
 
-def test_a_closed_gap_is_one_mean_for_both(collection, tiny_backbone, text):
-    detector = Direct(tiny_backbone)
-    features, moved = gap_closed(all_features(detector, collection.samples, batch_size=2), text)
-    assert features.tokens[0].shape == (6, 17, 24)
-    assert features.tokens[0][:, 1:].mean(dim=(0, 1)).abs().max() < 1e-6
-    centre = torch.stack(list(text.values())).mean(dim=(0, 2))
-    np.testing.assert_allclose(
-        moved["nut"][:, 1], F.normalize(text["nut"][:, 1] - centre, dim=0), atol=1e-5
-    )
-
-
 def test_shuffled_states_are_a_new_deal_of_the_same_sentences(tiny_backbone):
-    from clipad.prompts import CLIP_AD
-
-    one, same, other = (
-        shuffled_states(tiny_backbone, ["nut"], CLIP_AD, "mean", {}, seed)["nut"]
-        for seed in (0, 0, 1)
-    )
+    sentences = encoded(tiny_backbone, CLIP_AD, ["nut"])
+    one, same, other = (shuffled_states(sentences, "mean", {}, k)["nut"] for k in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert torch.allclose(one.norm(dim=0), torch.ones(2))
-    sentences = F.normalize(
-        tiny_backbone.encode_text([s for state in CLIP_AD.sentences("nut") for s in state]), dim=-1
-    )
-    assert torch.linalg.lstsq(sentences.T, one).residuals.sum() < 1e-6
 
 
 def test_an_untrained_encoder_leaves_the_trained_one_alone(tiny_backbone):
     before = tiny_backbone.weights_hash
-    one, same, other = (
-        untrained(tiny_backbone, 7),
-        untrained(tiny_backbone, 7),
-        untrained(tiny_backbone, 8),
-    )
-    assert (
-        tiny_backbone.weights_hash
-        == before
-        != one.weights_hash
-        == same.weights_hash
-        != other.weights_hash
-    )
-    for name, weight in one.visual.named_parameters():
+    one, same, other = (untrained(tiny_backbone, k).weights_hash for k in (7, 7, 8))
+    assert tiny_backbone.weights_hash == before != one == same != other
+    for name, weight in untrained(tiny_backbone, 7).visual.named_parameters():
         if weight.ndim > 1:  # biases and LayerNorm start where they start
             assert not torch.equal(weight, tiny_backbone.visual.get_parameter(name)), name
 
 
-def test_controls_know_nothing_of_the_labels(collection, tiny_backbone):
-    truth = ground_truth(collection, 32)
-    drawn = phenomena.controls(Direct(tiny_backbone, rvs="mean"), truth, draws=20, seed=5)
-    assert [len(frame) for frame in drawn.values()] == [20, 20, 1]
-    for frame in drawn.values():
-        assert frame["opposite"].between(0, 1).all()
-    assert drawn["random text"]["opposite"].nunique() > 1
-    shares = phenomena.reached(drawn, drawn["random text"]["opposite"].max(), "opposite")
-    assert shares["random text"] >= 2 / 21
-    assert phenomena.reached(drawn, 1.1, "opposite")["random text"] == pytest.approx(1 / 21)
+def test_beyond_a_control_means_beyond_its_draws():
+    draws = np.linspace(0.2, 0.8, 101)
+    assert beyond(0.75, draws).verdict() == "no significant difference"
+    assert beyond(0.85, draws).verdict() == "higher"
+    assert beyond(0.1, draws).verdict() == "lower"
+    assert beyond(0.85, draws).estimate == pytest.approx(0.35)
 
 
-def test_block_attention_has_rows_that_sum_to_one(tiny_backbone):
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    for matrix in phenomena.block_attention(tiny_backbone, images[0], 3):
-        assert matrix.shape == (17, 17)
-        np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-5)
+# What the patches know ------------------------------------------------------------------------------------------
 
 
-def test_what_patches_know_is_a_table_of_aurocs(collection, tiny_backbone, text):
-    truth = ground_truth(collection, 32)
-    found, blind = (
-        probe(backbone, truth.samples, text, truth.patches(4))
-        for backbone in (tiny_backbone, untrained(tiny_backbone, 7))
-    )
-    np.testing.assert_array_equal(found.picked, blind.picked)
-    table = phenomena.what_patches_know(found, blind)
-    assert list(table.columns) == ["q-k", "v-v"]
-    assert ((table >= 0) & (table <= 1)).all(axis=None)
+def test_a_linear_probe_finds_what_is_there_and_nothing_else():
+    rng = np.random.default_rng(0)
+    labels, fold = np.arange(200) % 2, np.arange(200) // 4 % 5
+    features = rng.normal(size=(200, 5))
+
+    def auroc(scores):
+        return (scores[labels == 1][:, None] > scores[labels == 0]).mean()
+
+    assert auroc(held_out_scores(features, labels, fold)) == pytest.approx(0.5, abs=0.12)
+    features[:, 2] -= 4 * labels  # whatever the sign
+    assert auroc(held_out_scores(features, labels, fold)) > 0.97
+    assert np.isnan(held_out_scores(features, labels, np.zeros(200))).all()
+
+
+def test_a_hold_out_keeps_away_everything_alike():
+    """A feature that marks the label only within a category is no use for other categories, nor for other pairs."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 400)
+    category, defect = np.arange(400) % 2, np.arange(400) // 2 % 2
+    features = rng.normal(size=(400, 3))
+    features[:, 0] += (
+        6 * labels * np.where(category == 0, 1, -1)
+    )  # the other category says the opposite
+    scores = held_out_scores(features, labels, category, defect)
+    assert scores[labels == 1].mean() < scores[labels == 0].mean()
+    features[:, 1] += 6 * labels * np.where(category == defect, 1, -1)
+    # Held out: category and defect; what is left differs in both, so the second feature keeps its sign.
+    features[:, 0] = 0
+    scores = held_out_scores(features, labels, category, defect)
+    assert scores[labels == 1].mean() > scores[labels == 0].mean()
+
+
+def test_patch_auroc_is_taken_inside_each_image(truth):
+    picked = pd.DataFrame({"image": [0, 0, 0, 1, 1, 2], "label": [1, 0, 0, 1, 0, 1]})
+    scores = np.array([0.5, 0.1, 0.5, 90.0, 91.0, 7.0])  # the images' offsets do not matter
+    found = patch_auroc(scores, picked, truth)
+    np.testing.assert_equal(found["patch AUROC"].to_numpy(), [0.75, 0, np.nan, np.nan, np.nan])
+    assert found["category"].tolist() == truth.categories.tolist()
+
+
+# The parts of the network ---------------------------------------------------------------------------------------
+
+
+def test_the_parts_add_up_to_the_network(tiny_backbone, direct, images):
+    start, attention, feed_forward, surgery, _ = written_by_block(tiny_backbone.visual, images)
+    tokens = project(tiny_backbone.visual, start + attention.sum(0) + feed_forward.sum(0))
+    torch.testing.assert_close(tokens, direct.features(images).tokens[0], atol=1e-4, rtol=1e-4)
+    half = ClipSurgery(tiny_backbone, rvs="mean").features(images).tokens[0]
+    last_half = project(tiny_backbone.visual, surgery[-2:].sum(0))
+    torch.testing.assert_close(last_half[:, 1:], half[:, 1:], atol=1e-4, rtol=1e-4)
+
+
+def test_contributions_make_up_the_difference_of_the_cosines(tiny_backbone, images, text):
+    visual = tiny_backbone.visual
+    with torch.no_grad():
+        visual.ln_post.bias.normal_()
+        start, attention, feed_forward, *_ = written_by_block(visual, images)
+        x = start + attention.sum(0) + feed_forward.sum(0)
+        parts = torch.cat([start[None], attention, feed_forward])
+        difference = text["nut"][:, 1] - text["nut"][:, 0]
+        projected = project(visual, x)
+        bias = visual.ln_post.bias @ visual.proj @ difference / projected.norm(dim=-1)
+        found = contributions(visual, parts, x, text["nut"]).sum(0) + bias
+        expected = projected @ difference / projected.norm(dim=-1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_reading_all_parts_is_the_direct_map(tiny_backbone, truth, direct, text):
+    picked = truth.pick(4, per_image=3)
+
+    def variants(x0, a, m, s, o):
+        return {"all": x0 + a.sum(0) + m.sum(0), "v-v": s.sum(0)}
+
+    cosines, features = read(tiny_backbone, truth, text, variants, picked, with_features=True)
+    maps = keep(direct, truth.dataset).maps(direct)
+    np.testing.assert_allclose(direct_maps(cosines["all"], 32), maps, atol=1e-4)
+    at = picked["image"].tolist(), picked["patch"].tolist()
+    for name, values in features.items():
+        np.testing.assert_allclose(np.linalg.norm(values, axis=1), 1, atol=1e-5)
+        z = cosines[name][at].numpy()
+        np.testing.assert_allclose(text_scores(values, text, picked), z[:, 1] - z[:, 0], atol=1e-5)
+    assert read(tiny_backbone, truth, text, variants, picked)[1] == {}
+
+
+def test_who_writes_what_is_a_row_per_image_part_and_block(tiny_backbone, truth, text, images):
+    labels = truth.patches(4)
+    labels[1] = -1  # no patches to compare in this image
+    found = who_writes_what(tiny_backbone, truth, text, labels)
+    assert len(found) == 5 * 3 * 4
+    assert found.groupby("category")["patches"].apply(lambda p: p.isna().sum()).tolist() == [12, 0]
+    start, a, m, *_ = written_by_block(tiny_backbone.visual, images[:1])
+    x = start + a.sum(0) + m.sum(0)
+    expected = contributions(tiny_backbone.visual, a, x, text["nut"])[:, 0]
+    own = found[(found["part"] == "q-k attention")][:4]  # the first image's four blocks
+    np.testing.assert_allclose(own["class token"], expected[:, 0].detach(), atol=1e-5)
+    label = labels[0]
+    gain = expected[:, 1:][:, label == 1].mean(1) - expected[:, 1:][:, label == 0].mean(1)
+    np.testing.assert_allclose(own["patches"], gain.detach(), atol=1e-5)
+
+
+def test_attention_is_a_share_of_what_other_patches_get(tiny_backbone, truth, monkeypatch):
+    labels = truth.patches(4)
+    found = attention_on_defect(tiny_backbone, truth, labels)
+    assert found.groupby("block").size().tolist() == [5] * 4
+    assert found["even"][0] == ((labels[0] == 1).sum() - 1) / 15
+
+    def even(block, x):
+        return (torch.full((len(x), 17, 17), 1 / 17),) * 2
+
+    monkeypatch.setattr(phenomena, "attention_weights", even)
+    found = attention_on_defect(tiny_backbone, truth, labels)
+    np.testing.assert_allclose(found["q-k"], found["even"], atol=1e-6)
