@@ -86,7 +86,8 @@ def promise(table: pd.DataFrame) -> Figure:
         ax.fill_between(own["n"], 100 * own["low"], 100 * own["high"], color=colour, alpha=0.25)
         ax.plot(own["n"], 100 * own["high"], color=colour)
         ax.plot(own["n"], 100 * own["low"], color=colour)
-        ax.axhline(100 * rate, color=colour, linestyle=":", linewidth=1)
+        ends = [table["n"].min(), table["n"].max()]
+        ax.plot(ends, [100 * rate] * 2, color=colour, linestyle=":", linewidth=1)
         ax.text(own["n"].iloc[-1], 100 * rate, f" {100 * rate:g} %", color=colour, va="center")
     numbers = [n for n in (9, 20, 50, 100, 200, 500, 1000) if n <= table["n"].max()]
     ax.set(xscale="log", yscale="log")
