@@ -228,10 +228,13 @@ def beside(
     """
     examples = [examples] if isinstance(examples, Example) else list(examples)
     rows, columns = len(examples), 1 + len(maps)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.85 * columns, 2.0 * rows + 0.5), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    figure = plt.figure(figsize=(1.85 * columns, 2.05 * rows + 0.5), layout="constrained")
+    # The colour bars have a row of their own, so that image and maps stand side by side at one size.
+    *axes, bars = figure.subplots(
+        rows + 1, columns, squeeze=False, height_ratios=[1] * rows + [0.05]
+    )
+    axes = np.stack(axes)
+    bars[0].axis("off")
     told = []
     for row, example in enumerate(examples):
         axes[row, 0].imshow(example.pixels)
@@ -249,20 +252,21 @@ def beside(
                 axes[row, column].set_xlabel(f"AUROC {auroc:.0f}", fontsize=9)
                 told.append(f"{example.category + ' ' if rows > 1 else ''}{name} {auroc:.0f}")
         axes[0, column].set_title(name, fontsize=10)
-        bar = figure.colorbar(shown, ax=axes[:, column], location="bottom", aspect=18, pad=0.02)
+        ticks = plt.MaxNLocator(3)
+        bar = figure.colorbar(shown, cax=bars[column], orientation="horizontal", ticks=ticks)
         bar.ax.tick_params(labelsize=8)
-        bar.locator = plt.MaxNLocator(3)
-        bar.update_ticks()
     axes[0, 0].set_title("image", fontsize=10)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     numbers = f" Pixel AUROC inside the image: {', '.join(told)}." if told else ""
-    signed = any(values.min() < 0 for values in maps.values())
-    plain = any(values.min() >= 0 for values in maps.values())
-    colours = ["red is anomalous, white 0, blue normal"] * signed + ["bright is anomalous"] * plain
-    return figure, (
-        f"Defect outlined in the image. In the maps {', or '.join(colours)}. Each column has its own scale.{numbers}"
-    )
+    outlined = "Defect outlined in the image. " if told else ""
+    colours = []
+    if any(values.min() < 0 for values in maps.values()):
+        colours.append("red is anomalous, white 0, blue normal")
+    if any(values.min() >= 0 for values in maps.values()):
+        colours.append("bright is anomalous")
+    told = f"In the maps {', or '.join(colours)}. Each column has its own scale."
+    return figure, outlined + told + numbers
 
 
 def _outline(ax, mask) -> None:
