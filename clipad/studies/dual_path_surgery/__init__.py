@@ -37,7 +37,7 @@ from clipad.studies.common import (
     worst_median_best,
 )
 from clipad.studies.figures import image_array
-from clipad.studies.opposite_predictions import shuffled_states, untrained
+from clipad.studies.opposite_predictions import encoded, shuffled_states, untrained
 from clipad.surgery import similarity_map
 
 Variant = tuple[Callable, slice, Callable]
@@ -294,11 +294,9 @@ def control_aurocs(
     """
     dataset = thinned(run.dataset, per_category)
     masks = read_masks(list(dataset), run.backbone.image_size)
-    rvs = (run.prompts, run.protocol.rvs, run.protocol.rvs_options)
-    dealt = [
-        shuffled_states(run.backbone, dataset.categories, *rvs, run.seed + draw)
-        for draw in range(draws)
-    ]
+    sentences = encoded(run.backbone, run.prompts, dataset.categories)
+    rvs = (run.protocol.rvs, run.protocol.rvs_options)
+    dealt = [shuffled_states(sentences, *rvs, run.seed + draw) for draw in range(draws)]
     known = [("found", texts), *(("shuffled states", text) for text in dealt)]
     rows = _aurocs(run.backbone, dataset, masks, variants, known)
     for seed in range(run.seed, run.seed + networks):
