@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pandas as pd
@@ -364,3 +365,37 @@ def test_a_stopped_and_a_killed_sweep_continue(tmp_path, notebook):
     after = collections.Counter(seed for seed, _ in sweep.started())
     assert all(after[seed] == count[seed] for seed in done)
     assert not list((sweep.out / "unfinished").glob("*-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", ["scheduler", "worker"])
+def test_what_a_lost_cluster_did_not_do_is_no_failure(plan, notebook, tmp_path, monkeypatch, gone):
+    log, address = tmp_path / "log", tmp_path / "scheduler.json"
+    monkeypatch.setattr(sweeps, "PATIENCE", 30)
+    runs = plan({"notebook": str(notebook), "parameters": {"pause": 600.0, "log": str(log)}})
+    dask = [sys.executable, "-m", "dask"]
+    local = ["--host", "127.0.0.1", "--no-dashboard"]
+    scheduler = [*dask, "scheduler", *local, "--port", "0", "--scheduler-file", str(address)]
+    worker = [*dask, "worker", "--scheduler-file", str(address), "--nthreads", "1", "--no-nanny"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
+    processes = {name: subprocess.Popen(command, **quiet, start_new_session=True)
+                 for name, command in (("scheduler", scheduler), ("worker", worker))}  # fmt: skip
+
+    def kill():
+        while not log.exists():
+            time.sleep(0.1)
+        processes[gone].kill()
+
+    try:
+        while not address.exists():
+            time.sleep(0.1)
+        threading.Thread(target=kill).start()
+        at = json.loads(address.read_text())["address"]
+        with pytest.raises(OSError, match="1 runs are not done"):
+            sweeps.sweep(runs, tmp_path / "out", scheduler=at)
+    finally:
+        for process in processes.values():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert not (tmp_path / "out" / "failed").exists()
+    assert not (tmp_path / "out" / "table.csv").exists()

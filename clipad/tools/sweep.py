@@ -25,6 +25,7 @@ import threading
 import time
 import traceback
 import uuid
+from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
@@ -371,8 +372,14 @@ def _compute(todo, planned: int, output_dir: Path, workers, scheduler, failures:
         last_seen = time.monotonic()
         while run_of:
             done = set()
-            with contextlib.suppress(TimeoutError):
+            try:
                 done = wait(list(run_of), timeout=5, return_when="FIRST_COMPLETED").done
+            except TimeoutError:
+                pass
+            except CancelledError:
+                raise OSError(
+                    f"the Dask scheduler is gone, {len(run_of)} runs are not done"
+                ) from None
             for future in done:
                 run = run_of.pop(future)
                 record = _record_of(future, run, output_dir)
@@ -388,11 +395,9 @@ def _compute(todo, planned: int, output_dir: Path, workers, scheduler, failures:
 
 
 def _record_of(future, run: Run, output_dir: Path) -> dict:
-    """The record of a run that ended; OSError where the cluster is gone."""
+    """The record of a run that ended."""
     if future.status == "finished":
         return future.result()
-    if future.status != "error":
-        raise OSError("the Dask scheduler is gone; what was computed is kept")
     # its workers died (often: out of memory), or could not start it
     reason = str(future.exception()).strip().partition(". ")[0]
     attempts = sorted((output_dir / "unfinished").glob(f"{run.address}-*"), key=os.path.getmtime)
@@ -406,7 +411,13 @@ def dask_setup(_worker) -> None:
     """Dask calls this in each local worker. A terminal sends Ctrl-C to every process: the one that planned ends the
     workers, which say nothing of it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    _silence()
+
+
+def _silence() -> None:
+    """What Dask and its loop say of workers that end; what goes wrong in a run is told by its record."""
+    for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager
@@ -415,7 +426,7 @@ def _client(workers: int | None, scheduler: str | None, most: int, output_dir: P
     from dask.system import CPU_COUNT
     from distributed import Client, LocalCluster
 
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    _silence()
     if scheduler:
         with Client(scheduler) as client:
             client.wait_for_workers(1, timeout=PATIENCE)
