@@ -458,24 +458,24 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 
 def show_claims(run) -> pd.DataFrame:
-    """The notebook's claims as a table, with Holm's correction over them: shown at its end."""
+    """The notebook's claims and facts as a table, with Holm's correction over the claims: shown at its end."""
     claims: list[dict[str, Any]] = run.results.get("claims", [])
-    table = pd.DataFrame(claims)
     adjusted = holm([c["p"] if c["p"] is not None else np.nan for c in claims])
-    rows = ["| what was found | verdict | 95 %, wide | survives Holm |", "|---|---|---|---|"]
+    rows = ["| | verdict | 95 % | about | after Holm |", "|---|---|---|---|---|"]
     for entry, p in zip(claims, adjusted, strict=True):
         ends = [entry[k] for k in ("estimate", "low_wide", "high_wide")]
         exact = any(v is None or np.isnan(v) for v in ends)
         told = "" if exact else f"{Interval(*ends):{'' if entry['level'] else '+'}}"
         metric = METRIC_NAMES.get(entry["metric"], entry["metric"])
-        holds = "" if np.isnan(p) or "no " in entry["verdict"] else "yes" if p < 0.05 else "no"
         source = "" if entry["source"] == "ours" else f" ({entry['source']})"
-        rows.append(
-            f"| {entry['sentence']}{source} | {entry['verdict']} | {metric} {told} | {holds} |"
-        )
+        holds = "" if np.isnan(p) else "significant" if p < 0.05 else "not significant"
+        cells = (entry["sentence"] + source, entry["verdict"], f"{metric} {told}", entry["scope"])
+        rows.append(f"| {' | '.join(cells)} | {holds} |")
     tested = int((~np.isnan(adjusted)).sum())
     rows.append(
-        f"\n{len(claims)} claims, {tested} of them tested against 0 and corrected together (Holm)."
+        f"\n*After Holm*: still significant at 95 % when the {tested} differences of this notebook are tested "
+        "together (Holm 1979); a blank was not tested against 0. A fact *holds* or not for what was computed; "
+        "nothing is tested."
     )
     display(Markdown("\n".join(rows)))
-    return table
+    return pd.DataFrame(claims)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -181,8 +181,13 @@ def all_advice(scores: Scores, spent: pd.Series) -> list[Advice]:
         ).items():
             found.append(advice(scores, "pixel_pro", spent, f"maps of {name}", members))
     if not np.isnan(scores.values[0, :, scores.metrics.index("class_auroc"), 0]).all():
+        # The same number for every method but WinCLIP; the quickest way to it is Direct's.
+        both = spent[[m for m in ("Direct", "WinCLIP") if m in spent.index]]
         use = "a decision per image without a map"
-        found.append(advice(scores, "class_auroc", spent, use, scores.categories))
+        own = advice(scores, "class_auroc", both, use, scores.categories)
+        names = {"Direct": "CLIP's class probability", "WinCLIP": "WinCLIP's image score"}
+        equals = tuple(names[m] for m in own.equals)
+        found.append(replace(own, best=names[own.best], equals=equals, take=names[own.take]))
     return found
 
 

@@ -69,7 +69,9 @@ def quality_and_time(scores: Scores, milliseconds: pd.Series, metric: str, title
         ax.plot([spent, spent], [100 * wide.low, 100 * wide.high], color=colour, linewidth=1.5)
         ax.plot(spent, 100 * wide.estimate, marker, color=colour, markersize=8, label=name)
     ax.set(xscale="log", xlabel="milliseconds per image", ylabel=f"{METRIC_NAMES[metric]}, percent")
-    ax.set_xticks(sorted(milliseconds.round(1)), [f"{ms:.0f}" for ms in sorted(milliseconds)])
+    low, high = milliseconds.min() / 1.5, milliseconds.max() * 1.5
+    ticks = [t for e in range(-1, 5) for t in (10**e, 3 * 10**e) if low <= t <= high]
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
     ax.xaxis.set_minor_locator(plt.NullLocator())
     ax.margins(x=0.15)
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))

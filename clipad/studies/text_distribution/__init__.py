@@ -239,6 +239,25 @@ def what_dbscan_does(
     return pd.DataFrame(rows)
 
 
+def shared_templates(
+    sentences: Sentences, grid: Iterable[float], min_samples: int = 15
+) -> pd.Series:
+    """Per eps, the templates that both states keep / those that either keeps, mean over categories; NaN for nothing."""
+    found = {}
+    for eps in grid:
+        shares = []
+        for category in sentences.table["category"].unique():
+            kept = []
+            for state in STATES:
+                own = sentences.of(category, state)
+                mask = largest_cluster(own.embeddings, "dbscan", eps=eps, min_samples=min_samples)
+                kept.append(set(own.table["template"][mask]))
+            either = kept[0] | kept[1]
+            shares.append(len(kept[0] & kept[1]) / len(either) if either else np.nan)
+        found[eps] = float(np.nanmean(shares)) if not np.isnan(shares).all() else np.nan
+    return pd.Series(found, name="shared templates")
+
+
 def kept_by_dbscan(sentences: Sentences, **options) -> pd.DataFrame:
     """Which sentences DBSCAN averages, a row per category and state: how many, how many state words and templates
     (articles aside) occur in them, and which templates."""

@@ -76,23 +76,22 @@ def layout_and_variance(
 
 def eps_curves(
     regimes: pd.DataFrame,
+    shared: pd.Series,
     curve: pd.DataFrame,
     mean: pd.Series,
     published: Mapping[float, str],
     title: str,
 ) -> Figure:
-    """Above what DBSCAN does over eps (share of categories and states), below the metrics beside the mean's (dashed).
+    """DBSCAN over eps: what it does (share of categories and states), which templates both states keep, and the
+    metrics beside the mean's (dashed).
 
-    ``curve``: a row per eps, a column per metric; ``published``: eps -> label.
+    ``shared``, ``curve``: a row per eps; ``published``: eps -> label.
     """
     grid, metrics = list(curve.index), list(curve.columns)
     places = np.arange(len(grid))
+    rows = 2 + len(metrics)
     figure, axes = plt.subplots(
-        1 + len(metrics),
-        1,
-        figsize=(8.4, 1.9 * (1 + len(metrics)) + 0.4),
-        sharex=True,
-        layout="constrained",
+        rows, 1, figsize=(8.4, 1.6 * rows + 0.5), sharex=True, layout="constrained"
     )
     counts = regimes.groupby("eps")["regime"].value_counts(normalize=True).unstack(fill_value=0)
     bottom = np.zeros(len(grid))
@@ -101,20 +100,22 @@ def eps_curves(
         axes[0].bar(places, heights, bottom=bottom, color=colour, width=0.8, label=regime)
         bottom += heights
     axes[0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    axes[0].yaxis.set_major_formatter(PercentFormatter(1))
     axes[0].set_ylabel("categories\nand states", fontsize=9)
-    for ax, metric in zip(axes[1:], metrics, strict=True):
+    axes[1].plot(places, shared.loc[grid], "o-", color=COLOURS["purple"], markersize=4)
+    axes[1].set(ylim=(0, 1.05))
+    axes[1].set_ylabel("templates in\nboth states", fontsize=9)
+    for ax in axes[:2]:
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
+    for ax, metric in zip(axes[2:], metrics, strict=True):
         ax.plot(places, 100 * curve[metric], "o-", color=COLOURS["green"], markersize=4)
         ax.axhline(100 * mean[metric], color=COLOURS["blue"], linestyle="--", label="mean")
         ax.set_ylabel(f"{METRIC_NAMES[metric]},\npercent", fontsize=9)
-    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    for ax in axes:
-        for eps in published:
-            ax.axvline(grid.index(eps), color="0.4", linestyle=":", linewidth=1)
+    axes[2].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     for eps, label in published.items():
-        axes[0].annotate(
-            label, (grid.index(eps), 1.04), ha="center", fontsize=8, annotation_clip=False
-        )
+        place = grid.index(eps)
+        axes[0].annotate(label, (place, 1.04), ha="center", fontsize=8, annotation_clip=False)
+        for ax in axes:
+            ax.axvline(place, color="0.4", linestyle=":", linewidth=1)
     axes[-1].set_xticks(places, [f"{eps:g}" for eps in grid], fontsize=9)
     axes[-1].set_xlabel("eps")
     figure.suptitle(title, fontsize=11)
