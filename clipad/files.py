@@ -149,7 +149,7 @@ IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix in
 MASK_FOLDERS = ("mask", "masks", "gt", "groundtruth", "label", "labels")
 MASK_FOLDERS += ("annotation", "annotations", "segmentation", "segmentations")
 MASK_ENDINGS = ("_mask", "_masks", "_label", "_gt", "_seg", "_segmentation", "_annotation")
-SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found")
 OTHER_IMAGES = (".gif", ".heic", ".heif", ".avif", ".svg", ".jp2", ".jxl", ".ppm", ".pgm", ".pbm")
 OTHER_IMAGES += (".tga", ".psd", ".exr", ".hdr", ".dcm", ".nii", ".eps", ".ico")
 OTHER_IMAGES += (".raw", ".dng", ".nef", ".cr2", ".cr3", ".arw")  # cameras
@@ -230,7 +230,7 @@ def masks_beside(images: Iterable[Path]) -> set[Path]:
     order = (*SUFFIXES_OF["JPEG"], ".webp", ".bmp", ".tif", ".tiff", ".png")
     of_stem: dict[str, list[Path]] = defaultdict(list)
     for path in images:
-        of_stem[nfc(path.stem)].append(path)
+        of_stem[path.stem].append(path)
     found = set()
     for stem, paths in of_stem.items():
         paths.sort(key=lambda path: order.index(path.suffix.lower()))

@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 from scipy.stats import binom
 
+from clipad.backbone import load_backbone
+from clipad.datasets import load_dataset, read_image
 from clipad.detectors import SDP, Direct
 from clipad.studies.inspection import (
     BANK,
@@ -19,6 +21,7 @@ from clipad.studies.inspection import (
     robust_scale,
     stitch,
     tile,
+    trials,
 )
 
 
@@ -184,3 +187,65 @@ def test_impossible_options_are_refused(tiny_backbone, options, message):
         Inspector(SDP(tiny_backbone, rvs="mean"), "bolt", **options)
     with pytest.raises(ValueError, match="sdp and sdp_plus"):
         Inspector(Direct(tiny_backbone, rvs="mean"), "bolt", "alone")
+
+
+# --- notebook 07's analysis ---
+
+
+@pytest.fixture(scope="module")
+def products():
+    detector = SDP(load_backbone("demo", device="cpu"), rvs="mean")
+    dataset = load_dataset("demo", categories=["screw", "tile"])
+    return detector, [trials.look_at(detector, dataset, c) for c in dataset.categories]
+
+
+def test_trials_keep_the_images_that_set_the_rule_out_of_the_count(products):
+    detector, both = products
+    product = both[0]
+    chosen = product.flawless[:10]
+    inspector = trials.fitted(detector, product, chosen, 0.1)
+    rest = np.setdiff1d(np.arange(40), chosen)
+    decided = trials.decide(inspector, product, rest)
+    assert decided["label"].tolist() == product.labels[rest].tolist()
+    assert (decided["verdict"] == "bad").sum() == (
+        decided["score"] > inspector.rule.threshold
+    ).sum()
+    table = trials.trials(detector, both, 10, 0.1, draws=4)
+    assert table.groupby("category").size().tolist() == [4, 4]
+    assert (table["in_sample"] >= table["false_alarms"]).mean() > 0.5
+    assert (table["checks"] >= table["false_alarms"]).all()
+    assert trials.trials(detector, both, 20, 0.1, draws=1).empty  # nobody is left to count
+    mean = trials.over_categories(table, "found")
+    assert mean.low <= mean.estimate <= mean.high
+
+
+def test_both_maps_on_the_same_images(products):
+    detector, both = products
+    parts = trials.split_for_maps(both, 10)
+    dataset = load_dataset("demo", categories=["screw", "tile"])
+    rest = trials.rest_of(both, parts, dataset)
+    assert len(rest) == 60
+    logits = np.concatenate([p.look.logits[at] for p, (_, at) in zip(both, parts, strict=True)])
+    maps = {n: trials.maps_of(detector, both, parts, 0.1, n) for n in ("no", "added")}
+    means = trials.scores_of_maps(maps, logits, rest, 96).means()
+    assert means.loc["added", "pixel_ap"] > means.loc["no", "pixel_ap"]
+
+
+def test_trays_hold_one_defect_or_none(products):
+    detector, both = products
+    made = trials.trays(both[1], side=2, count=4, piece=48)
+    assert [image.size for image in made["images"]] == [(96, 96)] * 4
+    assert made["masks"].any(axis=(1, 2)).tolist() == [False, True, False, True]
+    table, maps = trials.tiles_tried(detector, made, "tile", (1, 2))
+    assert table["tiles"].tolist() == [1, 2]
+    assert maps[2].shape == (4, 96, 96)
+
+
+def test_the_level_of_the_probability_follows_the_name(products):
+    detector, both = products
+    images = [detector.backbone.preprocess(read_image(s.image_path)) for s in both[0].dataset]
+    features = detector.features(torch.stack(images))
+    names = ["screw", "large screw", "small screw"]
+    table = trials.names_tried(detector, both[0], features, names, 0.1, draws=5)
+    assert np.ptp(table["median"]) > np.ptp(table["auroc"])
+    assert table["found"].between(0, 1).all()

@@ -110,9 +110,7 @@ def detect(
         require_enough(len(flawless), false_alarms)
         refuse_shared(found.photographs, flawless)
     elif neighbours != "no":
-        raise ValueError(
-            "nearest neighbours need flawless images: give a folder of them (--normal)"
-        )
+        raise ValueError("nearest neighbours need flawless images: give a folder (--normal)")
     warning = demo_warning(detector, found.photographs)
 
     settings = detector.settings | {
@@ -125,25 +123,15 @@ def detect(
         "code": code_version(),
     }
     work = _Work(inspector, root, claim(Path(output_dir), settings), progress)
-    unread = work.fit(flawless, false_alarms) if flawless else {}
-    notes += [f"flawless, but not used: {name}: {why}" for name, why in unread.items()]
+    unused = work.fit(flawless, false_alarms) if flawless else {}
+    notes += [f"flawless, but not used: {name}: {why}" for name, why in unused.items()]
     unread, masks = work.run(found.photographs)
-    found.skipped.update(
-        {"with at most two grey levels, so a mask or empty": masks} if masks else {}
-    )
-
-    scores = work.table(
-        [p for p in found.photographs if work.name(p) not in unread and p not in masks], labels
-    )
+    if masks:
+        found.skipped["with at most two grey levels, so a mask or empty"] = masks
+    scores = work.table(unread, masks, labels)
+    skipped, notes = found.skipped_lines(root), notes + work.notes(scores)
     report = Report(
-        scores,
-        unread,
-        found.skipped_lines(root),
-        settings,
-        inspector.rule,
-        warning,
-        _observed(scores),
-        notes + work.notes(scores),
+        scores, unread, skipped, settings, inspector.rule, warning, _observed(scores), notes
     )
     write_report(report, work.folder, work.scale, inspector)
     work.sweep(scores)
@@ -374,10 +362,12 @@ class _Work:
         write_atomically(path, json.dumps([float(low), float(high)]))
         return float(low), float(high)
 
-    def table(self, photographs, labels: dict[Path, int]) -> pd.DataFrame:
-        """A row per finished image, highest score first."""
+    def table(self, unread: dict[str, str], masks: list[Path], labels: dict) -> pd.DataFrame:
+        """A row per finished image (path -> label, without those unread and masks), highest score first."""
         rows, rule = [], self.inspector.rule
-        for path in photographs:
+        for path in labels:
+            if path in masks or self.name(path) in unread:
+                continue
             with np.load(self.file("maps", path)) as kept:
                 heat, logit = kept["map"], float(kept["logit"])
                 size, turned = tuple(int(v) for v in kept["size"]), bool(kept["turned"])
