@@ -103,14 +103,24 @@ def read_image(path: str | Path) -> Image.Image:
     return _readable(path, decode(path))
 
 
-def read_photograph(path: str | Path) -> tuple[Image.Image, bool]:
-    """As `read_image`, but turned as the EXIF orientation says, as viewers do; and whether it was.
+def read_photograph(path: str | Path) -> tuple[Image.Image, set[str]]:
+    """As `read_image`, but turned as the EXIF orientation says, as viewers do; and its `remarks`.
 
     Not for data sets: there masks lie on the pixels as stored.
     """
     image = decode(path)
-    turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1
-    return _readable(path, ImageOps.exif_transpose(image) if turned else image), turned
+    found = remarks(image)
+    return _readable(path, ImageOps.exif_transpose(image) if "turned" in found else image), found
+
+
+def remarks(image: Image.Image) -> set[str]:
+    """What a reader of a decoded image has to know: "turned" (by EXIF), "twelve bit" (16-bit values below 4096)."""
+    found = set()
+    if image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1:
+        found.add("turned")
+    if image.mode.startswith("I") and 255 < np.asarray(image).max() < 4096:
+        found.add("twelve bit")
+    return found
 
 
 def _readable(path, image: Image.Image) -> Image.Image:

@@ -161,6 +161,13 @@ def test_labels_are_taken_only_from_the_folder_that_was_named(detector, flawless
         run(detector, tmp_path / "d", tmp_path / "c", flawless, normal_folder="ok")
 
 
+def test_twelve_bits_in_sixteen_are_said(detector, tmp_path):
+    (tmp_path / "d").mkdir()
+    values = np.random.default_rng(0).integers(0, 4096, (40, 40)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "d" / "x.png")
+    assert any("12-bit" in note for note in run(detector, tmp_path / "d", tmp_path / "out").notes)
+
+
 def test_exif_orientation_is_applied_and_said(detector, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

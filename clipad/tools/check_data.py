@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from clipad.datasets import (
     EXPECTED,
-    ORIENTATION,
     Dataset,
     MaskSizeError,
     Sample,
@@ -22,6 +21,7 @@ from clipad.datasets import (
     left_over,
     list_dataset,
     native_mask,
+    remarks,
     resize_mask,
     two_levels,
 )
@@ -168,12 +168,9 @@ def _inspect(sample: Sample, image_size: int) -> Findings:
         shown = eight_bit(image)
         size, found.mode = image.size, image.mode
         found.digest = content_hash(sample.image_path)
-        turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1
-        sixteen = image.mode.startswith("I")
+        found.kinds |= remarks(image)
         for kind, there in (
             ("misnamed", sample.image_path.suffix.lower() not in SUFFIXES_OF[image.format]),
-            ("turned", turned),
-            ("twelve bit", sixteen and 255 < np.asarray(image).max() < 4096),
             ("two levels", two_levels(shown)),
         ):
             if there:

@@ -114,13 +114,13 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
 
 
 @app.command(short_help="Find anomalies in images of your own.")
-@click.argument("path", metavar="IMAGE|FOLDER", type=click.Path(path_type=Path))
+@click.argument("path", metavar="IMAGE|FOLDER", type=click.Path(exists=True, path_type=Path))
 @click.option(
     "--object", "object_name", required=True, help='What the images show, such as "metal nut".'
 )
 @click.option(
     "--normal",
-    type=click.Path(path_type=Path),
+    type=click.Path(exists=True, path_type=Path),
     help="A folder of flawless images of the same product: they give scale, threshold and verdicts.",
 )
 @click.option(
@@ -167,7 +167,9 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
     "--layers", type=click.Path(exists=True, path_type=Path), help="Linear layers, for sdp_plus."
 )
 @click.option(
-    "--prompts", type=click.Path(path_type=Path), help="A YAML file of sentences of your own."
+    "--prompts",
+    type=click.Path(exists=True, path_type=Path),
+    help="A YAML file of sentences of your own.",
 )
 @click.option("--device", help="cpu or cuda; a GPU if there is one.")
 @click.option(

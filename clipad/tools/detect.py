@@ -301,8 +301,9 @@ class _Work:
 
     def _load(self, path: Path):
         """(what the model takes, small picture, facts); writes the picture at native size on the way."""
-        image, turned = _photograph(path)
-        facts = {"sha256": content_hash(path), "size": np.array(image.size), "turned": turned}
+        image, found = _photograph(path)
+        facts = {"sha256": content_hash(path), "size": np.array(image.size)}
+        facts["remarks"] = ",".join(sorted(found))
         tensor = self.inspector.prepare(image)
         shown = image.copy() if max(image.size) > 65_000 else image  # JPEG's limit
         shown.thumbnail((65_000, 65_000))
@@ -370,7 +371,7 @@ class _Work:
                 continue
             with np.load(self.file("maps", path)) as kept:
                 heat, logit = kept["map"], float(kept["logit"])
-                size, turned = tuple(int(v) for v in kept["size"]), bool(kept["turned"])
+                size, said = tuple(int(v) for v in kept["size"]), str(kept["remarks"])
             highest = float(heat.max())
             score = rule.score(logit, highest) if rule else logit
             regions = find_regions(heat, rule.map_threshold, size) if rule else []
@@ -388,7 +389,7 @@ class _Work:
                     "width": size[0],
                     "height": size[1],
                     "label": labels[path],
-                    "turned": turned,
+                    "remarks": said,
                     "outlines": [region.outline for region in regions],
                     "file": self.file("images", path).stem,
                 }
@@ -403,9 +404,16 @@ class _Work:
         if not len(scores):
             return []
         notes = []
-        turned = int(scores["turned"].sum())
-        if turned:
-            notes.append(f"{turned} images were turned as their EXIF orientation says")
+        for remark, text in (
+            ("turned", "were turned as their EXIF orientation says"),
+            (
+                "twelve bit",
+                "are 16-bit files with 12-bit values, nearly black as read: multiply by 16",
+            ),
+        ):
+            count = int(scores["remarks"].str.contains(remark).sum())
+            if count:
+                notes.append(f"{count} images {text}")
         grid = self.inspector.detector.backbone.visual.grid_size[0] * self.inspector.tiles
         sides = [(int(w), int(h)) for w, h in zip(scores["width"], scores["height"], strict=True)]
         (w, h), count = pd.Series(sides).mode()[0], len(set(sides))
@@ -431,11 +439,11 @@ class _Work:
                     path.unlink()
 
 
-def _photograph(path: Path) -> tuple[Image.Image, bool]:
-    image, turned = read_photograph(path)
+def _photograph(path: Path) -> tuple[Image.Image, set[str]]:
+    image, found = read_photograph(path)
     if two_levels(image):
         raise NoPhotographError(f"{path} has at most two grey levels: a mask or an empty picture")
-    return image, turned
+    return image, found
 
 
 def _observed(scores: pd.DataFrame) -> dict[str, float] | None:

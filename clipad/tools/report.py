@@ -100,7 +100,7 @@ def draw(picture, heat, scale, regions: list[Region], size: tuple[int, int]) -> 
 def write_report(report, folder: Path, scale: tuple[float, float], inspector) -> None:
     """report.html, scores.csv and scores.json; the report opens offline and can be moved with its folder."""
     write_atomically(folder / "scores.csv", scores_csv(report))
-    hidden = ["outlines", "turned"] + ([] if has_labels(report) else ["label"])
+    hidden = ["outlines", "remarks"] + ([] if has_labels(report) else ["label"])
     rows = report.scores.drop(columns=hidden, errors="ignore")
     content = {
         "warning": report.warning,
