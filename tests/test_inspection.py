@@ -1,6 +1,7 @@
 """The statistics of notebook 07 and `clipad detect`: scale, threshold, promise, nearest neighbours."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -215,7 +216,11 @@ def test_trials_keep_the_images_that_set_the_rule_out_of_the_count(products):
     assert (table["in_sample"] >= table["false_alarms"]).mean() > 0.5
     assert (table["checks"] >= table["false_alarms"]).all()
     assert trials.trials(detector, both, 20, 0.1, draws=1).empty  # nobody is left to count
-    mean = trials.over_categories(table, "found")
+    assert (
+        trials.over_categories(table, "found").verdict(0.1) == "not measured"
+    )  # two categories only
+    more = pd.concat([table, table.assign(category="a third one")])
+    mean = trials.over_categories(more, "found")
     assert mean.low <= mean.estimate <= mean.high
 
 

@@ -113,13 +113,16 @@ def in_sample_threshold(rule: Rule) -> float:
 def over_categories(
     table: pd.DataFrame, column: str, minus: pd.DataFrame | None = None, seed: int = 0
 ) -> Interval:
-    """Mean over categories of ``trials``' column (or of a paired difference), with its interval over categories."""
+    """Mean over categories of ``trials``' column (or of a paired difference), with its interval over categories.
+
+    With fewer than three categories there is no interval (NaN), and a claim from it is "not measured".
+    """
     means = table.groupby("category")[column].mean()
     if minus is not None:
         means = means - minus.groupby("category")[column].mean()
     values = means.dropna().to_numpy()
-    if not len(values):
-        return Interval(np.nan, np.nan, np.nan)
+    if len(values) < 3:  # nothing can be said of other categories
+        return Interval(values.mean() if len(values) else np.nan, np.nan, np.nan)
     picked = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
     return from_draws(values.mean(), values[picked].mean(axis=1))
 
