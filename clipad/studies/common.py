@@ -398,7 +398,7 @@ def claim(
     level: float | None = None,
     then: Mapping[str, str] | str = "",
     scope: str = "",
-) -> Claim:
+) -> None:
     """State a finding in the notebook (*Found here:*) and keep it for the record of the run.
 
     ``sentence``: what is compared or measured. ``found``: (images, wide) as :meth:`Scores.interval` gives them; the
@@ -423,18 +423,14 @@ def claim(
         wide.high, level or 0.0, scope, wide.p if level is None else float("nan"),
     )  # fmt: skip
     _keep_claim(run, kept)
-    return kept
 
 
-def fact(
-    run, id: str, sentence: str, holds: bool, *, source: str = "ours", then: str = ""
-) -> Claim:
+def fact(run, id: str, sentence: str, holds: bool, *, source: str = "ours", then: str = "") -> None:
     """The same for what is exact and needs no interval, such as an identity: ``holds`` or ``does not hold``."""
     verdict, nan = "holds" if holds else "does not hold", float("nan")
     display(Markdown(f"**Found here:** {sentence}: **{verdict}**. {then}".strip()))
     kept = Claim(id, sentence, source, "", verdict, nan, nan, nan, nan, nan, 0.0, "exact", nan)
     _keep_claim(run, kept)
-    return kept
 
 
 def _keep_claim(run, new: Claim) -> None:

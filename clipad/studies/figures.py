@@ -68,7 +68,8 @@ def _svg(figure: Figure, alt: str) -> str:
         figure.savefig(
             buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Title": alt}
         )
-    return buffer.getvalue()
+    # A wide chart shrinks to the page's width instead of being cut off.
+    return buffer.getvalue().replace("<svg ", '<svg style="max-width: 100%; height: auto" ', 1)
 
 
 def _png(figure: Figure) -> bytes:
