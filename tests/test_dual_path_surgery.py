@@ -113,11 +113,11 @@ def test_scores_are_those_of_evaluate_and_paired(run, texts):
     assert scores.interval("pixel_pro", "last", minus="last")[1].high == 0
     table = study.by_group(scores, "pixel_pro")
     gains = scores.table("last")["pixel_pro"] - scores.table("as written")["pixel_pro"]
-    assert table.loc["last", "textures"] == pytest.approx(100 * gains["leather"])
-    assert table.loc["last", "objects"] == pytest.approx(100 * gains["bolt"])
-    assert table.loc["last", "all"] == pytest.approx(100 * gains["mean"])
+    assert table.loc["last", "textures"] == pytest.approx(100 * gains["leather"], abs=0.051)
+    assert table.loc["last", "objects"] == pytest.approx(100 * gains["bolt"], abs=0.051)
+    assert table.loc["last", "all"] == pytest.approx(100 * gains["mean"], abs=0.051)
     assert table.loc["as written", "mean"] == pytest.approx(
-        100 * scores.table("as written")["pixel_pro"]["mean"]
+        100 * scores.table("as written")["pixel_pro"]["mean"], abs=0.051
     )
 
 

@@ -187,7 +187,7 @@ def score_variants(
 
 
 def by_group(scores: Scores, metric: str, baseline: str = "as written") -> pd.DataFrame:
-    """A row per variant, percent and points: ``mean``, difference to the baseline for ``textures``, ``objects`` and
+    """A row per variant, percent and points with one decimal: ``mean``, difference to the baseline for ``textures``, ``objects`` and
     ``all``, and the ``worst`` and ``best`` category's."""
     rows = {}
     for method in scores.methods:
@@ -196,7 +196,8 @@ def by_group(scores: Scores, metric: str, baseline: str = "as written") -> pd.Da
         row = {"mean": values.mean()}
         row |= {name: gain[members].mean() for name, members in groups(scores.categories).items()}
         rows[method] = row | {"all": gain.mean(), "worst": gain.min(), "best": gain.max()}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(METRIC_NAMES[metric])
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(METRIC_NAMES[metric])
+    return table.round(1) + 0.0  # no -0.0
 
 
 # Where patches look ---------------------------------------------------------------------------------------------
