@@ -1,5 +1,5 @@
-"""What ``clipad doctor`` says beside PyTorch's own account (``torch.utils.collect_env``): the faults that people meet
-here, each with its fix. Nothing heavy is imported before it is asked for, so that it answers where torch is broken.
+"""What ``clipad doctor`` says beside ``torch.utils.collect_env``: the faults that people meet here, each with its
+fix. Nothing heavy is imported before it is asked for, so that it answers where torch is broken.
 """
 
 import importlib
