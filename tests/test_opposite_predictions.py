@@ -1,5 +1,6 @@
 """Both phenomena on maps drawn by hand, where the answer is known, and the network's parts against the detectors."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from clipad.dual_path import project
 from clipad.prompts import CLIP_AD
 from clipad.studies import opposite_predictions as phenomena
 from clipad.studies.common import keep
+from clipad.studies.experiments import RESULT_MIME
 from clipad.studies.opposite_predictions import (
     attention_on_defect,
     beyond,
@@ -36,6 +38,8 @@ from clipad.studies.opposite_predictions import (
     who_writes_what,
     written_by_block,
 )
+from clipad.tools.runner import find_notebook
+from clipad.tools.stored import read_notebook
 
 SIZE = 20  # 5 % of 20 x 20 pixels are 20
 SHARES = ["opposite", "opposite_on_object"]
@@ -374,3 +378,25 @@ def test_attention_is_a_share_of_what_other_patches_get(tiny_backbone, truth, mo
     monkeypatch.setattr(phenomena, "attention_weights", even)
     found = attention_on_defect(tiny_backbone, truth, labels)
     np.testing.assert_allclose(found["q-k"], found["even"], atol=1e-6)
+
+
+# The notebook ---------------------------------------------------------------------------------------------------
+
+
+def test_the_recap_says_what_the_stored_run_found():
+    notebook = read_notebook(find_notebook("02"))
+    record = notebook.cells[-1].outputs[0]["data"][RESULT_MIME]["results"]
+
+    def numbers(value):
+        if isinstance(value, dict):
+            return [n for v in value.values() for n in numbers(v)]
+        if isinstance(value, list):
+            return [n for v in value for n in numbers(v)]
+        return [value] if isinstance(value, float) else []
+
+    found = {f"{100 * n:.0f}" for n in numbers(record)}
+    (recap,) = (c.source.split("## Recap")[1] for c in notebook.cells if "## Recap" in c.source)
+    stated = re.findall(r"(\d+) %|\[(\d+), (\d+)\]|(?:objects|textures) (\d+)", recap)
+    stated = [n for match in stated for n in match if n]
+    assert len(stated) > 15
+    assert set(stated) <= found
