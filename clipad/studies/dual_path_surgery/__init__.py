@@ -119,7 +119,7 @@ def median_example(run, detector, category: str) -> Example:
 def main_metrics(dataset: Dataset) -> list[str]:
     """What the variants are compared by, the first one in the claims: pixels where there are masks, else images."""
     if dataset.has_masks:
-        return ["pixel_pro", "pixel_f1_max", "pixel_auroc"]
+        return ["pixel_pro", "pixel_auroc"]
     return ["image_auroc", "image_ap"]
 
 
@@ -187,8 +187,11 @@ def score_variants(
 
 
 def by_group(scores: Scores, metric: str, baseline: str = "as written") -> pd.DataFrame:
-    """A row per variant, percent and points with one decimal: ``mean``, difference to the baseline for ``textures``, ``objects`` and
-    ``all``, and the ``worst`` and ``best`` category's."""
+    """A row per variant, in percent and points with one decimal.
+
+    ``mean``, then the difference to the baseline for ``textures``, ``objects`` and ``all``, and that of the ``worst``
+    and the ``best`` category.
+    """
     rows = {}
     for method in scores.methods:
         values = 100 * scores.table(method)[metric].drop("mean")
