@@ -57,6 +57,7 @@ def test_memory_is_counted():
     assert 8e6 <= torch_peak(lambda: (torch.ones(1_000_000) + 1).sum()) < 8.2e6
 
 
+@pytest.mark.slow
 def test_peers_that_fail_are_skipped_with_their_own_words():
     from benchmarks.metrics import Peers
 

@@ -338,6 +338,7 @@ def test_each_cycle_warms_up_and_ends_with_whole_images():
     assert (whole.index(True), sum(whole[:100]), sum(whole[100:])) == (88, 12, 6)
 
 
+@pytest.mark.slow
 def test_a_training_exports_its_best_validation(tmp_path, small_validation):
     log = training.train(TINY, tmp_path, validate_every=1)
     record = json.loads((tmp_path / "training.json").read_text())
@@ -467,6 +468,7 @@ def test_results_are_added_once_per_weights_and_method(tmp_path, monkeypatch):
     assert found["opposite_on_object"].notna().all()
 
 
+@pytest.mark.slow
 def test_weights_of_a_running_training_are_read_from_its_state(tmp_path, small_validation):
     training.train(replace(TINY, seed=7), tmp_path / "run", validate_every=2)
     (tmp_path / "out").mkdir()

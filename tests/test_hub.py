@@ -152,6 +152,7 @@ def rehearsal(tmp_path_factory):
     return {"first": first, "second": second, "third": third, "told": told, "again": again}
 
 
+@pytest.mark.slow
 def test_a_tag_is_downloaded_with_a_progress_bar(rehearsal):
     whole = rehearsal["first"][0]
     assert "open_clip tag laion400m_e31" in whole["is"]

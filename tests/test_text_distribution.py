@@ -140,6 +140,7 @@ def test_one_word_is_left_out_at_a_time(sentences):
     assert len(anomalous) == 16
 
 
+@pytest.mark.slow
 def test_layouts_are_equal_for_a_seed_and_too_few_rows_are_refused(two_clouds):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
