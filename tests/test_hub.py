@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
+pytestmark = pytest.mark.slow  # three starts of Python and open_clip
+
 FILE = "open_clip_model.safetensors"
 WHOLE, CUT, WRONG = (
     ("ViT-B-16-plus-240", "laion400m_e31"),
@@ -152,7 +154,6 @@ def rehearsal(tmp_path_factory):
     return {"first": first, "second": second, "third": third, "told": told, "again": again}
 
 
-@pytest.mark.slow
 def test_a_tag_is_downloaded_with_a_progress_bar(rehearsal):
     whole = rehearsal["first"][0]
     assert "open_clip tag laion400m_e31" in whole["is"]
