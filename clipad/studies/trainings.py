@@ -22,6 +22,9 @@ RATES = ("opposite", "opposite_on_object")
 COLUMNS = ("seed", "steps", "weights", "method", "category", *METRICS, *RATES)
 """metrics and rates are fractions; the rates are those of Direct and SDP only"""
 
+FIRST_CYCLE = 8_000
+"""steps until a training has finished: before, its learning rate is high and it sees parts of the pictures only"""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -37,6 +40,8 @@ class Finding:
 FINDINGS = (
     Finding("SDP above Direct", "pixel_pro", "SDP", "Direct"),
     Finding("SDP above WinCLIP", "pixel_pro", "SDP", "WinCLIP"),
+    # Added when the row above turned round: with the mean vector it does not, so the representative vector is why.
+    Finding("SDP, mean vector, above WinCLIP", "pixel_pro", "SDP, mean vector", "WinCLIP"),
     Finding("SDP above CLIP Surgery", "pixel_pro", "SDP", "CLIP Surgery"),
     Finding("SDP+ above SDP, textures", "pixel_pro", "SDP+", "SDP", "textures"),
     Finding("SDP+ above SDP, objects", "pixel_pro", "SDP+", "SDP", "objects"),
@@ -91,11 +96,14 @@ def differences(
 
 
 def findings(table: pd.DataFrame, chosen: Sequence[Finding] = FINDINGS) -> pd.DataFrame:
-    """Finding x training ("seed 1, 8,000 steps"): differences, and ``turns round``: not all of one sign."""
+    """Finding x training: differences, and ``turns round``: not all of one sign.
+
+    A column is called "seed 1, 8,000 steps", with "unfinished" behind it before the end of the first cycle.
+    """
     rows = {}
     for finding in chosen:
         found = differences(table, finding.a, finding.b, finding.metric, finding.group)
-        found.index = [f"seed {seed}, {steps:,} steps" for seed, steps in found.index]
+        found.index = [_label(seed, steps) for seed, steps in found.index]
         name = METRIC_NAMES.get(finding.metric, "share of images")
         rows[f"{finding.sentence} ({name})"] = found
     frame = pd.DataFrame(rows).T
@@ -103,10 +111,15 @@ def findings(table: pd.DataFrame, chosen: Sequence[Finding] = FINDINGS) -> pd.Da
     return frame
 
 
+def _label(seed: int, steps: int) -> str:
+    return f"seed {seed}, {steps:,} steps" + (", unfinished" if steps < FIRST_CYCLE else "")
+
+
 def plot_findings(frame: pd.DataFrame) -> Figure:
     """Dots in points, a row per finding and a colour per training; ``frame``: what :func:`findings` returns.
 
     Large and small differences have an axis each, so that the large ones do not hide the signs of the others.
+    Unfinished trainings are hollow.
     """
     values = 100 * frame.drop(columns="turns round").astype(float)
     large = values.abs().max(axis=1) > 10
@@ -119,6 +132,7 @@ def plot_findings(frame: pd.DataFrame) -> Figure:
         heights = range(len(part))[::-1]
         for i, training in enumerate(part.columns):
             style = {"color": list(COLOURS.values())[i % len(COLOURS)], "marker": "osD^vP"[i % 6]}
+            style |= {"fillstyle": "none" if training.endswith("unfinished") else "full"}
             ax.plot(part[training], heights, linestyle="", label=training, alpha=0.8, **style)
         turning = frame.loc[part.index, "turns round"]
         names = [f"{name}  ↔" if turning[name] else name for name in part.index]
@@ -135,7 +149,7 @@ def plot_findings(frame: pd.DataFrame) -> Figure:
     turning = int(frame["turns round"].sum())
     same, of = len(frame) - turning, f"{len(frame)} findings point the same way"
     figure.suptitle(
-        f"{same} of {of} in all {values.shape[1]} trainings"
+        f"{same} of {of} in all {values.shape[1]} sets of weights"
         + (f"; {turning} turn round (↔)" if turning else ""),
         fontsize=11,
     )
