@@ -298,7 +298,10 @@ class Controls:
         shown = self.settings()
         answers = [self.explorer.answer(s) for s in shown]
         notes = dict.fromkeys(note for one in answers for note in one.notes)
-        self.notes.value = "".join(f'<p role="status">{html.escape(note)}.</p>' for note in notes)
+        self.notes.value = "".join(
+            f'<p role="status" style="margin: 2px 0; line-height: 1.3">{html.escape(note)}.</p>'
+            for note in notes
+        )
         tables = []
         for name, s in zip("AB", shown, strict=True):
             table = self.explorer.speaking(s, self.speaker.value)
