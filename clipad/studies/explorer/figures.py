@@ -90,7 +90,7 @@ def _row(name: str, axes: Sequence[Axes], one) -> None:
     bars.axvline(0, color="0.4", linewidth=0.8)
     bars.set_title("cosines of the patch", fontsize=10)
     if name == "A":
-        bars.legend(fontsize=8, frameon=False, loc="lower right")
+        bars.legend(fontsize=9, frameon=False, loc="best")
     bars.spines[["top", "right"]].set_visible(False)
 
 
