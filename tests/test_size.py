@@ -1,9 +1,8 @@
-"""The package stays one that can be read. Whoever meets this test with something new: what does it make unnecessary?"""
+"""The package stays one that can be read, and gets smaller. Whoever meets this test with something new: what does it
+make unnecessary? The totals are where the package stands; where it has to go is 2,700 and 8,100 lines."""
 
 import ast
 from pathlib import Path
-
-import pytest
 
 CLIPAD = Path(__file__).resolve().parents[1] / "clipad"
 WHY = "clipad is read by people who want to know how the paper goes: remove, join, or move it where it is used"
@@ -13,17 +12,14 @@ def lines(paths) -> int:
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
 
 
-@pytest.mark.xfail(reason="other parts are still being joined", strict=False)
 def test_method_and_what_it_runs_on():
-    assert lines(CLIPAD.glob("*.py")) <= 2700, WHY
+    assert lines(CLIPAD.glob("*.py")) <= 4450, WHY
 
 
-@pytest.mark.xfail(reason="other parts are still being joined", strict=False)
 def test_package():
-    assert lines(CLIPAD.rglob("*.py")) <= 8100, WHY
+    assert lines(CLIPAD.rglob("*.py")) <= 14000, WHY
 
 
-@pytest.mark.xfail(reason="other parts are still being joined", strict=False)
 def test_files():
     long = {
         path.name: lines([path])
@@ -33,7 +29,6 @@ def test_files():
     assert not long, WHY
 
 
-@pytest.mark.xfail(reason="other parts are still being joined", strict=False)
 def test_functions():
     long = {
         f"{path.name}: {node.name}": node.end_lineno - node.lineno + 1

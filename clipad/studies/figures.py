@@ -187,43 +187,6 @@ def heatmap(values: pd.DataFrame, ax, fontsize: float = 8, **options) -> None:
     ax.set(xlabel="", ylabel="")
 
 
-def heatmaps(panels: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
-    """Heat maps side by side on one scale, in percent; the last row of each is the mean.
-
-    ``panels``: a table of metrics by title, all with the same rows, usually categories.
-    """
-    first = next(iter(panels.values()))
-    columns = sum(len(table.columns) for table in panels.values())
-    figure, axes = plt.subplots(
-        1,
-        len(panels),
-        figsize=(1.3 + 0.58 * columns + 0.1 * len(panels), 0.33 * len(first) + 1.5),
-        squeeze=False,
-        sharey=True,
-        width_ratios=[len(table.columns) for table in panels.values()],
-        layout="constrained",
-    )
-    for ax, (name, table) in zip(axes[0], panels.items(), strict=True):
-        heatmap(100 * table, ax)
-        ax.axhline(len(table) - 1, color="white", linewidth=3)
-        ax.set_title(name, fontsize=10)
-        ax.tick_params(labelsize=8, length=0)
-        ax.tick_params(axis="y", rotation=0)
-        ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=35, ha="right")
-    if title:
-        figure.suptitle(title, fontsize=11)
-    return figure
-
-
-def metric_heatmap(
-    tables: Mapping[str, pd.DataFrame], metrics: Sequence[str], title: str = ""
-) -> Figure:
-    """Categories x metrics, one panel per method; metrics that are nowhere known are left out."""
-    metrics = [m for m in metrics if not all(table[m].isna().all() for table in tables.values())]
-    panels = {name: table[metrics].rename(columns=METRIC_NAMES) for name, table in tables.items()}
-    return heatmaps(panels, title)
-
-
 def forest(
     table: pd.DataFrame,
     title: str,

@@ -26,66 +26,79 @@ SIGNED = "RdBu_r"
 """for values with a sign: white is 0, red anomalous"""
 
 
+DARK = "0.25"
+
+
+def _box(ax, x, y, width, height, text, colour):
+    face = sns.light_palette(COLOURS[colour], 5)[1]
+    style = {"boxstyle": "round,pad=0.3", "facecolor": face, "edgecolor": DARK}
+    ax.add_patch(FancyBboxPatch((x, y), width, height, **style))
+    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8)
+
+
+def _line(ax, *points, colour=DARK, head=True):
+    xs, ys = zip(*points, strict=True)
+    ax.plot(xs[: -1 if head else None], ys[: -1 if head else None], color=colour, linewidth=1.1)
+    if head:
+        style = {"arrowstyle": "-|>", "mutation_scale": 10, "color": colour, "linewidth": 1.1}
+        ax.add_patch(FancyArrowPatch(points[-2], points[-1], shrinkA=0, shrinkB=0, **style))
+
+
+def _plus(ax, x, y, colour=DARK):
+    ax.text(x, y, "+", ha="center", va="center", fontsize=10, zorder=3)
+    ax.add_patch(plt.Circle((x, y), 1.25, facecolor="white", edgecolor=colour, zorder=2))
+
+
 def dual_path_block() -> Figure:
     """One block of the dual path, and how a stage is read; drawn by us after METHOD.md section 4."""
     figure, ax = plt.subplots(figsize=(9.6, 4.0))
     ax.set(xlim=(0, 100), ylim=(0, 42))
     ax.axis("off")
-    grey, green, blue = (sns.light_palette(COLOURS[c], 5)[1] for c in ("grey", "green", "blue"))
-    dark = "0.25"
+    _ordinary_path(ax)
+    _surgery_path(ax)
+    _stage_reading(ax)
+    return figure
 
-    def box(x, y, w, h, text, colour):
-        ax.add_patch(
-            FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0.3", facecolor=colour, edgecolor=dark)
-        )
-        ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=8)
 
-    def line(*points, colour=dark, head=True):
-        xs, ys = zip(*points, strict=True)
-        ax.plot(xs[: -1 if head else None], ys[: -1 if head else None], color=colour, linewidth=1.1)
-        if head:
-            style = {"arrowstyle": "-|>", "mutation_scale": 10, "color": colour, "linewidth": 1.1}
-            ax.add_patch(FancyArrowPatch(points[-2], points[-1], shrinkA=0, shrinkB=0, **style))
-
-    def plus(x, y, colour=dark):
-        ax.text(x, y, "+", ha="center", va="center", fontsize=10, zorder=3)
-        ax.add_patch(plt.Circle((x, y), 1.25, facecolor="white", edgecolor=colour, zorder=2))
-
+def _ordinary_path(ax) -> None:
     # ordinary path
-    ax.text(1, 40, "ordinary path = plain CLIP", fontsize=9, color=dark)
+    ax.text(1, 40, "ordinary path = plain CLIP", fontsize=9, color=DARK)
     ax.text(0, 33, "$x$", fontsize=11, va="center")
-    line((2.5, 33), (69.5, 33), head=False)
-    line((69.5, 33), (75.5, 33))
-    box(6, 24, 6, 4, "ln_1", grey)
-    box(16, 22, 8, 8, "in_proj\n$q,\\ k,\\ v$", grey)
-    box(29, 23.5, 15, 5, "softmax($qk^T/\\sqrt{d}$) $v$", grey)
-    box(48.5, 23.5, 7.5, 5, "out_proj\nls_1", grey)
-    box(63, 23.5, 9, 5, "ln_2, MLP", grey)
-    line((9, 33), (9, 28.5))
-    line((12.4, 26), (15.6, 26))
-    line((24.4, 26), (28.6, 26))
-    line((44.4, 26), (48.1, 26))
-    line((56.4, 26), (59, 26), (59, 31.7))
-    plus(59, 33)
+    _line(ax, (2.5, 33), (69.5, 33), head=False)
+    _line(ax, (69.5, 33), (75.5, 33))
+    _box(ax, 6, 24, 6, 4, "ln_1", "grey")
+    _box(ax, 16, 22, 8, 8, "in_proj\n$q,\\ k,\\ v$", "grey")
+    _box(ax, 29, 23.5, 15, 5, "softmax($qk^T/\\sqrt{d}$) $v$", "grey")
+    _box(ax, 48.5, 23.5, 7.5, 5, "out_proj\nls_1", "grey")
+    _box(ax, 63, 23.5, 9, 5, "ln_2, MLP", "grey")
+    _line(ax, (9, 33), (9, 28.5))
+    _line(ax, (12.4, 26), (15.6, 26))
+    _line(ax, (24.4, 26), (28.6, 26))
+    _line(ax, (44.4, 26), (48.1, 26))
+    _line(ax, (56.4, 26), (59, 26), (59, 31.7))
+    _plus(ax, 59, 33)
     ax.text(57.6, 29.6, "$a$", fontsize=10, ha="right")
-    line((64.5, 33), (64.5, 29.1))
-    line((72.4, 26), (76.8, 26), (76.8, 31.7))
-    plus(76.8, 33)
-    line((78.1, 33), (97, 33))
+    _line(ax, (64.5, 33), (64.5, 29.1))
+    _line(ax, (72.4, 26), (76.8, 26), (76.8, 31.7))
+    _plus(ax, 76.8, 33)
+    _line(ax, (78.1, 33), (97, 33))
     ax.text(98, 33, "$x$", fontsize=11, va="center")
+
+
+def _surgery_path(ax) -> None:
     # surgery path
     colour = COLOURS["green"]
-    box(29, 11.5, 15, 5, "softmax($vv^T/\\sqrt{d}$) $v$", green)
-    box(48.5, 11.5, 7.5, 5, "out_proj\nls_1", green)
-    line((20, 21.6), (20, 14), (28.6, 14), colour=colour)
+    _box(ax, 29, 11.5, 15, 5, "softmax($vv^T/\\sqrt{d}$) $v$", "green")
+    _box(ax, 48.5, 11.5, 7.5, 5, "out_proj\nls_1", "green")
+    _line(ax, (20, 21.6), (20, 14), (28.6, 14), colour=colour)
     ax.text(19, 17.5, "$v$", fontsize=10, ha="right", color=colour)
-    line((44.4, 14), (48.1, 14), colour=colour)
-    line((56.4, 14), (59, 14), (59, 7.3), colour=colour)
+    _line(ax, (44.4, 14), (48.1, 14), colour=colour)
+    _line(ax, (56.4, 14), (59, 14), (59, 7.3), colour=colour)
     ax.text(57.6, 9.2, "$s$", fontsize=10, ha="right", color=colour)
-    plus(59, 6, colour)
+    _plus(ax, 59, 6, colour)
     ax.text(0, 6, "path", fontsize=10, va="center", color=colour)
-    line((5.5, 6), (33, 6), head=False, colour=colour)
-    line((39, 6), (57.7, 6), colour=colour)
+    _line(ax, (5.5, 6), (33, 6), head=False, colour=colour)
+    _line(ax, (39, 6), (57.7, 6), colour=colour)
     ax.plot([33, 38.3], [6, 9], color=colour, linewidth=1.6)
     ax.text(
         36,
@@ -95,25 +108,28 @@ def dual_path_block() -> Figure:
         ha="center",
         color=colour,
     )
-    ax.text(48.2, 18.2, "same weights", fontsize=7.5, ha="left", color=dark)
-    ax.text(52.2, 20.1, "↕", fontsize=9, ha="center", va="center", color=dark)
-    line((60.3, 6), (97, 6), colour=colour)
+    ax.text(48.2, 18.2, "same weights", fontsize=7.5, ha="left", color=DARK)
+    ax.text(52.2, 20.1, "↕", fontsize=9, ha="center", va="center", color=DARK)
+    _line(ax, (60.3, 6), (97, 6), colour=colour)
     ax.text(98, 6, "path", fontsize=10, va="center", color=colour)
     ax.text(64, 2.5, "no feed-forward part", fontsize=8, color=colour)
+
+
+def _stage_reading(ax) -> None:
     # reading a stage
-    box(
+    _box(
+        ax,
         80.5,
         13.5,
         16,
         9.5,
         "stage feature $F$\nln_post, projection\n$B\\times(N{+}1)\\times C$",
-        blue,
+        "blue",
     )
-    line((90.5, 33), (90.5, 23.5), colour=dark)
+    _line(ax, (90.5, 33), (90.5, 23.5), colour=DARK)
     ax.text(91.2, 28, "class\ntoken", fontsize=8, va="center")
-    line((84.5, 6), (84.5, 13), colour=colour)
-    ax.text(85.2, 9.5, "patch tokens", fontsize=8, va="center", color=colour)
-    return figure
+    _line(ax, (84.5, 6), (84.5, 13), colour=COLOURS["green"])
+    ax.text(85.2, 9.5, "patch tokens", fontsize=8, va="center", color=COLOURS["green"])
 
 
 def six_tokens(v: np.ndarray, weights: Mapping[str, np.ndarray]) -> tuple[Figure, str]:

@@ -72,6 +72,41 @@ class _Field(w.VBox):
         )
 
 
+def _make_controls(explorer: Explorer) -> dict[str, w.Widget]:
+    look = {"style": _STYLE, "layout": _WIDE}
+    text = look | {"continuous_update": False}
+    return {
+        "category": w.Dropdown(description="category", options=explorer.dataset.categories, **look),
+        "image": w.Dropdown(description="image", **look),
+        "upload": w.FileUpload(
+            accept="image/*", description="Upload an image", layout=w.Layout(width="14em")
+        ),
+        "folder": w.Text(
+            description="own folder", placeholder="path of a folder of images", **text
+        ),
+        "flawless": w.Text(
+            description="flawless", placeholder="folder; else those of the category", **text
+        ),
+        "object_name": w.Text(description="object", **text),
+        "detector": w.Dropdown(
+            description="method",
+            options=[(DETECTOR_NAMES[n], n) for n in explorer.detectors],
+            **look,
+        ),
+        "rvs": w.Dropdown(
+            description="text vector",
+            options=[(_VECTORS.get(n, n), n) for n in METHODS],
+            **look,
+        ),
+        "normal_words": w.Text(
+            description="normal", placeholder="flawless, {} without scratch", **text
+        ),
+        "anomalous_words": w.Text(
+            description="anomalous", placeholder="damaged, {} with scratch", **text
+        ),
+    }
+
+
 class Controls:
     """Controls for A and B, the image widget, which phrase speaks, and the command that repeats what is shown.
 
@@ -98,40 +133,7 @@ class Controls:
         self.sides = w.ToggleButtons(
             options={"A and B": (0, 1), "A": (0,), "B": (1,)}, description="change", style=_STYLE
         )
-        look = {"style": _STYLE, "layout": _WIDE}
-        text = look | {"continuous_update": False}
-        self.controls = {
-            "category": w.Dropdown(
-                description="category", options=explorer.dataset.categories, **look
-            ),
-            "image": w.Dropdown(description="image", **look),
-            "upload": w.FileUpload(
-                accept="image/*", description="Upload an image", layout=w.Layout(width="14em")
-            ),
-            "folder": w.Text(
-                description="own folder", placeholder="path of a folder of images", **text
-            ),
-            "flawless": w.Text(
-                description="flawless", placeholder="folder; else those of the category", **text
-            ),
-            "object_name": w.Text(description="object", **text),
-            "detector": w.Dropdown(
-                description="method",
-                options=[(DETECTOR_NAMES[n], n) for n in explorer.detectors],
-                **look,
-            ),
-            "rvs": w.Dropdown(
-                description="text vector",
-                options=[(_VECTORS.get(n, n), n) for n in METHODS],
-                **look,
-            ),
-            "normal_words": w.Text(
-                description="normal", placeholder="flawless, {} without scratch", **text
-            ),
-            "anomalous_words": w.Text(
-                description="anomalous", placeholder="damaged, {} with scratch", **text
-            ),
-        }
+        self.controls = _make_controls(explorer)
         self.fields = {name: _Field(control) for name, control in self.controls.items()}
         self.speaker = w.Dropdown(
             description="cosine of", options={"the whole image": False, "the patch": True}

@@ -160,27 +160,7 @@ def dots(
     )  # fmt: skip
     handles = {}
     for ax, (name, table) in zip(axes[0], panels.items(), strict=True):
-        beside = {row: list(own["series"]) for row, own in table.groupby("row")}
-        for row in table.itertuples():
-            colour, marker = STYLES[row.series]
-            series = beside[row.row]
-            place = rows.index(row.row) + 0.13 * (series.index(row.series) - (len(series) - 1) / 2)
-            ax.plot(
-                [100 * row.low, 100 * row.high],
-                [place] * 2,
-                color=COLOURS[colour],
-                linewidth=2,
-                alpha=0.6,
-            )
-            (mark,) = ax.plot(
-                100 * row.estimate,
-                place,
-                marker,
-                color=COLOURS[colour],
-                markersize=7,
-                mew=2 if marker == "|" else 0.5,
-            )
-            handles.setdefault(row.series, mark)
+        _draw_entries(ax, table, rows, handles)
         if name in (levels or {}):
             ax.axvline(100 * levels[name], color="0.3", linestyle=":", linewidth=1.2)
         ax.set_xlabel(name, fontsize=9.5)
@@ -205,6 +185,30 @@ def dots(
         )
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _draw_entries(ax, table: pd.DataFrame, rows: list[str], handles: dict) -> None:
+    beside = {row: list(own["series"]) for row, own in table.groupby("row")}
+    for row in table.itertuples():
+        colour, marker = STYLES[row.series]
+        series = beside[row.row]
+        place = rows.index(row.row) + 0.13 * (series.index(row.series) - (len(series) - 1) / 2)
+        ax.plot(
+            [100 * row.low, 100 * row.high],
+            [place] * 2,
+            color=COLOURS[colour],
+            linewidth=2,
+            alpha=0.6,
+        )
+        (mark,) = ax.plot(
+            100 * row.estimate,
+            place,
+            marker,
+            color=COLOURS[colour],
+            markersize=7,
+            mew=2 if marker == "|" else 0.5,
+        )
+        handles.setdefault(row.series, mark)
 
 
 def entry(row: str, series: str, found: Interval | float) -> dict:
@@ -244,35 +248,7 @@ def controls(
     )
     rng = np.random.default_rng(0)
     for ax, (column, name) in zip(axes[0], columns.items(), strict=True):
-        for row, frame in enumerate(draws.values()):
-            ax.scatter(
-                100 * frame[column],
-                row + rng.uniform(-0.24, 0.24, len(frame)),
-                s=13,
-                color="0.45",
-                alpha=0.5,
-                linewidth=0,
-            )
-            ax.vlines(
-                100 * frame[column].mean(), row - 0.36, row + 0.36, color="black", linewidth=2
-            )
-        for method, values in observed.items():
-            colour, style = ("orange", "-") if method == "Direct" else ("blue", "--")
-            ax.axvline(
-                100 * values[column],
-                color=COLOURS[colour],
-                linestyle=style,
-                linewidth=2,
-                label=method,
-            )
-        area = next(iter(observed.values())).get(f"{column}_area", 0.5)
-        ax.axvline(
-            100 * area,
-            color="0.3",
-            linestyle=":",
-            linewidth=1.5,
-            label="50 %, or area off the object",
-        )
+        _draw_controls(ax, draws, observed, column, rng)
         ax.set(xlim=(-2, 102))
         ax.set_xlabel(name, fontsize=9.5)
         ax.set_yticks(range(len(draws)), [f"{name}\n({len(f)} draws)" for name, f in draws.items()])
@@ -288,6 +264,36 @@ def controls(
     )
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _draw_controls(ax, draws, observed, column: str, rng) -> None:
+    for row, frame in enumerate(draws.values()):
+        ax.scatter(
+            100 * frame[column],
+            row + rng.uniform(-0.24, 0.24, len(frame)),
+            s=13,
+            color="0.45",
+            alpha=0.5,
+            linewidth=0,
+        )
+        ax.vlines(100 * frame[column].mean(), row - 0.36, row + 0.36, color="black", linewidth=2)
+    for method, values in observed.items():
+        colour, style = ("orange", "-") if method == "Direct" else ("blue", "--")
+        ax.axvline(
+            100 * values[column],
+            color=COLOURS[colour],
+            linestyle=style,
+            linewidth=2,
+            label=method,
+        )
+    area = next(iter(observed.values())).get(f"{column}_area", 0.5)
+    ax.axvline(
+        100 * area,
+        color="0.3",
+        linestyle=":",
+        linewidth=1.5,
+        label="50 %, or area off the object",
+    )
 
 
 def last_blocks(auroc: Mapping[str, Sequence[float]], writes: pd.DataFrame, title: str) -> Figure:
