@@ -42,9 +42,8 @@ def as_the_readme_has_it(claim):
     ends = Interval(*(claim[key] for key in ("estimate", "low_wide", "high_wide")))
     metric = METRIC_NAMES.get(claim["metric"], claim["metric"])
     level = claim["level"]
-    return claim[
-        "verdict"
-    ], f"{metric} {ends:+}" if not level else f"{metric} {ends} against {100 * level:g}"
+    told = f"{metric} {ends} against {100 * level:g}" if level else f"{metric} {ends:+}"
+    return claim["verdict"], told.strip()
 
 
 @pytest.mark.parametrize("row", rows_of("findings"), ids=lambda row: row[0][:40])
