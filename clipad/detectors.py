@@ -291,7 +291,8 @@ class SDPPlus(SDP):
 
 class ClipSurgery(Detector):
     """CLIP Surgery (arXiv 2304.05653) as a baseline: v-v attention in the last half of the blocks on one path that
-    never restarts, the last block's feature only, then the two-state feature surgery (METHOD.md section 8)."""
+    never restarts, the last block's feature only, then the two-state feature surgery (METHOD.md section 8, which also
+    says where its authors' program differs: its path starts from x)."""
 
     name = "CLIP Surgery"
 
