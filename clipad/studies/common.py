@@ -330,6 +330,18 @@ def scores_by_text(
     return score(maps, probabilities, kept, resamples, seed)
 
 
+def need_both_labels(run, what: str) -> None:
+    """Leave a notebook early, with a word, where there is nothing to compare: no labels, or one of the two only."""
+    found = {s.label for s in run.dataset}
+    if run.dataset.has_masks or found >= {0, 1}:
+        return
+    there = {0: "normal", 1: "anomalous", -1: "unlabelled"}
+    kinds = " and ".join(there[label] for label in sorted(found))
+    print(f"Skipped: {what}. {run.dataset.name} has {kinds} images only; metrics need both kinds.")
+    run.finish()
+    raise SystemExit(0)
+
+
 # Images by rule -------------------------------------------------------------------------------------------------
 
 
@@ -355,9 +367,12 @@ def worst_median_best(values: Sequence[float]) -> list[int]:
 def chosen_by_rule(dataset: Dataset, maps: np.ndarray, masks: np.ndarray | None) -> list[int]:
     """Up to six images: worst, median and best anomalous one, then the normal ones with highest, median, lowest map.
 
-    Anomalous images are ranked by the pixel AUROC inside the image or, without masks, by the map's maximum.
+    Anomalous images are ranked by the pixel AUROC inside the image or, without masks, by the map's maximum. Without
+    labels: lowest, median and highest maximum of all.
     """
     labels, maxima = np.array([s.label for s in dataset]), maps.max(axis=(1, 2))
+    if (labels < 0).all():
+        return worst_median_best(maxima)
     rank = maxima if masks is None else within_image(maps, masks)
     anomalous = worst_median_best(np.where(labels == 1, rank, np.nan))
     normal = worst_median_best(np.where(labels == 0, -maxima, np.nan))
@@ -429,7 +444,7 @@ def fact(run, id: str, sentence: str, holds: bool, *, source: str = "ours", then
     """The same for what is exact and needs no interval, such as an identity: ``holds`` or ``does not hold``."""
     verdict, nan = "holds" if holds else "does not hold", float("nan")
     display(Markdown(f"**Found here:** {sentence}: **{verdict}**. {then}".strip()))
-    kept = Claim(id, sentence, source, "", verdict, nan, nan, nan, nan, nan, 0.0, "exact", nan)
+    kept = Claim(id, sentence, source, "", verdict, nan, nan, nan, nan, nan, 0.0, "as computed", nan)
     _keep_claim(run, kept)
 
 
