@@ -108,8 +108,9 @@ def test_a_verdict_for_every_image(detector, screws, flawless, tmp_path):
     assert sum(report.counts.values()) == 6
     for row in report.scores.itertuples():
         assert (row.verdict == "bad") == (row.score > rule.threshold)
-        assert (row.regions > 0) == (row.map_max > rule.map_threshold)
-        assert (row.verdict == "check") == (row.verdict != "bad" and row.regions > 0)
+        stands_out = row.map_max > rule.map_threshold
+        assert stands_out or row.regions == 0
+        assert (row.verdict == "check") == (row.verdict != "bad" and stands_out)
         assert (tmp_path / "out" / "masks" / f"{row.image}.png").exists() == (row.regions > 0)
         assert (tmp_path / "out" / "images" / f"{row.image}.jpg").exists()
     assert report.scores["score"].is_monotonic_decreasing
@@ -192,6 +193,8 @@ def test_too_few_flawless_images_are_refused_with_the_number_needed(
 
 
 def test_images_in_both_folders_are_refused(detector, screws, flawless, tmp_path):
+    with pytest.raises(ValueError, match=r"6 images are among"):  # before: six are too few
+        run(detector, screws, tmp_path / "out", screws)
     shutil.copy(next(flawless.iterdir()), screws / "again.png")
     with pytest.raises(ValueError, match=r"1 images are among the flawless ones"):
         run(detector, screws, tmp_path / "out", flawless)
@@ -271,6 +274,7 @@ def test_a_stopped_run_continues_and_changed_images_are_done_again(
         lambda self, f, t: looked.append(len(f.image_embedding)) or score(self, f, t),
     )
     report = run(detector, screws, out, flawless)
+    assert any(note.startswith("2 of 5 ") for note in report.notes)
     assert sum(looked) == 10 + 3  # the flawless ones, 0 and 1, and 3, whose content is another
     after = report.scores.set_index("image")["score"]
     before = whole.scores.set_index("image")["score"]
@@ -363,9 +367,10 @@ def test_file_names_are_one_to_one_and_short():
 def test_regions_lie_on_the_image_at_its_own_size():
     heat = np.zeros((8, 8), np.float32)
     heat[0:2, 6:8] = 1
-    heat[5, 2] = 2
+    heat[4:6, 1:3] = 2
+    heat[0, 0] = 3  # a speck
     found = find_regions(heat, 0.5, (160, 80))
-    assert [region.box for region in found] == [(40, 50, 60, 60), (120, 0, 160, 20)]
+    assert [region.box for region in found] == [(20, 40, 60, 60), (120, 0, 160, 20)]
     assert [region.peak for region in found] == [2, 1]
     x, y = np.array(found[1].outline[0]).T
     assert (x.min(), x.max(), y.min()) == (pytest.approx(125, abs=6), 160, 0)
@@ -373,7 +378,8 @@ def test_regions_lie_on_the_image_at_its_own_size():
     assert mask.shape == (80, 160)
     assert mask[5, 150]
     assert not mask[40, 80]
-    assert find_regions(heat, 3.0, (160, 80)) == []
+    assert not mask[0, 0]
+    assert find_regions(heat, 2.5, (160, 80)) == []
 
 
 def test_the_demo_model_on_other_pictures_is_said_first(detector, photos, screws, tmp_path):
@@ -408,6 +414,8 @@ def test_command(photos, tmp_path):
     assert result.exit_code == 1, result.output
     assert "not readable: broken.png" in result.output
     assert "demo model" in result.output
+    assert "model: demo" in result.output
+    assert "by default" in result.output
     assert len(pd.read_csv(tmp_path / "found" / "scores.csv")) == 4
 
 

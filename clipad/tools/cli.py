@@ -128,7 +128,7 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
     type=float,
     default=0.05,
     show_default=True,
-    help="Share of flawless images that may be called bad; 0.05 takes at least 19 flawless images.",
+    help="About this share of flawless images is called bad, on average; 0.05 takes at least 19 of them.",
 )
 @click.option(
     "--normal-folder",
@@ -213,6 +213,9 @@ def detect(
         own = {"prompts": load_prompts(prompts)} if prompts else {}
         chosen = make_detector(detector, backbone, layers, **own)
         report = run_detection(chosen, path, object_name, output, **options)
+    source = click.get_current_context().get_parameter_source("model")
+    default = " (by default: name yours, --model)" if source.name == "DEFAULT" else ""
+    click.echo(f"model: {backbone.name}, {backbone.pretrained}{default}")
     for line in summary(report, output):
         click.echo(line)
     if report.warning:

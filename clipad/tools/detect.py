@@ -34,9 +34,9 @@ from clipad.files import (
 from clipad.metrics import image_metrics
 from clipad.published import data_dir
 from clipad.studies.common import exact_share
-from clipad.studies.inspection import Inspector, require_enough
+from clipad.studies.inspection import Inspector, require_enough, without_specks
 from clipad.tools.photographs import find_flawless, find_photographs, labels_of, refuse_shared
-from clipad.tools.report import draw, find_regions, heat_layer, region_mask, write_report
+from clipad.tools.report import draw, find_regions, heat_layer, no_region, region_mask, write_report
 
 BATCH = 16
 KEPT = ("images", "overlays", "heat", "masks", "maps")
@@ -92,7 +92,7 @@ def detect(
     """Score an image or all photographs below a folder, and write report.html, scores.csv, scores.json and pictures.
 
     ``normal``: a folder of flawless images of the same product. They set the scale and the threshold, so that every
-    image gets a verdict at the false-alarm rate asked for; without them there is a score (the logit) but no verdict.
+    image gets a verdict at about the false-alarm rate asked for; without them a score (the logit) but none.
     ``neighbours`` and ``tiles``: see :class:`clipad.studies.inspection.Inspector`. ``normal_folder``: the name of the
     sub-folders that hold flawless images, in ``path`` (for labels) and in ``normal``; labels are never guessed.
 
@@ -107,8 +107,8 @@ def detect(
     inspector = Inspector(detector, object_name, neighbours, tiles)
     detector.text_vectors(object_name)
     if normal:
-        require_enough(len(flawless), false_alarms)
         refuse_shared(found.photographs, flawless)
+        require_enough(len(flawless), false_alarms)
     elif neighbours != "no":
         raise ValueError("nearest neighbours need flawless images: give a folder (--normal)")
     warning = demo_warning(detector, found.photographs)
@@ -148,7 +148,8 @@ def summary(report: Report, output_dir: Path, shown: int = 10) -> list[str]:
     if report.observed:
         lines.append("  ".join(f"{k} {v:.3f}" for k, v in report.observed.items()))
     for row in report.scores.head(shown).itertuples():
-        lines.append(f"{row.score:8.2f}  {row.verdict:6}{row.image}")
+        why = no_region(row.verdict, row.regions)
+        lines.append(f"{row.score:8.2f}  {row.verdict:6}{row.image}  {why}".rstrip())
     counts = ", ".join(f"{n} {verdict}" for verdict, n in report.counts.items())
     highest = f" (the {shown} highest shown)" if len(report.scores) > shown else ""
     lines.append(
@@ -199,8 +200,10 @@ class _Work:
     """Images read ahead by threads, looked at in batches, and what is kept of each in the output folder."""
 
     def __init__(self, inspector: Inspector, root: Path, folder: Path, progress: bool):
-        self.inspector, self.root, self.folder, self.progress = inspector, root, folder, progress
+        self.inspector, self.root, self.folder = inspector, root, folder
+        self.quiet = None if progress else True  # None: no bars where stderr is no terminal
         self.scale: tuple[float, float] = (0.0, 1.0)
+        self.before = ""
 
     def name(self, path: Path) -> str:
         return printable(path.relative_to(self.root).as_posix())
@@ -238,6 +241,8 @@ class _Work:
         with ThreadPoolExecutor(4) as pool:
             finished = list(pool.map(self._finished, photographs))
         todo = [path for path, done in zip(photographs, finished, strict=True) if not done]
+        if any(finished):
+            self.before = f"{sum(finished)} of {len(finished)} images were finished before, skipped"
         if self.inspector.rule is None:
             self.scale = self._scale_without_flawless(todo)
         unread, masks = {}, []
@@ -286,7 +291,7 @@ class _Work:
         groups = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
         with (
             ThreadPoolExecutor(4) as readers,
-            tqdm(total=len(paths), desc=what, unit="image", disable=not self.progress) as bar,
+            tqdm(total=len(paths), desc=what, unit="image", disable=self.quiet) as bar,
         ):
             ahead: deque = deque()
             for number, group in enumerate(groups):
@@ -374,7 +379,10 @@ class _Work:
                 size, said = tuple(int(v) for v in kept["size"]), str(kept["remarks"])
             highest = float(heat.max())
             score = rule.score(logit, highest) if rule else logit
-            regions = find_regions(heat, rule.map_threshold, size) if rule else []
+            regions, area = [], None
+            if rule:
+                regions = find_regions(heat, rule.map_threshold, size)
+                area = float((without_specks(heat, rule.map_threshold) > rule.map_threshold).mean())
             rows.append(
                 {
                     "image": self.name(path),
@@ -384,7 +392,7 @@ class _Work:
                     "logit": logit,
                     "map_max": highest,
                     "regions": len(regions),
-                    "area": float((heat > rule.map_threshold).mean()) if rule else None,
+                    "area": area,
                     "boxes": [region.box for region in regions],
                     "width": size[0],
                     "height": size[1],
@@ -403,7 +411,7 @@ class _Work:
         """What was done to the images that a reader has to know."""
         if not len(scores):
             return []
-        notes = []
+        notes = [self.before] if self.before else []
         for remark, text in (
             ("turned", "were turned as their EXIF orientation says"),
             (

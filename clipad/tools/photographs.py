@@ -22,8 +22,8 @@ def check_input(
     flawless, _ = find_flawless(normal, normal_folder, output_dir) if normal else ([], [])
     labels_of(found.photographs, root, normal_folder, flawless)
     if normal:
-        require_enough(len(flawless), false_alarms)
         refuse_shared(found.photographs, flawless)
+        require_enough(len(flawless), false_alarms)
 
 
 def find_photographs(path: str | Path, output_dir: str | Path | None = None) -> tuple[Path, Scan]:

@@ -18,10 +18,12 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from clipad.files import write_atomically
+from clipad.studies.inspection import without_specks
 
 MAP = "inferno"
 MOST_REGIONS = 20
 """regions that are listed of one image, the highest first"""
+NO_REGION = {"bad": "bad by score, no region", "check": "too small to outline"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,11 @@ class Region:
 
 
 def find_regions(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> list[Region]:
-    """Regions of a map (R x R) above a threshold for an image of ``size`` (width, height), highest first."""
+    """Regions of a map (R x R) above a threshold for an image of ``size`` (width, height), highest first.
+
+    Specks (:func:`clipad.studies.inspection.without_specks`) are no regions.
+    """
+    heat = without_specks(heat, threshold)
     # Two frames: the border's own values, so that a region there reaches the edge; low ones, which close its line.
     low = float(heat.min()) - 1
     framed = np.pad(np.pad(heat, 1, mode="edge"), 1, constant_values=low)
@@ -60,8 +66,9 @@ def find_regions(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> l
 
 
 def region_mask(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> Image.Image:
-    """Where the map is above the threshold, as a black and white image of ``size`` (width, height)."""
-    large = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+    """Where the map has regions, as a black and white image of ``size`` (width, height)."""
+    heat = without_specks(heat, threshold).astype(np.float32)
+    large = Image.fromarray(heat).resize(size, Image.Resampling.BILINEAR)
     return Image.fromarray(np.asarray(large) > threshold)
 
 
@@ -170,6 +177,7 @@ def report_html(report, scale: tuple[float, float], inspector) -> str:
     rows = report.scores.to_dict(orient="records")
     for row in rows:
         row["url"] = quote(row["file"])
+        row["no_region"] = no_region(row["verdict"], row.get("regions", 0))
         row["path"] = " ".join(_svg_path(line) for lines in row["outlines"] for line in lines)
     colours = matplotlib.colormaps[MAP](np.linspace(0, 1, 9))
     return environment.get_template("report.html.j2").render(
@@ -186,12 +194,17 @@ def report_html(report, scale: tuple[float, float], inspector) -> str:
     )
 
 
+def no_region(verdict: str, regions: int) -> str:
+    """What to say of an image with this verdict and this many regions: empty, or why nothing is outlined."""
+    return "" if regions else NO_REGION.get(verdict, "")
+
+
 def _viewed(row, report) -> dict:
     """What the page's script needs of an image."""
     verdict = f"{row['verdict']}, score" if report.rule else "logit"
     title = f"{row['image']}: {verdict} {row['score']:.2f}, {row['width']} x {row['height']} pixels"
     return {
-        "title": title,
+        "title": ", ".join(filter(None, (title, row["no_region"]))),
         **{key: row[key] for key in ("url", "path", "boxes", "width", "height")},
     }
 

@@ -20,6 +20,7 @@ from functools import cached_property
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from scipy.stats import beta
 
 from clipad.detectors import CLIP_TEMPERATURE, SDP, Detector, Features
@@ -31,10 +32,12 @@ FEWEST_FLAWLESS = 8
 """a median and a MAD of fewer images say nothing"""
 BANK = 100
 """flawless images whose patches are remembered; further ones are compared with these, as a new image is"""
+SMALLEST = 4
+"""pixels of a map: a region of fewer is not outlined"""
 
 
 def images_needed(false_alarms: float) -> int:
-    """How many flawless images it takes to promise this rate: with n of them no rate below 1 / (n + 1) can be.
+    """How many flawless images it takes for this rate: with n of them none below 1 / (n + 1) can be promised.
 
     >>> images_needed(0.05), images_needed(0.1)
     (19, 9)
@@ -63,10 +66,11 @@ def alarms_allowed(n: int, false_alarms: float) -> int:
 
 
 def conformal_threshold(scores: Sequence[float], false_alarms: float) -> float:
-    """The k-th highest of n flawless scores, k = floor(rate (n + 1)) (split conformal prediction, Vovk et al. 2005).
+    """The k-th highest of n flawless scores, k = floor(rate (n + 1)) (conformal prediction, Vovk et al. 2005).
 
-    A new flawless image is one more draw from the same source: its rank among the n + 1 is uniform, so it is *above*
-    the k-th highest with probability at most k / (n + 1), whatever the distribution. ValueError if k would be 0.
+    If all n + 1 images are scored alike, the rank of a new flawless one is uniform, so it is *above* the k-th highest
+    with probability at most k / (n + 1), whatever the distribution. :class:`Rule` scores them nearly alike, so there
+    it is about k / (n + 1). ValueError if k would be 0.
 
     >>> conformal_threshold(range(19), 0.05), conformal_threshold(range(19), 0.1)
     (18.0, 17.0)
@@ -76,11 +80,11 @@ def conformal_threshold(scores: Sequence[float], false_alarms: float) -> float:
 
 
 def rate_interval(n: int, false_alarms: float, level: float = 0.95) -> tuple[float, float]:
-    """Exact interval of the true false-alarm rate of *this* threshold, over draws of the n flawless images.
+    """Interval of the true false-alarm rate of *this* threshold, over draws of the n flawless images.
 
-    The rate above the k-th highest of n continuous scores is Beta(k, n + 1 - k) distributed; its mean is k / (n + 1).
-    With the leave-one-out scores of :class:`Rule` rates are a little lower (simulated: 4.3 % for 5 % and n = 19; scores
-    in sample, on the scale of all n, would give 5.5 %).
+    The rate above the k-th highest of n independent continuous scores is Beta(k, n + 1 - k) distributed; its mean is
+    k / (n + 1). Approximate for the leave-one-out scores of :class:`Rule`, whose rates are a little lower (simulated:
+    4.3 % for 5 % and n = 19; scores in sample, on the scale of all n, would give 5.5 %).
     """
     k = alarms_allowed(n, false_alarms)
     low, high = beta.ppf([(1 - level) / 2, (1 + level) / 2], k, n + 1 - k)
@@ -127,7 +131,8 @@ class Rule:
     * *check*: it is not, but the map alone is above ``map_threshold``, found in the same way: a region stands out.
     * *good*: neither.
 
-    A flawless image is called bad with probability at most ``false_alarms``, and bad or check with at most twice that.
+    On average a flawless image is called bad with probability of about ``false_alarms``, and bad or check with at most
+    about twice that. No exact guarantee: n - 1 images set a flawless image's scale and n a new one's (a jackknife).
     """
 
     logits: np.ndarray
@@ -174,11 +179,20 @@ class Rule:
             "check": "the score is not, but a region of the map is above "
             f"{self.map_threshold:.4g}, found by the same rule",
             "good": "neither",
-            "promised": "a new flawless image is called bad with probability at most "
-            f"{k}/{n + 1} = {k / (n + 1):.1%}, over all choices of {n} flawless images, and bad or check with at most "
-            f"{2 * k / (n + 1):.1%}; with these {n} images the true rate of bad lies between {low:.1%} and {high:.1%} "
-            "(95 % interval). This holds for images that are taken as the flawless ones were",
+            "promised": f"on average over all choices of {n} flawless images, about {k}/{n + 1} = {k / (n + 1):.1%} of "
+            f"new flawless images are called bad, and at most about {2 * k / (n + 1):.1%} bad or check; with these {n} "
+            f"images the true rate of bad lies roughly between {low:.1%} and {high:.1%} (95 % interval). Only about, "
+            f"because {n - 1} images set the scale of each flawless score and {n} that of a new one (a jackknife), and "
+            "only for images that are taken as the flawless ones were",
         }
+
+
+def without_specks(heat: np.ndarray, threshold: float) -> np.ndarray:
+    """The map (R x R), lowered to the threshold where fewer than ``SMALLEST`` connected pixels are above it."""
+    labels, _ = ndimage.label(heat > threshold, structure=np.ones((3, 3)))
+    small = np.bincount(labels.ravel()) < SMALLEST
+    small[0] = False
+    return np.where(small[labels], np.asarray(threshold, heat.dtype), heat)
 
 
 def _ordinal(k: int) -> str:

@@ -11,6 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from clipad.studies.figures import ANOMALOUS, COLOURS, MAP, NORMAL, contour
+from clipad.studies.inspection import without_specks
 
 
 def decisions(frame: pd.DataFrame, rule) -> Figure:
@@ -93,9 +94,9 @@ def promise(table: pd.DataFrame) -> Figure:
     ax.set(xscale="log", yscale="log")
     ax.set_xticks(numbers, numbers, minor=False, fontsize=9)
     ax.set_xticks([], minor=True)
-    ticks = [0.1, 1, 5, 10, 30]
+    ticks = [0.03, 0.1, 1, 5, 10, 30]
     ax.set_yticks(ticks, [f"{t:g} %" for t in ticks], fontsize=9)
-    ax.set_ylim(0.1, 40)
+    ax.set_ylim(0.02, 40)
     ax.set_xlabel("flawless images", fontsize=9)
     ax.set_ylabel("true false-alarm rate", fontsize=9)
     sns.despine(ax=ax)
@@ -144,7 +145,7 @@ def outlined(
             for colour, width in (("black", 2), ("#7CFC00", 1)):
                 top.contour(masks[column], levels=[0.5], colors=[colour], linewidths=width)
         below.imshow(heat, cmap=MAP, vmin=low, vmax=low + 1.5 * (threshold - low))
-        contour(below, heat > threshold)
+        contour(below, without_specks(heat, threshold) > threshold)
         top.set_title(title, fontsize=9)
         for ax in (top, below):
             ax.set(xticks=[], yticks=[])

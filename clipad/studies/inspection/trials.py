@@ -179,24 +179,28 @@ def promised(rates: Sequence[float], numbers: Sequence[int]) -> pd.DataFrame:
 def trays(
     product: Product, side: int, count: int, piece: int, seed: int = 0
 ) -> Mapping[str, np.ndarray | list]:
-    """Large images of ``side`` x ``side`` pieces of ``piece`` pixels, moved so that tiles cut through pieces.
+    """Large images, as wide as ``side`` pieces of ``piece`` pixels, cut at a random place out of one piece more.
 
-    Every second of the ``count`` trays has one defective piece. ``images`` (PIL), ``labels``, ``masks`` (their size).
+    Every second of the ``count`` trays has one defective piece, all of it inside. ``images`` (PIL),
+    ``labels``, ``masks`` (their size).
     """
     rng = np.random.default_rng(seed)
     samples = product.dataset
     size = (piece, piece)
     images, masks, labels = [], [], []
     for number in range(count):
-        chosen = rng.choice(product.flawless, side * side)
+        chosen = rng.choice(product.flawless, (side + 1, side + 1))
         label = number % 2
         if label:
-            chosen[rng.integers(side * side)] = rng.choice(np.flatnonzero(product.labels == 1))
-        pictures = [read_image(samples[i].image_path).convert("RGB").resize(size) for i in chosen]
-        truths = [_native_truth(samples[i], size) for i in chosen]
-        shift = rng.integers(size[1]), rng.integers(size[0])
-        images.append(Image.fromarray(np.roll(_grid(pictures, side), shift, axis=(0, 1))))
-        masks.append(np.roll(_grid(truths, side), shift, axis=(0, 1)))
+            inside = tuple(rng.integers(1, side, 2))
+            chosen[inside] = rng.choice(np.flatnonzero(product.labels == 1))
+        own = [samples[i] for i in chosen.flat]
+        pictures = [read_image(s.image_path).convert("RGB").resize(size) for s in own]
+        truths = [_native_truth(s, size) for s in own]
+        y, x = rng.integers(piece, size=2)
+        window = np.s_[y : y + side * piece, x : x + side * piece]
+        images.append(Image.fromarray(_grid(pictures, side + 1)[window]))
+        masks.append(_grid(truths, side + 1)[window])
         labels.append(label)
     return {"images": images, "labels": np.array(labels), "masks": np.stack(masks)}
 
