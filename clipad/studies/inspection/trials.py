@@ -184,7 +184,7 @@ def trays(
     Every second of the ``count`` trays has one defective piece, all of it inside. ``images`` (PIL),
     ``labels``, ``masks`` (their size).
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, *product.name.encode()])  # other draws for each product
     samples = product.dataset
     size = (piece, piece)
     images, masks, labels = [], [], []
