@@ -136,19 +136,7 @@ def has_labels(report) -> bool:
 
 def scores_csv(report) -> str:
     """A row per image. A text that a spreadsheet would take for a formula gets an apostrophe before it."""
-    columns = [  # COLS
-        "image",
-        "verdict",
-        "score",
-        "p_value",
-        "logit",
-        "map_max",
-        "regions",
-        "area",
-        "boxes",
-        "width",
-        "height",
-    ]
+    columns = "image verdict score p_value logit map_max regions area boxes width height".split()
     columns += ["label"] if has_labels(report) else []
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
