@@ -444,7 +444,7 @@ def fact(run, id: str, sentence: str, holds: bool, *, source: str = "ours", then
     """The same for what is exact and needs no interval, such as an identity: ``holds`` or ``does not hold``."""
     verdict, nan = "holds" if holds else "does not hold", float("nan")
     display(Markdown(f"**Found here:** {sentence}: **{verdict}**. {then}".strip()))
-    kept = Claim(id, sentence, source, "", verdict, nan, nan, nan, nan, nan, 0.0, "as computed", nan)
+    kept = Claim(id, sentence, source, "", verdict, *[nan] * 5, 0.0, "as computed", nan)
     _keep_claim(run, kept)
 
 

@@ -38,10 +38,7 @@ class Region:
 
 
 def find_regions(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> list[Region]:
-    """Regions of a map (R x R) above a threshold for an image of ``size`` (width, height), highest first.
-
-    Specks (:func:`clipad.studies.inspection.without_specks`) are no regions.
-    """
+    """Regions of a map (R x R) above a threshold for an image of ``size`` (width, height), highest first; no specks."""
     heat = without_specks(heat, threshold)
     # Two frames: the border's own values, so that a region there reaches the edge; low ones, which close its line.
     low = float(heat.min()) - 1
@@ -136,7 +133,8 @@ def has_labels(report) -> bool:
 
 def scores_csv(report) -> str:
     """A row per image. A text that a spreadsheet would take for a formula gets an apostrophe before it."""
-    columns = "image verdict score p_value logit map_max regions area boxes width height".split()
+    columns = ["image", "verdict", "score", "p_value", "logit", "map_max"]
+    columns += ["regions", "area", "boxes", "width", "height"]
     columns += ["label"] if has_labels(report) else []
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
