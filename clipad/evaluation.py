@@ -28,6 +28,7 @@ from clipad.files import (
     cached,
     content_hash,
     file_name,
+    require_same_settings,
     require_writable,
     write_atomically,
 )
@@ -347,14 +348,7 @@ def _claim(folder: Path, settings: dict) -> Path:
                 f"{path} is damaged, so nobody knows what made the results beside it: "
                 "choose another output_dir or remove this one"
             ) from None
-        different = sorted(
-            key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)
-        )
-        if different:
-            raise ValueError(
-                f"{folder} holds results of other settings (different: {', '.join(different)}): "
-                "choose another output_dir or remove this one"
-            )
+        require_same_settings(folder, found, wanted)
     else:
         write_atomically(path, text)
     return folder

@@ -62,14 +62,19 @@ def cached(path: Path | None, compute: Callable[[], Arrays], required: bool = Tr
         pass  # damaged
     arrays = compute()
     if path is not None:
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
         try:
-            write_atomically(path, buffer.getvalue())
+            write_arrays(path, arrays)
         except OSError:
             if required:
                 raise
     return arrays
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write arrays as one .npz file, by :func:`write_atomically`."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
 
 
 def address(key: Any) -> str:
@@ -268,3 +273,15 @@ def plain(name: str) -> str:
 
 def nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)  # archives made on macOS hold decomposed letters
+
+
+def require_same_settings(
+    folder: Path, found: dict, wanted: dict, holds: str = "results of", option: str = "output_dir"
+) -> None:
+    """ValueError that names the settings in which what ``folder`` holds differs from what is wanted."""
+    different = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+    if different:
+        raise ValueError(
+            f"{folder} holds {holds} other settings (different: {', '.join(different)}): "
+            f"choose another {option} or remove this one"
+        )

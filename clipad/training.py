@@ -23,7 +23,7 @@ from clipad.backbone import Backbone
 from clipad.datasets import Dataset
 from clipad.dual_path import default_stages, staged_features
 from clipad.evaluation import fingerprint, in_parts, load_images, read_masks
-from clipad.files import write_atomically
+from clipad.files import require_same_settings, write_atomically
 from clipad.linear_layers import LinearLayers, linear_maps, stage_losses
 from clipad.prompts import CLIP_AD, Prompts
 from clipad.text import check_method, representative_vectors
@@ -329,14 +329,7 @@ def _resume(folder: Path, layers: LinearLayers, optimizer, epochs: int) -> list[
                 stacklevel=3,
             )
             continue
-        different = sorted(
-            k for k in found.keys() | settings.keys() if found.get(k) != settings.get(k)
-        )
-        if different:
-            raise ValueError(
-                f"{folder} holds a training with other settings (different: {', '.join(different)}): "
-                "choose another output_dir or remove this one"
-            )
+        require_same_settings(folder, found, settings, "a training with")
         if len(rows) > epochs:
             continue
         layers.load_state_dict({name: state[name] for name in layers.state_dict()})

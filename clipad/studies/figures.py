@@ -309,9 +309,10 @@ def method_overview() -> Figure:
     return figure
 
 
-def _box(ax, x, y, width, height, text, colour, size=8):
+def box(ax, x, y, width, height, text, colour, size=8, pad=0.4) -> None:
+    """A rounded box with text, of a drawing: x, y is its lower left corner, colour a name of COLOURS."""
     face = sns.light_palette(COLOURS[colour], 5)[1]
-    style = {"boxstyle": "round,pad=0.4", "facecolor": face, "edgecolor": "0.25", "linewidth": 1}
+    style = {"boxstyle": f"round,pad={pad}", "facecolor": face, "edgecolor": "0.25", "linewidth": 1}
     ax.add_patch(FancyBboxPatch((x, y), width, height, **style))
     ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size)
 
@@ -322,23 +323,23 @@ def _arrow(ax, start, end, colour="0.25"):
 
 
 def _text_side(ax) -> None:
-    _box(ax, 1, 36, 16, 8, "198 normal +\n220 anomalous\nsentences", "orange")
-    _box(ax, 24, 36, 13, 8, "text encoder\n(frozen)", "grey")
-    _box(ax, 44, 36, 19, 8, "RVS: one vector\nper state\n(notebook 01)", "orange")
+    box(ax, 1, 36, 16, 8, "198 normal +\n220 anomalous\nsentences", "orange")
+    box(ax, 24, 36, 13, 8, "text encoder\n(frozen)", "grey")
+    box(ax, 44, 36, 19, 8, "RVS: one vector\nper state\n(notebook 01)", "orange")
     _arrow(ax, (17.6, 40), (23.4, 40))
     _arrow(ax, (37.6, 40), (43.4, 40))
 
 
 def _image_side(ax) -> None:
     green = COLOURS["green"]
-    _box(ax, 1, 12, 9, 14, "image\nS × S", "blue")
+    box(ax, 1, 12, 9, 14, "image\nS × S", "blue")
     _arrow(ax, (10.6, 24), (16.4, 24))
     for k in range(4):
         x = 17 + 12.5 * k
         blocks = f"blocks {3 * k + 1}–{3 * k + 3}\nq-k attention"
         path = "v-v attention\nrestarts here" if k else "v-v attention\nstarts here"
-        _box(ax, x, 21, 9.5, 6, blocks, "grey", 7)
-        _box(ax, x, 10, 9.5, 6, path, "green", 7)
+        box(ax, x, 21, 9.5, 6, blocks, "grey", 7)
+        box(ax, x, 10, 9.5, 6, path, "green", 7)
         _arrow(ax, (x + 4.75, 20.4), (x + 4.75, 16.6), green)
         if k:
             _arrow(ax, (x - 2.4, 24), (x - 0.6, 24))
@@ -351,10 +352,10 @@ def _image_side(ax) -> None:
 
 def _combination(ax) -> None:
     surgery = "feature surgery:\nsimilarities minus\nwhat both states\nshare, summed"
-    _box(ax, 70, 21, 12, 9, "class token\n× text =\nclass probability", "orange", 7.5)
-    _box(ax, 70, 4, 12, 12, surgery, "green", 7.5)
-    _box(ax, 87.5, 4, 11.5, 12, "anomaly map\nSDP\n+ linear layers\n= SDP+ (04)", "blue", 7.5)
-    _box(ax, 87.5, 21, 11.5, 9, "image score", "blue", 7.5)
+    box(ax, 70, 21, 12, 9, "class token\n× text =\nclass probability", "orange", 7.5)
+    box(ax, 70, 4, 12, 12, surgery, "green", 7.5)
+    box(ax, 87.5, 4, 11.5, 12, "anomaly map\nSDP\n+ linear layers\n= SDP+ (04)", "blue", 7.5)
+    box(ax, 87.5, 21, 11.5, 9, "image score", "blue", 7.5)
     _arrow(ax, (64.6, 24), (69.4, 25))
     _arrow(ax, (64.6, 2.6), (69.4, 8), COLOURS["green"])
     _arrow(ax, (82.6, 10), (86.9, 10))

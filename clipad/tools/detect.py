@@ -28,7 +28,9 @@ from clipad.files import (
     content_hash,
     file_name,
     printable,
+    require_same_settings,
     require_writable,
+    write_arrays,
     write_atomically,
 )
 from clipad.metrics import image_metrics
@@ -180,12 +182,7 @@ def claim(folder: Path, settings: dict) -> Path:
                 f"{path} is missing or damaged: choose another --out or remove {folder.name}"
             ) from None
         now = json.loads(json.dumps(settings))
-        different = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-        if different:
-            raise ValueError(
-                f"{folder} holds results of other settings (different: {', '.join(different)}): choose another --out "
-                "or remove it"
-            )
+        require_same_settings(folder, before, now, option="--out")
         return folder
     require_writable(folder)
     write_atomically(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
@@ -312,9 +309,7 @@ class _Work:
         tensor = self.inspector.prepare(image)
         shown = image.copy() if max(image.size) > 65_000 else image  # JPEG's limit
         shown.thumbnail((65_000, 65_000))
-        buffer = io.BytesIO()
-        shown.save(buffer, "JPEG", quality=88)
-        write_atomically(self.file("images", path), buffer.getvalue())
+        _write_picture(self.file("images", path), shown)
         small = image.convert("RGB")
         small.thumbnail((768, 768))
         return tensor, small, facts
@@ -341,15 +336,8 @@ class _Work:
         if regions:
             pictures["masks"] = region_mask(heat, threshold, size)
         for kind, shown in pictures.items():
-            buffer = io.BytesIO()
-            if kind == "overlays":
-                shown.save(buffer, "JPEG", quality=88)
-            else:
-                shown.save(buffer, "PNG")
-            write_atomically(self.file(kind, path), buffer.getvalue())
-        buffer = io.BytesIO()
-        np.savez(buffer, **facts)
-        write_atomically(self.file("maps", path), buffer.getvalue())
+            _write_picture(self.file(kind, path), shown)
+        write_arrays(self.file("maps", path), facts)
 
     def _scale_without_flawless(self, todo) -> tuple[float, float]:
         """1st to 99.9th percentile over up to 32 images spread over the folder; kept, so that it stays the same."""
@@ -445,6 +433,13 @@ class _Work:
             for path in (self.folder / kind).iterdir():
                 if path.stem not in (regions if kind == "masks" else present):
                     path.unlink()
+
+
+def _write_picture(path: Path, picture: Image.Image) -> None:
+    """As the name's ending says, .png or .jpg."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG" if path.suffix == ".png" else "JPEG", quality=88)
+    write_atomically(path, buffer.getvalue())
 
 
 def _photograph(path: Path) -> tuple[Image.Image, set[str]]:

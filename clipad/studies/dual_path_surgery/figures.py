@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -10,10 +11,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from clipad.studies.dual_path_surgery import Example
-from clipad.studies.figures import COLOURS, MAP
+from clipad.studies.figures import COLOURS, MAP, box
 
 DUAL_PATH_BLOCK = (
     "One block of the dual path. Ordinary path (grey): q-k attention gives a, added to x, then the MLP. Surgery path "
@@ -27,13 +28,7 @@ SIGNED = "RdBu_r"
 
 
 DARK = "0.25"
-
-
-def _box(ax, x, y, width, height, text, colour):
-    face = sns.light_palette(COLOURS[colour], 5)[1]
-    style = {"boxstyle": "round,pad=0.3", "facecolor": face, "edgecolor": DARK}
-    ax.add_patch(FancyBboxPatch((x, y), width, height, **style))
-    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8)
+_box = functools.partial(box, pad=0.3)
 
 
 def _line(ax, *points, colour=DARK, head=True):

@@ -175,16 +175,13 @@ def dots(
             rows.index(row), 100 * (high - low), left=100 * low, height=0.5, color="0.88", zorder=0
         )
     if len(first) > len(rows):  # else the rows name the series
-        figure.legend(
-            handles.values(),
-            handles,
-            loc="outside lower center",
-            ncols=3,
-            fontsize=9,
-            frameon=False,
-        )
+        _legend_below(figure, handles.values(), handles)
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _legend_below(figure: Figure, handles, labels) -> None:
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
 
 
 def _draw_entries(ax, table: pd.DataFrame, rows: list[str], handles: dict) -> None:
@@ -255,13 +252,7 @@ def controls(
         ax.tick_params(labelsize=9)
         sns.despine(ax=ax)
     axes[0, 0].invert_yaxis()
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=3,
-        fontsize=9,
-        frameon=False,
-    )
+    _legend_below(figure, *axes[0, 0].get_legend_handles_labels())
     figure.suptitle(title, fontsize=11)
     return figure
 
