@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from IPython.display import Markdown, display
 from tqdm import tqdm
 
@@ -37,7 +36,14 @@ from clipad.studies.common import (
     worst_median_best,
 )
 from clipad.studies.figures import image_array
-from clipad.studies.opposite_predictions import encoded, shuffled_states, untrained
+from clipad.studies.opposite_predictions import (
+    Truth,
+    attention_on_defect,
+    encoded,
+    patch_coverage,
+    shuffled_states,
+    untrained,
+)
 from clipad.surgery import similarity_map
 
 Variant = tuple[Callable, slice, Callable]
@@ -206,12 +212,6 @@ def by_group(scores: Scores, metric: str, baseline: str = "as written") -> pd.Da
 # Where patches look ---------------------------------------------------------------------------------------------
 
 
-def patch_coverage(masks: np.ndarray, grid: int) -> torch.Tensor:
-    """Masks B x S x S -> share of each patch that is anomalous, B x G*G (row by row, as the tokens)."""
-    pooled = F.adaptive_avg_pool2d(torch.from_numpy(np.asarray(masks)).float(), grid)
-    return pooled.flatten(1)
-
-
 @torch.no_grad()
 def attention_of(visual, example: Example, blocks: Sequence[int]) -> dict[int, tuple]:
     """0-based block -> q-k and v-v attention of the example's patch over all tokens, N + 1 weights each."""
@@ -225,43 +225,19 @@ def attention_of(visual, example: Example, blocks: Sequence[int]) -> dict[int, t
     return found
 
 
-@torch.no_grad()
 def defect_attention(
-    backbone, dataset: Dataset, per_category: int = 8, batch_size: int = 8
+    backbone, dataset: Dataset, per_category: int = 8, batch_size: int = 16
 ) -> pd.DataFrame:
-    """How much of its attention a defect's patch gives to the rest of the defect: a row per image and block.
+    """:func:`attention_on_defect` for some anomalous images of each category; ``uniform`` is its ``even``.
 
-    Columns ``category``, ``image``, ``block`` (0-based), ``q-k``, ``v-v``, and ``uniform``: the share if it looked
-    everywhere alike. A patch is of the defect when the mask covers more than half of it. The class token and the patch
-    itself are left out, and the other weights scaled to sum to 1. Images with fewer than two such patches are left out.
+    Here a patch is of the defect when the mask covers more than half of it.
     """
-    samples = [s for s in thinned(dataset, 2 * per_category) if s.label == 1]
-    grid = _grid(backbone)
-    coverage = patch_coverage(read_masks(samples, backbone.image_size), grid)
-    rows, done = [], 0
-    for category, images in batches(backbone, samples, batch_size):
-        x = backbone.visual.ln_pre(embed_patches(backbone.visual, images.to(backbone.device)))
-        inside = coverage[done : done + len(images)].to(x.device) > 0.5  # B x N
-        count = inside.sum(dim=1)
-        for number, block in enumerate(backbone.visual.transformer.resblocks):
-            shares = [_share_inside(w[:, 1:, 1:], inside) for w in attention_weights(block, x)]
-            for b in torch.nonzero(count >= 2)[:, 0].tolist():
-                uniform = float(count[b] - 1) / (inside.shape[1] - 1)
-                found = {"q-k": float(shares[0][b]), "v-v": float(shares[1][b])}
-                place = {"category": category, "image": done + b, "block": number}
-                rows.append(place | found | {"uniform": uniform})
-            x = block(x)
-        done += len(images)
-    return pd.DataFrame(rows, columns=["category", "image", "block", "q-k", "v-v", "uniform"])
-
-
-def _share_inside(weights: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Mean over the patches inside: share of their weights (B x N x N) on the other patches inside (B x N), B."""
-    weights = weights * (1 - torch.eye(weights.shape[1], device=weights.device))
-    weights = weights / weights.sum(dim=-1, keepdim=True)
-    inside = inside.float()
-    on_defect = (weights @ inside[..., None])[..., 0]
-    return (on_defect * inside).sum(dim=1) / inside.sum(dim=1)
+    few = thinned(dataset, 2 * per_category)
+    few = replace(few, samples=tuple(s for s in few if s.label == 1))
+    truth = Truth(few, read_masks(list(few), backbone.image_size), None)
+    labels = (truth.shares(_grid(backbone)) > 0.5).astype(int)
+    found = attention_on_defect(backbone, truth, labels, batch_size)
+    return found.rename(columns={"even": "uniform"})
 
 
 def attention_frames(**shares: pd.DataFrame) -> dict[str, pd.DataFrame]:

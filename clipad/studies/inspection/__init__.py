@@ -25,6 +25,7 @@ from scipy.stats import beta
 
 from clipad.detectors import CLIP_TEMPERATURE, SDP, Detector, Features
 from clipad.dual_path import staged_features
+from clipad.evaluation import in_parts
 from clipad.surgery import similarity_map
 
 NEIGHBOURS = ("no", "alone", "added")
@@ -309,13 +310,7 @@ class Inspector:
 
         ValueError for maps or logits that are not finite.
         """
-        try:
-            return self._look(images)
-        except torch.OutOfMemoryError:
-            if len(images) == 1:
-                raise
-            torch.cuda.empty_cache()
-        return Look.cat([self.look(half) for half in images.chunk(2)])
+        return Look.cat(in_parts(self._look, images))
 
     def _look(self, images):
         text = self.detector.text_vectors(self.name)
@@ -340,7 +335,7 @@ class Inspector:
         backbone, stages = self.detector.backbone, self.detector.stages
         with torch.no_grad(), backbone.autocast():
             images = images.to(backbone.device)
-            found = staged_features(backbone.visual, images, stages, self.detector.as_released)
+            found = staged_features(backbone.tower, images, stages, self.detector.as_released)
         paths = ([t.float() for t in path] for path in (found.surgery, found.ordinary))
         return Features(found.image_embedding.float(), *paths)
 

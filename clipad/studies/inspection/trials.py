@@ -9,13 +9,21 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from scipy.special import expit
 
 from clipad.datasets import Dataset, read_image
 from clipad.detectors import Detector, Features
 from clipad.evaluation import read_masks
 from clipad.metrics import image_metrics, pixel_metrics
-from clipad.studies.common import RESAMPLES, Interval, Kept, Scores, from_draws, score
-from clipad.studies.inspection import Inspector, Look, Rule, class_logit, rate_interval
+from clipad.studies.common import Interval, Kept, Scores, intervals_over_categories, score
+from clipad.studies.inspection import (
+    Inspector,
+    Look,
+    Rule,
+    alarms_allowed,
+    class_logit,
+    rate_interval,
+)
 
 
 @dataclass
@@ -123,8 +131,8 @@ def over_categories(
     values = means.dropna().to_numpy()
     if len(values) < 3:  # nothing can be said of other categories
         return Interval(values.mean() if len(values) else np.nan, np.nan, np.nan)
-    picked = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    return from_draws(values.mean(), values[picked].mean(axis=1))
+    drawn = np.column_stack([values, values])  # a category's own number is no draw of images
+    return intervals_over_categories(drawn, seed)[1]
 
 
 def names_tried(
@@ -143,11 +151,11 @@ def names_tried(
     rows = []
     for name in names:
         logits = class_logit(features.image_embedding, detector.text_vectors(name))
-        probability = 1 / (1 + np.exp(-logits))
+        probability = expit(logits)
         rng, found = np.random.default_rng(0), []
         for _ in range(draws):
             chosen = rng.permutation(flawless)[: len(flawless) // 2]
-            k = max(1, int(rate * (len(chosen) + 1) + 1e-9))
+            k = max(1, alarms_allowed(len(chosen), rate))
             found.append((logits[defective] > np.sort(logits[chosen])[-k]).mean())
         rows.append(
             {
@@ -167,7 +175,7 @@ def promised(rates: Sequence[float], numbers: Sequence[int]) -> pd.DataFrame:
     rows = []
     for rate in rates:
         for n in numbers:
-            if n + 1e-9 >= 1 / rate - 1:
+            if alarms_allowed(n, rate):
                 low, high = rate_interval(n, rate)
                 rows.append({"rate": rate, "n": n, "low": low, "high": high})
     return pd.DataFrame(rows)

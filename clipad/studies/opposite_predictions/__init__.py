@@ -133,13 +133,15 @@ class Truth:
 
     def shares(self, grid: int) -> np.ndarray:
         """M x N: the share of each patch that the defect covers."""
-        return _coverage(self.masks, grid)
+        return patch_coverage(self.masks, grid).numpy()
 
     def patches(self, grid: int) -> np.ndarray:
         """M x N labels: 1 where the defect covers a quarter of the patch or more; 0 where it covers none and, where
         objects are known, the object half or more; -1 for all others."""
         defect = self.shares(grid)
-        on_object = True if self.objects is None else _coverage(self.objects, grid) >= 0.5
+        on_object = True
+        if self.objects is not None:
+            on_object = patch_coverage(self.objects, grid).numpy() >= 0.5
         return np.where(defect >= 0.25, 1, np.where((defect == 0) & on_object, 0, -1))
 
     def pick(self, grid: int, per_image: int = 16, seed: int = 0) -> pd.DataFrame:
@@ -153,10 +155,9 @@ class Truth:
         return pd.DataFrame(rows, columns=["image", "patch", "label", "category", "defect", "fold"])
 
 
-def _coverage(regions: np.ndarray, grid: int) -> np.ndarray:
-    return (
-        F.adaptive_avg_pool2d(torch.from_numpy(regions).float()[:, None], grid).flatten(1).numpy()
-    )
+def patch_coverage(masks: np.ndarray, grid: int) -> torch.Tensor:
+    """Masks M x S x S -> share of each patch that they cover, M x N (row by row, as the tokens)."""
+    return F.adaptive_avg_pool2d(torch.from_numpy(masks).float(), grid).flatten(1)
 
 
 def ground_truth(dataset: Dataset, image_size: int) -> Truth:
@@ -435,7 +436,9 @@ def who_writes_what(backbone: Backbone, truth: Truth, text: Mapping, labels: np.
 
 
 @torch.no_grad()
-def attention_on_defect(backbone: Backbone, truth: Truth, labels: np.ndarray) -> pd.DataFrame:
+def attention_on_defect(
+    backbone: Backbone, truth: Truth, labels: np.ndarray, batch_size: int = 16
+) -> pd.DataFrame:
     """A row per image and block: how much of a defect patch's attention goes to *other* defect patches.
 
     Columns ``image``, ``category``, ``block`` (0-based), ``q-k``, ``v-v`` and ``even`` (what even attention gives):
@@ -443,7 +446,7 @@ def attention_on_defect(backbone: Backbone, truth: Truth, labels: np.ndarray) ->
     with fewer than two defect patches (``labels`` M x N) are left out.
     """
     rows, done = [], 0
-    for category, images in batches(backbone, list(truth.dataset)):
+    for category, images in batches(backbone, list(truth.dataset), batch_size):
         x = backbone.visual.ln_pre(embed_patches(backbone.visual, images))
         for number, block in enumerate(backbone.visual.transformer.resblocks):
             weights = [w[:, 1:, 1:].float().cpu().numpy() for w in attention_weights(block, x)]
