@@ -22,9 +22,6 @@ RATES = ("opposite", "opposite_on_object")
 COLUMNS = ("seed", "steps", "weights", "method", "category", *METRICS, *RATES)
 """metrics and rates are fractions; the rates are those of Direct and SDP only"""
 
-FIRST_CYCLE = 8_000
-"""steps until a training has finished: before, its learning rate is high and it sees parts of the pictures only"""
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -98,12 +95,12 @@ def differences(
 def findings(table: pd.DataFrame, chosen: Sequence[Finding] = FINDINGS) -> pd.DataFrame:
     """Finding x training: differences, and ``turns round``: not all of one sign.
 
-    A column is called "seed 1, 8,000 steps", with "unfinished" behind it before the end of the first cycle.
+    A column is called "seed 1, 8,000 steps".
     """
     rows = {}
     for finding in chosen:
         found = differences(table, finding.a, finding.b, finding.metric, finding.group)
-        found.index = [_label(seed, steps) for seed, steps in found.index]
+        found.index = [f"seed {seed}, {steps:,} steps" for seed, steps in found.index]
         name = METRIC_NAMES.get(finding.metric, "share of images")
         rows[f"{finding.sentence} ({name})"] = found
     frame = pd.DataFrame(rows).T
@@ -111,15 +108,10 @@ def findings(table: pd.DataFrame, chosen: Sequence[Finding] = FINDINGS) -> pd.Da
     return frame
 
 
-def _label(seed: int, steps: int) -> str:
-    return f"seed {seed}, {steps:,} steps" + (", unfinished" if steps < FIRST_CYCLE else "")
-
-
 def plot_findings(frame: pd.DataFrame) -> Figure:
     """Dots in points, a row per finding and a colour per training; ``frame``: what :func:`findings` returns.
 
     Large and small differences have an axis each, so that the large ones do not hide the signs of the others.
-    Unfinished trainings are hollow.
     """
     values = 100 * frame.drop(columns="turns round").astype(float)
     large = values.abs().max(axis=1) > 10
@@ -132,7 +124,6 @@ def plot_findings(frame: pd.DataFrame) -> Figure:
         heights = range(len(part))[::-1]
         for i, training in enumerate(part.columns):
             style = {"color": list(COLOURS.values())[i % len(COLOURS)], "marker": "osD^vP"[i % 6]}
-            style |= {"fillstyle": "none" if training.endswith("unfinished") else "full"}
             ax.plot(part[training], heights, linestyle="", label=training, alpha=0.8, **style)
         turning = frame.loc[part.index, "turns round"]
         names = [f"{name}  ↔" if turning[name] else name for name in part.index]
