@@ -39,7 +39,7 @@ lab: install  ## open the notebooks in JupyterLab
 
 app: install  ## the explorer alone, as a page in the browser
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[app]'
-	$(BIN)/voila notebooks/06_explorer.ipynb --strip_sources=True
+	$(BIN)/voila clipad/studies/explorer/app.ipynb --strip_sources=True
 
 notebooks: install  ## execute the notebooks and store their outputs in the repository
 	$(BIN)/clipad notebooks store

@@ -1,9 +1,11 @@
 """The explorer: its model against the detectors, its figure, and its controls driven without a kernel."""
 
 import io
+import json
 import shlex
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -519,3 +521,12 @@ def test_an_image_of_one_s_own_from_the_start(explorer, tmp_path):
     controls = panel.Controls(explorer, settings, settings, uploads=tmp_path)
     assert controls.settings() == [settings, settings]
     assert controls.controls["image"].value == str(path)
+
+
+def test_the_page_of_make_app_is_the_panel():
+    notebook = Path(panel.__file__).with_name("app.ipynb")
+    (cell,) = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    names = {}
+    exec("".join(cell["source"]), names)
+    assert isinstance(names["controls"], panel.Controls)
+    assert names["first"].image != names["controls"].explorer.beside(names["first"]).image
