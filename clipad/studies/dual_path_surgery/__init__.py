@@ -158,7 +158,7 @@ def run_variants(
         for category, images in batches(backbone, list(dataset), batch_size):
             images = images.to(backbone.device)
             with backbone.autocast():
-                found = {path: path(backbone.visual, images) for path in paths}
+                found = {path: path(backbone.tower, images) for path in paths}
             features = {path: [f.float() for f in stages] for path, stages in found.items()}
             for name, (path, which, scored, texts) in variants.items():
                 text = texts[category].to(images.device)

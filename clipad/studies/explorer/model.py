@@ -333,9 +333,9 @@ class Explorer:
     @torch.no_grad()
     def attention(self, image: str) -> np.ndarray:
         """2 x J x N x T: q-k and v-v weights of every patch in the stages' last blocks, ordinary path."""
-        visual = self.backbone.visual
         found = []
         with self.backbone.autocast():
+            visual = self.backbone.tower
             pixels = self.backbone.preprocess(self.picture(image)[0])[None]
             x = visual.ln_pre(embed_patches(visual, pixels.to(self.backbone.device)))
             for number, block in enumerate(visual.transformer.resblocks, start=1):

@@ -380,9 +380,10 @@ def read(
     for category, images in batches(backbone, list(truth.dataset)):
         own = picked[picked["image"].between(done, done + len(images) - 1)]
         with backbone.autocast():
-            tokens = variants(*written_by_block(backbone.visual, images))
+            visual = backbone.tower
+            tokens = variants(*written_by_block(visual, images))
             for name, values in tokens.items():
-                unit = F.normalize(project(backbone.visual, values[:, 1:]).float(), dim=-1)
+                unit = F.normalize(project(visual, values[:, 1:]).float(), dim=-1)
                 cosines.setdefault(name, []).append((unit @ text[category].to(unit)).float().cpu())
                 if with_features:
                     at = (own["image"] - done).tolist(), own["patch"].tolist()
