@@ -13,12 +13,14 @@ Only test images are listed: the method is zero-shot. The rules that the layouts
 """
 
 import csv
-import difflib
 import json
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -26,6 +28,7 @@ from PIL import Image, ImageOps
 from clipad.files import (
     IMAGE_SUFFIXES,
     MASK_FOLDERS,
+    did_you_mean,
     masks_beside,
     nfc,
     plain,
@@ -39,9 +42,21 @@ PIXEL_LIMIT = 64_000_000  # of one image: 8000 x 8000
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # others (EPS runs a program) stay closed
 NORMAL_NAMES = ("good", "normal", "ok")  # sub-folders of data set "folder" that hold normal images
 # Words that say a state, not a product, and not surely which one: labels are asked for.
-STATES = ("yes", "no", "pass", "passed", "fail", "failed", "reject", "nok", "ng", "ko", "bad")
-STATES += ("def", "defect", "defects", "defective", "anomaly", "anomalous", "abnormal")
-STATES += ("nominal", "healthy", "clean", "free", "okay")
+STATES = {
+    *NORMAL_NAMES,
+    "yes",
+    "no",
+    "pass",
+    "passed",
+    "fail",
+    "failed",
+    "reject",
+    "nok",
+    "ng",
+    "ko",
+}
+STATES |= {"bad", "def", "defect", "defects", "defective", "anomaly", "anomalous", "abnormal"}
+STATES |= {"nominal", "healthy", "clean", "free", "okay"}
 NO_TEST_IMAGES = ("train", "validation", "test_private", "test_private_mixed", "object")
 
 # Test images per category, (normal, anomalous), of the published data sets (data/README.md says where each is from).
@@ -65,6 +80,10 @@ EXPECTED = {
     "brainmri": {"brain ct": (98, 155)},
 }
 # fmt: on
+DEMO = {
+    "demo": ("leather", "tile", "capsule", "screw", "button", "gear", "hazelnut", "washer"),
+    "demo_aux": ("carpet", "wood", "grid", "marble", "bottle", "nut", "cable", "pill"),
+}
 
 
 class LayoutError(ValueError):
@@ -100,7 +119,7 @@ def read_image(path: str | Path) -> Image.Image:
     Raises `UnreadableImageError` (naming the file) for anything that is not a complete PNG, JPEG, BMP, TIFF or
     WebP image, or has floating-point or 32-bit pixels; `ImageTooLargeError` above `PIXEL_LIMIT` pixels.
     """
-    return _readable(path, decode(path))
+    return readable(path, decode(path))
 
 
 def read_photograph(path: str | Path) -> tuple[Image.Image, set[str]]:
@@ -110,24 +129,7 @@ def read_photograph(path: str | Path) -> tuple[Image.Image, set[str]]:
     """
     image = decode(path)
     found = remarks(image)
-    return _readable(path, ImageOps.exif_transpose(image) if "turned" in found else image), found
-
-
-def remarks(image: Image.Image) -> set[str]:
-    """What a reader of a decoded image has to know: "turned" (by EXIF), "twelve bit" (16-bit values below 4096)."""
-    found = set()
-    if image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1:
-        found.add("turned")
-    if image.mode.startswith("I") and 255 < np.asarray(image).max() < 4096:
-        found.add("twelve bit")
-    return found
-
-
-def _readable(path, image: Image.Image) -> Image.Image:
-    try:
-        return eight_bit(image)
-    except ValueError as error:
-        raise UnreadableImageError(f"cannot read image {path}: {error}") from error
+    return readable(path, ImageOps.exif_transpose(image) if "turned" in found else image), found
 
 
 def read_mask(
@@ -150,6 +152,19 @@ def native_size(path: str | Path) -> tuple[int, int]:
     return decode(path, header_only=True).size
 
 
+def native_mask(path: str | Path, expected_size: tuple[int, int] | None = None) -> np.ndarray:
+    """The mask as H x W bool at its own size; see `read_mask`."""
+    image = decode(path)
+    if expected_size is not None and image.size != tuple(expected_size):
+        raise MaskSizeError(
+            f"mask {path} has {image.width} x {image.height} pixels, its image {expected_size[0]} x "
+            f"{expected_size[1]}. Both are taken as stored (EXIF orientation is ignored); save them in one size"
+        )
+    if image.mode in ("1", "L", "F", "P") or image.mode.startswith("I"):
+        return np.asarray(image) > 0
+    return np.asarray(eight_bit(image)).any(axis=-1)
+
+
 def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
     """Resize an H x W bool mask to S x S bilinearly (antialiased) and threshold it at 0.5.
 
@@ -159,15 +174,8 @@ def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
     >>> int(resize_mask(mask, 96).sum()), int(resize_mask(mask, 24).sum())
     (96, 0)
     """
-    resized = Image.fromarray(mask.astype(np.uint8) * 255).resize(
-        (image_size, image_size), Image.Resampling.BILINEAR
-    )
-    return np.asarray(resized) >= 128
-
-
-def two_levels(image: Image.Image) -> bool:
-    """Whether a decoded image has at most two colours: a mask or an empty picture, no photograph."""
-    return image.getcolors(2) is not None
+    image = Image.fromarray(mask.astype(np.uint8) * 255)
+    return np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR)) >= 128
 
 
 def image_tensor(image: Image.Image, image_size: int, mean: Iterable[float], std: Iterable[float]):
@@ -181,39 +189,30 @@ def image_tensor(image: Image.Image, image_size: int, mean: Iterable[float], std
     """
     import torch  # on first use: listing and checking data sets does not need it
 
-    image = (
-        eight_bit(image).resize((image_size, image_size), Image.Resampling.BICUBIC).convert("RGB")
-    )
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    squashed = eight_bit(image).resize((image_size, image_size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(squashed.convert("RGB"))).permute(2, 0, 1).float() / 255
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
 def decode(path: str | Path, header_only: bool = False) -> Image.Image:
     """The image as its file has it, or only its header; errors as `read_image`."""
-    if not Path(path).is_file() and Path(path).exists() and not Path(path).is_dir():
-        raise UnreadableImageError(
-            f"{path} is a pipe or device, no image file"
-        )  # opening it would wait for ever
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():  # opening it would wait for ever
+        raise UnreadableImageError(f"{path} is a pipe or device, no image file")
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if (
-                image.width * image.height > PIXEL_LIMIT
-            ):  # known from the header, before any pixel is decoded
-                raise ImageTooLargeError(
-                    f"{path} has {image.width} x {image.height} pixels; the limit is {PIXEL_LIMIT:,} "
-                    "(clipad.datasets.PIXEL_LIMIT). Scale the image down, or raise the limit if you trust the file"
-                )
+            if image.width * image.height > PIXEL_LIMIT:  # before any pixel is decoded
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             if not header_only:
                 image.load()
             return image
-    except (FileNotFoundError, PermissionError, IsADirectoryError, ImageTooLargeError):
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except MemoryError as error:
+    except (Image.DecompressionBombError, MemoryError) as error:
         raise ImageTooLargeError(
-            f"there is not enough memory to decode {path}: close other programs, or scale the image down"
+            f"{path} is too large ({error}): the limit is {PIXEL_LIMIT:,} pixels (clipad.datasets.PIXEL_LIMIT). "
+            "Scale the image down, or raise the limit if you trust the file"
         ) from error
-    except Image.DecompressionBombError as error:
-        raise ImageTooLargeError(f"{path}: {error}; the limit is {PIXEL_LIMIT:,} pixels") from error
     except Exception as error:  # a decoder meets broken data with whatever it happens to raise
         raise UnreadableImageError(
             f"cannot read image {path}: {error}. Expected a complete {', '.join(IMAGE_FORMATS)} file; "
@@ -221,39 +220,47 @@ def decode(path: str | Path, header_only: bool = False) -> Image.Image:
         ) from error
 
 
+def readable(path: str | Path, image: Image.Image) -> Image.Image:
+    """`eight_bit` of what was decoded from a file, which its error names."""
+    try:
+        return eight_bit(image)
+    except ValueError as error:
+        raise UnreadableImageError(f"cannot read image {path}: {error}") from error
+
+
 def eight_bit(image: Image.Image) -> Image.Image:
     """Mode L or RGB (see `read_image`); ValueError for pixels without a defined range."""
     if image.mode in ("L", "RGB"):
         return image
-    if image.mode.startswith("I"):
+    if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
-        if values.size and (values.min() < 0 or values.max() > 65535):
-            raise ValueError("the pixels are 32-bit integers; save it with 8 or 16 bits")
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                "the pixels are floating-point or 32-bit numbers without a defined range; save it with 8 or 16 bits"
+            )
         grey = np.round(values / 257).astype(np.uint8)  # 65535 / 257 = 255
         return Image.fromarray(grey).convert("RGB")
-    if image.mode == "F":
-        raise ValueError(
-            "the pixels are floating-point numbers without a defined range; save it with 8 or 16 bits"
-        )
     if "transparency" in image.info:  # Pillow wants palettes with transparency to pass through RGBA
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
-def native_mask(path: str | Path, expected_size: tuple[int, int] | None = None) -> np.ndarray:
-    """H x W bool at native size."""
-    image = decode(path)
-    if expected_size is not None and image.size != tuple(expected_size):
-        raise MaskSizeError(
-            f"mask {path} has {image.width} x {image.height} pixels, its image {expected_size[0]} x "
-            f"{expected_size[1]}. Both are taken as stored (EXIF orientation is ignored); save them in one size"
-        )
-    if image.mode in ("1", "L", "F", "P") or image.mode.startswith("I"):
-        return np.asarray(image) > 0  # a palette's index counts, not its colour
-    return np.asarray(eight_bit(image)).any(axis=-1)
+def remarks(image: Image.Image) -> set[str]:
+    """What a reader of a decoded image has to know: "turned" (by EXIF), "twelve bit" (16-bit values below 4096)."""
+    found = set()
+    if image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1:
+        found.add("turned")
+    if image.mode.startswith("I") and 255 < np.asarray(image).max() < 4096:
+        found.add("twelve bit")
+    return found
 
 
-# --------------------------------------------------------------------------------------------- samples
+def two_levels(image: Image.Image) -> bool:
+    """Whether a decoded image has at most two colours: a mask or an empty picture, no photograph."""
+    return image.getcolors(2) is not None
+
+
+# ----------------------------------------------------------------------------------------------- samples
 
 
 @dataclass(frozen=True)
@@ -306,7 +313,7 @@ class Dataset:
             if name not in self.categories:
                 raise ValueError(
                     f"unknown category {name!r} of data set {self.name!r} at {self.root}"
-                    f"{_nearest(name, self.categories)}. It has: {', '.join(self.categories)}"
+                    f"{did_you_mean(name, self.categories)}. It has: {', '.join(self.categories)}"
                 )
         samples = tuple(s for name in names for s in self.samples if s.category == name)
         return Dataset(self.name, self.root, tuple(names), samples)
@@ -360,52 +367,81 @@ def load_dataset(
     missing), `LayoutError`, `OutsideRootError`.
     """
 
-    def stop(kind: type[Exception], message: str) -> None:
-        raise kind(message)
-
-    dataset = list_dataset(name, root, stop, normal_folder)
+    dataset, problems = list_dataset(name, root, normal_folder)
+    if problems:
+        raise problems[0]
     return dataset.select(categories) if categories else dataset
 
 
-Problem = Callable[[type[Exception], str], None]  # raises (load_dataset) or collects (data check)
-
-
 def list_dataset(
-    name: str, root: str | Path | None, problem: Problem, normal_folder: str = ""
-) -> Dataset:
-    """`load_dataset` of all categories, with every fault of the files handed to ``problem``."""
+    name: str, root: str | Path | None = None, normal_folder: str = ""
+) -> tuple[Dataset, list[Exception]]:
+    """`load_dataset` of all categories, without what cannot be used, and why it cannot."""
     if name not in LAYOUTS:
         raise ValueError(
-            f"unknown data set {name!r}{_nearest(name, LAYOUTS)}. Known: {', '.join(LAYOUTS)}"
+            f"unknown data set {name!r}{did_you_mean(name, LAYOUTS)}. Known: {', '.join(LAYOUTS)}"
         )
     if normal_folder and name != "folder":
         raise ValueError(f"normal_folder is for data set 'folder'; {name!r} says what is normal")
-    shipped = data_dir() / "demo" / "collections"
-    given = root is not None and str(root) != ""
-    if not given and name not in ("demo", "demo_aux"):
+    if not root and name not in DEMO:
         raise ValueError(
             f"data set {name!r} is not shipped and needs root=<its folder> (data_root on the command line); "
             "data/README.md says where it comes from"
         )
-    root = Path(root).expanduser() if given else shipped / name
+    root = Path(root).expanduser() if root else data_dir() / "demo" / "collections" / name
     root = _locate(name, root.resolve() if ".." in root.parts else root.absolute())
-    if given and name in ("demo", "demo_aux"):
-        own = {path.name for path in shipped.glob("*/*")}
-        strange = [folder.name for folder in _folders(root) if folder.name not in own]
-        if strange:
-            raise LayoutError(f"{strange[0]!r} is not of the demo: did you mean dataset='folder'?")
-    listing = LAYOUTS[name].samples
-    listed = listing(root, problem, *([normal_folder] if name == "folder" else []))
-    samples = [kept for sample in listed if (kept := _sound(sample, root, problem)) is not None]
-    if not samples:
-        problem(
-            LayoutError,
-            f"{root} holds no test images of data set {name!r}. {_expected_and_found(name, root)}",
-        )
-    if name == "folder":
-        _require_most_used(root, samples, problem)
+    samples, problems = [], []
+    for item in LAYOUTS[name].find(root, normal_folder):
+        for found in item.samples() if isinstance(item, Group) else [item]:
+            if isinstance(found, Sample):
+                found, reasons = _usable(found, root)
+                samples += [found] if found else []
+                problems += reasons
+            else:
+                problems.append(found)
+    if not samples and not problems:
+        problems.append(LayoutError(f"{root} holds no test images. {_expected(name, root)}"))
+    rest = left_over(root, samples) if name == "folder" else []
+    if len(rest) > len(samples):
+        reason = f"{len(samples)} images of {root} fit a layout and {len(rest)} do not, such as "
+        reason += f"{rest[0].relative_to(root)}: give the folder that holds them. "
+        problems.append(LayoutError(f"{reason}Expected {LAYOUTS[name].text}"))
     categories = tuple(dict.fromkeys(s.category for s in samples))
-    return Dataset(name, root, categories, tuple(samples))
+    return Dataset(name, root, categories, tuple(samples)), problems
+
+
+def _usable(sample: Sample, root: Path) -> tuple[Sample | None, list[Exception]]:
+    """The sample without those of its masks that cannot be reached, None if it cannot be used at all; and why."""
+    if sample.category == "mean":
+        reason = "a category cannot be called 'mean', the last row of every table: rename it"
+        return None, [ValueError(reason)]
+    name = os.path.relpath(sample.image_path, root)
+    if printable(name) != name:
+        return None, [ValueError(f"{printable(name)}: the name is not UTF-8, rename it")]
+    if reason := _unreachable(sample.image_path, root):
+        return None, [reason]
+    reasons = []
+    for part in ("mask_path", "object_mask_path"):
+        path = getattr(sample, part)
+        if path and (reason := _unreachable(path, root)):
+            reasons.append(reason)
+            sample = replace(sample, **{part: None})
+    return sample, reasons
+
+
+def _unreachable(path: Path, root: Path) -> Exception | None:
+    """Why a file cannot be used: it is missing or, once links are followed, outside the root."""
+    try:
+        real = os.path.realpath(path, strict=True)
+    except OSError as error:
+        kind = "a broken link" if path.is_symlink() else "missing"
+        return FileNotFoundError(f"{path} is {kind} ({error.strerror})")
+    if Path(real).is_relative_to(os.path.realpath(root)):
+        return None
+    return OutsideRootError(
+        f"{path} leads to {real}, outside the root {root}. "
+        "Copy the file into the root, or give a root that holds everything (the root itself may be a link)"
+    )
 
 
 def left_over(root: Path, samples: Iterable[Sample]) -> list[Path]:
@@ -418,17 +454,52 @@ def left_over(root: Path, samples: Iterable[Sample]) -> list[Path]:
     ]
 
 
-def _require_most_used(root: Path, samples: list[Sample], problem: Problem) -> None:
-    rest = left_over(root, samples)
-    if len(rest) > len(samples):
-        problem(
-            LayoutError,
-            f"{len(samples)} images of {root} fit a layout and {len(rest)} do not, such as "
-            f"{rest[0].relative_to(root)}: give the folder that holds them. Expected {LAYOUTS['folder'].text}",
-        )
-
-
 # ---------------------------------------------------------------------------------------------- layouts
+
+
+class Group(NamedTuple):
+    """A folder of images with one label, and where their masks lie, if they have any."""
+
+    images: Path
+    category: str
+    label: int
+    defect: str
+    masks: Path | None = None  # every image needs one, called as it is, with or without `ending`
+    ending: str = "_mask"
+    objects: Path | None = None  # masks of the object, ending in _object; no image needs one
+    all_images: bool = False  # also x.png beside x.jpg, which is a mask elsewhere
+
+    def samples(self) -> Iterator[Sample | Exception]:
+        masks_of, objects_of = _by_stem(self.masks, self.ending), _by_stem(self.objects, "_object")
+        for image in _images(self.images) if self.all_images else _photographs(self.images):
+            masks, objects = masks_of[nfc(image.stem)], objects_of[nfc(image.stem)]
+            if self.masks and not masks:
+                yield _no_mask(image, self.masks / image.stem, self.ending)
+            if len(masks) > 1:
+                both = f"{masks[0]} and {masks[1]}"
+                yield ValueError(f"two masks for one image: {both}. Remove one")
+            mask, of_object = (found[0] if found else None for found in (masks, objects))
+            yield Sample(image, mask, self.category, self.label, self.defect, of_object)
+
+
+def _by_stem(folder: Path | None, ending: str) -> dict[str, list[Path]]:
+    """Masks by the stem of their image: masks pair by name, never by position."""
+    masks = defaultdict(list)
+    for path in _images(folder) if folder else []:
+        masks[nfc(path.stem).removesuffix(ending)].append(path)
+    return masks
+
+
+def _no_mask(image: Path, place: Path, ending: str) -> Exception:
+    if place.is_dir():
+        return LayoutError(
+            f"{place} is a folder of masks of one image, as in MVTec LOCO AD, whose metric (sPRO) is not ours: put one "
+            f"mask an image there ({place.name}{ending}.png), or take ground_truth away to work with labels only"
+        )
+    return FileNotFoundError(f"no mask for {image}: expected {place}{ending}.png")
+
+
+Found = Iterable[Group | Sample | Exception]
 
 
 @dataclass(frozen=True)
@@ -436,330 +507,186 @@ class Layout:
     """How a data set lies on disk."""
 
     text: str  # for error messages
-    fits: Callable[[Path], bool]  # a cheap look at a root
-    samples: Callable[..., list[Sample]]  # (root, problem)
-    inner: tuple[str, ...] = ()  # its own sub-folders, which people give as root by mistake
+    signs: Sequence[tuple[str, ...]]  # what a root has to hold: all the paths of one of these
+    find: Callable[[Path, str], Found]  # what a root holds; the name of its normal folders
+
+    def fits(self, root: Path) -> bool:
+        return any(all((root / path).exists() for path in sign) for sign in self.signs)
 
 
-def _mvtec_fits(root: Path) -> bool:
-    return any((root / name / "test").is_dir() for name in EXPECTED["mvtec"])
+def _in_categories(name: str, known: Iterable[str]) -> Layout:
+    """MVTec AD's layout, of known categories only."""
+
+    def find(root: Path, _="") -> Found:
+        for folder in _folders(root):
+            category = nfc(folder.name)
+            if not (folder / "test").is_dir():
+                continue
+            if category not in known:
+                hint = f"{did_you_mean(category, known)}. Use dataset='folder' for other data"
+                yield LayoutError(f"{folder} is no category of {name!r}{hint}")
+            yield from _by_defect(folder / "test", category, folder, "good")
+
+    text = "<category>/test/<defect>/NNN.png and <category>/ground_truth/<defect>/NNN_mask.png"
+    return Layout(text, [(f"{category}/test",) for category in known], find)
 
 
-def _mvtec(root: Path, problem: Problem) -> list[Sample]:
-    samples = []
-    for folder in _folders(root):
-        if not (folder / "test").is_dir():
-            continue
-        category = nfc(folder.name)
-        if category not in EXPECTED["mvtec"]:
-            problem(
-                LayoutError,
-                f"{folder} is no category of MVTec AD{_nearest(category, EXPECTED['mvtec'])}. "
-                "Use dataset='folder' for other data in this layout",
-            )
-        samples += _labelled(folder / "test", folder, category, ("good",), True, problem)
-    return samples
-
-
-def _labelled(
-    parent: Path,
-    folder: Path,
-    category: str,
-    normal: tuple[str, ...],
-    masks_needed: bool,
-    problem: Problem,
-) -> list[Sample]:
-    """Images in parent/<defect>/, masks in folder/ground_truth/<defect>/, object masks in folder/object/<defect>/."""
-    samples = []
-    for defect_folder in _class_folders(parent):
-        defect = defect_folder.name
-        label = int(nfc(defect).lower() not in normal)
-        masks = _by_stem(folder / "ground_truth" / defect, "_mask", problem) if label else {}
-        objects = _by_stem(folder / "object" / defect, "_object", problem)
-        for image in _photographs(defect_folder):
-            mask = masks.get(nfc(image.stem))
-            if label and mask is None and masks_needed:
-                problem(
-                    FileNotFoundError,
-                    f"no mask for {image}: expected {folder / 'ground_truth' / defect / image.stem}_mask.png",
-                )
-            kind = defect if label else "good"
-            samples.append(Sample(image, mask, category, label, kind, objects.get(nfc(image.stem))))
-    return samples
-
-
-def _demo_fits(root: Path) -> bool:
-    return any((folder / "test").is_dir() for folder in _folders(root))
-
-
-def _demo(root: Path, problem: Problem) -> list[Sample]:
-    samples = []
-    for folder in _folders(root):
-        samples += _labelled(folder / "test", folder, folder.name, ("good",), True, problem)
-    return samples
-
-
-def _visa_fits(root: Path) -> bool:
-    return (root / "split_csv" / "1cls.csv").is_file() or bool(_visa_converted(root))
-
-
-def _visa_converted(root: Path) -> list[Path]:
-    """Categories as the data set's own script converts them: <category>/test/{good,bad}, ground_truth/bad."""
-    return [root / name for name in EXPECTED["visa"] if (root / name / "test" / "good").is_dir()]
-
-
-def _visa(root: Path, problem: Problem) -> list[Sample]:
-    path = root / "split_csv" / "1cls.csv"
-    samples = []
-    if not path.is_file():
-        for folder in _visa_converted(root):
-            samples += _labelled(folder / "test", folder, folder.name, ("good",), True, problem)
-        return samples
-    for line, row in _rows(path, ("object", "split", "label", "image", "mask"), root):
-        # A category whose folder is absent was not unpacked; one that is there must be complete.
-        if row["split"] != "test" or not (root / row["object"]).is_dir():
-            continue
-        if row["label"] not in ("normal", "anomaly"):
-            problem(
-                ValueError,
-                f"{path}, line {line}: label {row['label']!r}, expected normal or anomaly",
-            )
-            continue
-        label = int(row["label"] == "anomaly")
-        if label and not row["mask"]:
-            problem(
-                FileNotFoundError,
-                f"no mask for {root / row['image']}: {path}, line {line} names none",
-            )
-        mask = root / row["mask"] if label and row["mask"] else None
-        category = nfc(row["object"])
-        samples.append(
-            Sample(root / row["image"], mask, category, label, "anomaly" if label else "good")
+def _by_defect(
+    images: Path, category: str, truth: Path, normal: str, masked: bool = True
+) -> Iterator[Group]:
+    """Images in images/<defect>/, masks in truth/ground_truth/<defect>/, object masks in truth/object/<defect>/."""
+    for folder in _class_folders(images):
+        label = int(nfc(folder.name).lower() != normal)
+        yield Group(
+            folder,
+            category,
+            label,
+            folder.name if label else "good",
+            masks=truth / "ground_truth" / folder.name if label and masked else None,
+            objects=truth / "object" / folder.name,
         )
+
+
+def _visa(root: Path, _="") -> Found:
+    path = root / "split_csv" / "1cls.csv"
+    if not path.is_file():  # as the data set's own script converts it
+        return _in_categories("visa", EXPECTED["visa"]).find(root)
+    samples = []
+    columns = ("object", "split", "image", "mask", "label")
+    for row, label in _rows(path, root, columns, ("normal", "anomaly")):
+        # A category whose folder is absent was not unpacked; one that is there must be complete.
+        if row["split"] == "test" and (root / row["object"]).is_dir():
+            mask = root / row["mask"] if label else None
+            kind = "anomaly" if label else "good"
+            samples.append(Sample(root / row["image"], mask, nfc(row["object"]), label, kind))
     return sorted(samples, key=lambda s: (s.category, s.label, s.image_path.name))
 
 
-ISIC_IMAGES, ISIC_MASKS = "ISBI2016_ISIC_Part1_Test_Data", "ISBI2016_ISIC_Part1_Test_GroundTruth"
-
-
-def _isic_fits(root: Path) -> bool:
-    return (root / ISIC_IMAGES).is_dir() and (root / ISIC_MASKS).is_dir()
-
-
-def _isic(root: Path, problem: Problem) -> list[Sample]:
-    return _all_anomalous(
-        root / ISIC_IMAGES, root / ISIC_MASKS, "_Segmentation", "skin", "lesion", problem
-    )
-
-
-def _clinicdb_fits(root: Path) -> bool:
-    return (root / "Original").is_dir() and (root / "Ground Truth").is_dir()
-
-
-def _clinicdb(root: Path, problem: Problem) -> list[Sample]:
-    return _all_anomalous(root / "Original", root / "Ground Truth", "", "colon", "polyp", problem)
-
-
-def _all_anomalous(
-    images: Path, masks: Path, suffix: str, category: str, defect: str, problem: Problem
-) -> list[Sample]:
-    pairs = _by_stem(masks, suffix, problem)
-    samples = []
-    for image in _images(images):
-        mask = pairs.get(nfc(image.stem))
-        if mask is None:
-            problem(
-                FileNotFoundError,
-                f"no mask for {image}: expected {masks / (image.stem + suffix)}.*",
-            )
-        samples.append(Sample(image, mask, category, 1, defect))
-    return samples
-
-
-def _headct_fits(root: Path) -> bool:
-    return (root / "labels.csv").is_file() and (root / "head_ct").is_dir()
-
-
-def _headct(root: Path, problem: Problem) -> list[Sample]:
+def _headct(root: Path, _="") -> Found:
     folder = root / "head_ct" / "head_ct"
-    folder = folder if folder.is_dir() else root / "head_ct"
-    images = {image.stem: image for image in _images(folder)}
+    folder = folder if folder.is_dir() else folder.parent
     samples = []
-    for line, row in _rows(root / "labels.csv", ("id", "hemorrhage"), root):
-        where = f"{root / 'labels.csv'}, line {line}"
-        if row["hemorrhage"] not in ("0", "1"):
-            problem(ValueError, f"{where}: hemorrhage is {row['hemorrhage']!r}, expected 0 or 1")
-            continue
-        image = images.pop(row["id"].zfill(3), None)
-        if image is None:
-            problem(
-                FileNotFoundError,
-                f"{where}: no image {folder / row['id'].zfill(3)}.png, or listed twice",
-            )
-            continue
-        label = int(row["hemorrhage"])
-        samples.append(Sample(image, None, "head ct", label, "hemorrhage" if label else "good"))
-    for image in images.values():
-        problem(ValueError, f"{image} has no row in {root / 'labels.csv'}")
+    for row, label in _rows(root / "labels.csv", root, ("id", "hemorrhage"), ("0", "1")):
+        image, kind = folder / f"{row['id'].zfill(3)}.png", "hemorrhage" if label else "good"
+        samples.append(Sample(image, None, "head ct", label, kind))
     return sorted(samples, key=lambda s: s.image_path.name)
 
 
-def _brainmri_folder(root: Path) -> Path:
-    nested = (
-        root / "brain_tumor_dataset"
-    )  # the archive holds every image twice: here and in root/{no,yes}
-    return nested if (nested / "yes").is_dir() else root
+def _isic(root: Path, _="") -> Found:
+    masks = root / "ISBI2016_ISIC_Part1_Test_GroundTruth"
+    images = root / "ISBI2016_ISIC_Part1_Test_Data"
+    return [Group(images, "skin", 1, "lesion", masks, "_Segmentation")]
 
 
-def _brainmri_fits(root: Path) -> bool:
-    return all((_brainmri_folder(root) / name).is_dir() for name in ("no", "yes"))
+def _clinicdb(root: Path, _="") -> Found:
+    return [Group(root / "Original", "colon", 1, "polyp", root / "Ground Truth", "")]
 
 
-def _brainmri(root: Path, problem: Problem) -> list[Sample]:
-    folder = _brainmri_folder(root)
-    samples = [Sample(image, None, "brain ct", 0, "good") for image in _images(folder / "no")]
-    return samples + [
-        Sample(image, None, "brain ct", 1, "tumour") for image in _images(folder / "yes")
-    ]
+def _brainmri(root: Path, _="") -> Found:
+    # The archive holds every image twice: inside this folder and beside it.
+    inside = root / "brain_tumor_dataset"
+    root = inside if (inside / "yes").is_dir() else root
+    yield Group(root / "no", "brain ct", 0, "good", all_images=True)
+    yield Group(root / "yes", "brain ct", 1, "tumour", all_images=True)
 
 
-def _folder_fits(root: Path) -> bool:
-    return True  # whether there are images is found by listing them
-
-
-def _folder(root: Path, problem: Problem, normal_folder: str = "") -> list[Sample]:
+def _folder(root: Path, normal_folder: str = "") -> Found:
+    """Data set "folder", see `load_dataset`."""
     if (root / "meta.json").is_file():
-        return _meta_json(root, problem)
-    samples = _folder_category(root, problem, normal_folder)
-    if samples is None:
-        samples = []
-        for folder in _class_folders(root):
-            samples += _folder_category(folder, problem, normal_folder) or []
-    if normal_folder.lower() not in ("", "none") and all(s.label != 0 for s in samples):
-        names = ", ".join(sorted({s.image_path.parent.name for s in samples})[:20])
-        problem(LayoutError, f"{root} has no folder {normal_folder!r} with images; found {names}")
-    return samples
+        return _meta_json(root)
+    found = _folder_category(root, normal_folder)
+    if found is None:
+        within = [_folder_category(folder, normal_folder) for folder in _class_folders(root)]
+        found = [item for items in within if items for item in items]
+    groups = [item for item in found if isinstance(item, Group)]
+    if normal_folder.lower() not in ("", "none") and all(group.label for group in groups):
+        names = ", ".join(sorted({group.images.name for group in groups})[:20])
+        found.append(LayoutError(f"{root} has no folder {normal_folder!r}; found {names}"))
+    return found
 
 
-def _folder_category(folder: Path, problem: Problem, normal_folder: str) -> list[Sample] | None:
-    """The samples of one category, or None if `folder` is not one (see load_dataset)."""
+def _folder_category(folder: Path, normal_folder: str) -> list[Group | Exception] | None:
+    """One category, or None if `folder` is not one (see `load_dataset`)."""
+    tests = [folder / name for name in ("test_public", "test") if (folder / name).is_dir()]
+    images = tests[0] if tests else folder
+    truth = images if images.name == "test_public" else folder  # MVTec AD 2 has its masks there
     category = nfc(folder.name)
-    public = folder / "test_public"  # MVTec AD 2; its masks lie beside the defects
-    parent = public if public.is_dir() else folder / "test"
-    truth = public if public.is_dir() else folder
-    if not parent.is_dir():
-        parent = truth = folder
-    flat = _photographs(parent)
-    classes = [
-        f for f in _class_folders(parent) if _photographs(f) and f.name not in NO_TEST_IMAGES
-    ]
+    flat = _photographs(images)
+    classes = [path.name for path in _class_folders(images) if _photographs(path)]
     if flat and classes:
-        problem(
-            LayoutError,
-            f"{parent} holds images ({flat[0].name}, ...) beside sub-folders of images "
-            f"({', '.join(f.name for f in classes)}): move them into a sub-folder, so that they have a label",
-        )
+        reason = f"{images} holds images ({flat[0].name}, ...) beside sub-folders of images "
+        reason += f"({', '.join(classes)}): move them into a sub-folder, so that they have a label"
+        return [LayoutError(reason)]
     if flat:
-        return [Sample(image, None, category, -1, "unknown") for image in flat]
-    normal = _normal_name([f.name for f in classes], normal_folder, parent, problem)
-    if normal is None and parent == folder:
+        return [Group(images, category, -1, "unknown")]
+    normal = _normal_name(classes, normal_folder)
+    words = {word for name in classes for word in re.split("[-_ ]", nfc(name).lower())}
+    states = words & STATES or images.name in ("test", "test_public")
+    if classes and normal is None and not normal_folder and states:
+        reason = f"{images} has the sub-folders {', '.join(classes[:20])}: which one holds flawless images? "
+        reason += "Labels are not guessed: give normal_folder=NAME (--normal-folder on the command line), "
+        return [LayoutError(f"{reason}or none if no image is flawless")]
+    if normal is None and not tests:
         return None
-    _refuse_loco(truth / "ground_truth", problem)
-    masks_needed = (truth / "ground_truth").is_dir()
-    return _labelled(parent, truth, category, (normal or "",), masks_needed, problem)
+    masked = (truth / "ground_truth").is_dir()
+    return list(_by_defect(images, category, truth, normal or "", masked))
 
 
-def _normal_name(names: list[str], given: str, parent: Path, problem: Problem) -> str | None:
-    """The sub-folder of normal images in lower case; "" if none is normal, None if these are no states at all."""
+def _normal_name(names: list[str], given: str) -> str | None:
+    """Which of the sub-folders holds normal images, in lower case: "" for none of them, None if that is not known."""
     lower = [nfc(name).lower() for name in names]
-    if given.lower() == "none":
-        return "" if names else None
-    if given:
-        return nfc(given).lower() if nfc(given).lower() in lower else None
-    known = [name for name in lower if name in NORMAL_NAMES]
-    if len(known) == 1:
-        return known[0]
-    words = {word for name in lower for word in name.replace("-", "_").replace(" ", "_").split("_")}
-    if names and (
-        known or parent.name in ("test", "test_public") or words & {*STATES, *NORMAL_NAMES}
-    ):
-        problem(
-            LayoutError,
-            f"{parent} has the sub-folders {', '.join(names[:20])}: which one holds flawless images? Labels are not "
-            "guessed: give normal_folder=NAME (--normal-folder on the command line), or none if no image is flawless",
-        )
-    return None
+    if given.lower() == "none" and names:
+        return ""
+    known = [name for name in lower if name in ([nfc(given).lower()] if given else NORMAL_NAMES)]
+    return known[0] if len(known) == 1 else None
 
 
-def _refuse_loco(truth: Path, problem: Problem) -> None:
-    """MVTec LOCO AD has several masks an image and a metric of its own."""
-    for defect in _folders(truth):
-        if not _images(defect) and any(_images(folder) for folder in _folders(defect)):
-            problem(
-                LayoutError,
-                f"{defect} holds a folder of masks per image, as MVTec LOCO AD does; its metric (sPRO) is not ours. "
-                "Put one mask an image there (<stem>_mask.png), or take ground_truth away to work with labels only",
-            )
-
-
-def _meta_json(root: Path, problem: Problem) -> list[Sample]:
+def _meta_json(root: Path) -> Found:
     """The list that AdaCLIP, AnomalyCLIP and others write: {"test": {category: [{"img_path", "mask_path", ...}]}}."""
     path = root / "meta.json"
+    samples = []
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))["test"]
-        rows = [(nfc(category), row) for category, group in listed.items() for row in group]
-        samples = []
-        for category, row in rows:
-            label, mask = int(row["anomaly"]), row.get("mask_path") or None
+        for category, row in ((name, row) for name, rows in listed.items() for row in rows):
+            label = int(row["anomaly"])
+            mask = root / row["mask_path"] if label and row.get("mask_path") else None
             kind = str(row.get("specie_name") or "anomaly") if label else "good"
-            mask = root / mask if label and mask else None
-            samples.append(Sample(root / row["img_path"], mask, category, label, kind))
+            samples.append(Sample(root / row["img_path"], mask, nfc(category), label, kind))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem(
-            LayoutError,
-            f"{path} is not the expected list, {{'test': {{category: [{{'img_path', 'mask_path', 'anomaly'}}]}}}} "
-            f"({type(error).__name__}: {error}): mend it or take it away",
-        )
-        return []
+        form = "{'test': {category: [{'img_path', 'mask_path', 'anomaly'}]}}"
+        reason = f"{path} is not the expected list, {form} ({type(error).__name__}: {error})"
+        return [LayoutError(f"{reason}: mend it or take it away")]
     return sorted(samples, key=lambda s: (s.category, s.image_path))
 
 
 LAYOUTS = {
-    "mvtec": Layout(
-        "<category>/test/<defect>/NNN.png and <category>/ground_truth/<defect>/NNN_mask.png",
-        _mvtec_fits,
-        _mvtec,
-    ),
+    "mvtec": _in_categories("mvtec", EXPECTED["mvtec"]),
     "visa": Layout(
         "split_csv/1cls.csv and <category>/Data/{Images/{Anomaly,Normal}/NNN.JPG,Masks/Anomaly/NNN.png}",
-        _visa_fits,
+        [("split_csv/1cls.csv",), *((f"{category}/test",) for category in EXPECTED["visa"])],
         _visa,
-        ("split_csv", *EXPECTED["visa"]),
     ),
     "isic": Layout(
-        f"{ISIC_IMAGES}/ISIC_*.jpg and {ISIC_MASKS}/ISIC_*_Segmentation.png",
-        _isic_fits,
+        "ISBI2016_ISIC_Part1_Test_Data/ISIC_*.jpg and ISBI2016_ISIC_Part1_Test_GroundTruth/ISIC_*_Segmentation.png",
+        [("ISBI2016_ISIC_Part1_Test_Data", "ISBI2016_ISIC_Part1_Test_GroundTruth")],
         _isic,
-        (ISIC_IMAGES, ISIC_MASKS),
     ),
     "clinicdb": Layout(
-        "Original/N.tif and 'Ground Truth'/N.tif",
-        _clinicdb_fits,
-        _clinicdb,
-        ("Original", "Ground Truth"),
+        "Original/N.tif and 'Ground Truth'/N.tif", [("Original", "Ground Truth")], _clinicdb
     ),
-    "headct": Layout("labels.csv and head_ct/head_ct/NNN.png", _headct_fits, _headct, ("head_ct",)),
+    "headct": Layout(
+        "labels.csv and head_ct/head_ct/NNN.png", [("labels.csv", "head_ct")], _headct
+    ),
     "brainmri": Layout(
         "brain_tumor_dataset/{no,yes}/",
-        _brainmri_fits,
+        [("brain_tumor_dataset/no", "brain_tumor_dataset/yes"), ("no", "yes")],
         _brainmri,
-        ("brain_tumor_dataset", "no", "yes"),
     ),
-    "demo": Layout("<category>/{test,ground_truth,object}/<defect>/", _demo_fits, _demo),
-    "demo_aux": Layout("<category>/{test,ground_truth,object}/<defect>/", _demo_fits, _demo),
+    "demo": _in_categories("demo", DEMO["demo"]),
+    "demo_aux": _in_categories("demo_aux", DEMO["demo_aux"]),
     "folder": Layout(
         "images; or {good,<defect>}/ with images; or test/<defect>/; or sub-folders (categories) of these kinds",
-        _folder_fits,
+        [()],  # every folder: whether there are images is found by listing them
         _folder,
     ),
 }
@@ -776,53 +703,54 @@ def _locate(name: str, root: Path) -> Path:
     layout = LAYOUTS[name]
     if layout.fits(root):
         return root
-    below = [folder for folder in _folders(root) if layout.fits(folder)]
-    if len(below) == 1:
-        return below[0]
-    if len(below) > 1:
+    found = [folder for folder in _folders(root) if layout.fits(folder)]
+    if not found and root.name not in EXPECTED.get(name, ()) and layout.fits(root.parent):
+        found = [root.parent]
+    if len(found) == 1:
+        return found[0]
+    if found:
         raise LayoutError(
-            f"{root} holds data set {name!r} more than once: {', '.join(map(str, below))}. Give one of them"
+            f"{root} holds data set {name!r} more than once: {', '.join(map(str, found))}. Give one of them"
         )
-    if root.name in layout.inner and layout.fits(root.parent):
-        return root.parent
     raise LayoutError(
-        f"{root} does not have the layout of data set {name!r}. {_expected_and_found(name, root)}"
+        f"{root} does not have the layout of data set {name!r}. {_expected(name, root)}"
     )
 
 
-def _expected_and_found(name: str, root: Path) -> str:
-    folders, images = _folders(root), _images(root)
-    if not any(root.iterdir()):
-        found = "an empty folder"
-    else:
-        shown = ", ".join(folder.name for folder in folders[:8]) + (
-            ", ..." if len(folders) > 8 else ""
-        )
-        found = (
-            f"{len(folders)} sub-folders{f' ({shown})' if folders else ''} and {len(images)} images"
-        )
+def _expected(name: str, root: Path) -> str:
+    """What was expected at a root, what is there, and for which data set that would do."""
+    found = "an empty folder"
+    if any(root.iterdir()):
+        folders = [folder.name for folder in _folders(root)]
+        found = f"{len(_images(root))} images and {len(folders)} sub-folders"
+        found += f" ({', '.join(folders[:8])}{', ...' if len(folders) > 8 else ''})"
     fitting = [other for other in EXPECTED if other != name and LAYOUTS[other].fits(root)]
-    if not fitting and name != "folder" and _folder(root, lambda *problem: None):
+    if not fitting and name != "folder" and _folder(root):
         fitting = ["folder"]
     hint = f" This is a layout for dataset={fitting[0]!r}." if fitting else ""
     return f"Expected {LAYOUTS[name].text}; found {found}.{hint}"
 
 
-def _rows(path: Path, columns: tuple[str, ...], root: Path):
-    """(line number, row) of a CSV file with these columns; blanks around names and values do not count."""
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
-        raise OutsideRootError(_outside(path, root))
+def _rows(
+    path: Path, root: Path, columns: tuple[str, ...], labels: tuple[str, str]
+) -> Iterator[tuple[dict[str, str], int]]:
+    """Row and label (0 or 1) of a CSV file whose last of ``columns`` holds one of two ``labels``."""
+    if problem := _unreachable(path, root):
+        raise problem
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        header = [cell.strip() for cell in next(reader, [])]
-        if not set(columns) <= set(header):
+        reader = csv.DictReader(file, restval="")
+        reader.fieldnames = found = [cell.strip() for cell in reader.fieldnames or []]
+        if not set(columns) <= set(found):
             raise LayoutError(
-                f"{path}: expected the columns {', '.join(columns)}; found {', '.join(header) or 'none'}"
+                f"{path}: expected the columns {', '.join(columns)}; found {', '.join(found) or 'none'}"
             )
-        for cells in reader:
-            if any(cell.strip() for cell in cells):
-                cells = [cell.strip() for cell in cells] + [""] * (len(header) - len(cells))
-                yield reader.line_num, dict(zip(header, cells, strict=False))
+        for row in reader:
+            said = row[columns[-1]].strip()
+            if said not in labels:
+                raise LayoutError(
+                    f"{path}, line {reader.line_num}: {columns[-1]} is {said!r}, expected {' or '.join(labels)}"
+                )
+            yield {column: row[column].strip() for column in columns}, labels.index(said)
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -856,68 +784,6 @@ def _photographs(folder: Path) -> list[Path]:
 
 def _visible(folder: Path) -> list[Path]:
     """Entries sorted by name, without hidden ones (.DS_Store, ._x.png) and archive left-overs."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        (path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX"))),
-        key=lambda p: p.name,
-    )
-
-
-def _by_stem(folder: Path, suffix: str, problem: Problem) -> dict[str, Path]:
-    """Masks by the stem of their image: masks pair by name, never by position."""
-    pairs = {}
-    for path in _images(folder):
-        stem = nfc(path.stem).removesuffix(suffix)
-        if stem in pairs:
-            problem(ValueError, f"two masks for one image: {pairs[stem]} and {path}. Remove one")
-        pairs[stem] = path
-    return pairs
-
-
-def _sound(sample: Sample, root: Path, problem: Problem) -> Sample | None:
-    """The sample without those of its files that are missing or, once links are followed, outside the root.
-
-    None for one that cannot be used: its image is such a file, or its name cannot be written to a table.
-    """
-    if sample.category == "mean":
-        problem(
-            ValueError,
-            "a category cannot be called 'mean', the last row of every table: rename its folder",
-        )
-        return None
-    name = os.path.relpath(sample.image_path, root)
-    if printable(name) != name:
-        problem(
-            ValueError,
-            f"{printable(name)}: the name is not UTF-8, rename it (convmv does all of a folder)",
-        )
-        return None
-    for part in ("image_path", "mask_path", "object_mask_path"):
-        path = getattr(sample, part)
-        if path is None:
-            continue
-        try:
-            if Path(os.path.realpath(path, strict=True)).is_relative_to(os.path.realpath(root)):
-                continue
-            problem(OutsideRootError, _outside(path, root))
-        except OSError as error:
-            kind = "a broken link" if path.is_symlink() else "missing"
-            problem(FileNotFoundError, f"{path} is {kind} ({error.strerror})")
-        if part == "image_path":
-            return None
-        sample = replace(sample, **{part: None})
-    return sample
-
-
-def _outside(path: Path, root: Path) -> str:
-    return (
-        f"{path} leads to {os.path.realpath(path)}, outside the root {root}. "
-        "Copy the file into the root, or give a root that holds everything (the root itself may be a link)"
-    )
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    lower = {other.lower(): other for other in known}
-    close = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
-    return f" (did you mean {lower[close[0]]!r}?)" if close else ""
+    found = folder.iterdir() if folder.is_dir() else []
+    kept = [path for path in found if not path.name.startswith((".", "__MACOSX"))]
+    return sorted(kept, key=lambda path: path.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import io
 import json
@@ -155,9 +156,6 @@ MASK_FOLDERS = ("mask", "masks", "gt", "groundtruth", "label", "labels")
 MASK_FOLDERS += ("annotation", "annotations", "segmentation", "segmentations")
 MASK_ENDINGS = ("_mask", "_masks", "_label", "_gt", "_seg", "_segmentation", "_annotation")
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found")
-OTHER_IMAGES = (".gif", ".heic", ".heif", ".avif", ".svg", ".jp2", ".jxl", ".ppm", ".pgm", ".pbm")
-OTHER_IMAGES += (".tga", ".psd", ".exr", ".hdr", ".dcm", ".nii", ".eps", ".ico")
-OTHER_IMAGES += (".raw", ".dng", ".nef", ".cr2", ".cr3", ".arw")  # cameras
 RESULT_MARK = "clipad-results"
 """an empty file that `clipad` leaves in a folder of its own pictures: they are not scored again"""
 
@@ -258,9 +256,7 @@ def _no_image(path: Path) -> str:
     if not path.is_file():
         return "no file but a pipe or device"
     suffix = path.suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
-        return ""
-    return f"in a format that is not read ({suffix})" if suffix in OTHER_IMAGES else "no image"
+    return "" if suffix in IMAGE_SUFFIXES else f"in a format that is not read ({suffix})"
 
 
 def _hidden(name: str) -> bool:
@@ -269,6 +265,17 @@ def _hidden(name: str) -> bool:
 
 def plain(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest known name in brackets, or nothing.
+
+    >>> did_you_mean("botle", ["bottle", "nut"]), did_you_mean("zzz", ["nut"])
+    (" (did you mean 'bottle'?)", '')
+    """
+    lower = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
+    return f" (did you mean {lower[near[0]]!r}?)" if near else ""
 
 
 def nfc(name: str) -> str:

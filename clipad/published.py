@@ -1,11 +1,12 @@
 """Published numbers and published hyper-parameters, each with its source."""
 
-import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+
+from clipad.files import did_you_mean
 
 DBSCAN_MVTEC = {"eps": 0.5, "min_samples": 15}
 DBSCAN_VISA = {
@@ -147,6 +148,5 @@ def _dbscan_options(dataset: str) -> dict:
 
 def _check_dataset_name(name: str) -> None:
     if name not in TRAINED_ON:
-        nearest = difflib.get_close_matches(str(name).lower(), TRAINED_ON, n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-        raise ValueError(f"Unknown data set {name!r}{hint} Known: {', '.join(TRAINED_ON)}.")
+        hint = did_you_mean(name, TRAINED_ON)
+        raise ValueError(f"unknown data set {name!r}{hint}. Known: {', '.join(TRAINED_ON)}")

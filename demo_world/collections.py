@@ -13,15 +13,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from clipad.datasets import DEMO
 from clipad.published import data_dir
 from demo_world.renderer import CATEGORIES, DEFECTS, Rendering, draw_attribute, render
 
 # Two disjoint groups of 8 categories: the test collection holds all those that the model never saw defective
 # (`renderer.NEVER_DEFECTIVE`), so that every test on it is zero-shot; the auxiliary one those that it did.
-GROUPS = {
-    "demo": ("leather", "tile", "capsule", "screw", "button", "gear", "hazelnut", "washer"),
-    "demo_aux": ("carpet", "wood", "grid", "marble", "bottle", "nut", "cable", "pill"),
-}
+GROUPS = DEMO
 NORMAL_PER_CATEGORY = ANOMALOUS_PER_CATEGORY = 20
 
 # A picture's generator is seeded by (seed, category, number), so no picture depends on another.

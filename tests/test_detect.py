@@ -249,7 +249,7 @@ def test_nothing_to_do_is_said_first(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         find_photographs(tmp_path / "nowhere")
     (tmp_path / "list.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"no images\. It holds 1 no image \(list\.txt\)"):
+    with pytest.raises(ValueError, match=r"no images\. It holds 1 in a format .* \(list\.txt\)"):
         find_photographs(tmp_path)
 
 
@@ -323,7 +323,7 @@ def test_what_is_no_photograph_is_left_out_and_counted(detector, tmp_path):
         "1 hidden (.hidden/d.png)",
         "1 with at most two grey levels, so a mask or empty (blank.png)",
         "1 in a format that is not read (.heic) (f.heic)",
-        "1 no image (notes.txt)",
+        "1 in a format that is not read (.txt) (notes.txt)",
         "1 broken link (gone.png)",
         "1 no file but a pipe or device (pipe.png)",
     ):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +12,16 @@ import pandas as pd
 from tqdm import tqdm
 
 from clipad.datasets import (
+    DEMO,
     EXPECTED,
     Dataset,
     MaskSizeError,
     Sample,
     decode,
-    eight_bit,
     left_over,
     list_dataset,
     native_mask,
+    readable,
     remarks,
     resize_mask,
     two_levels,
@@ -54,48 +55,24 @@ class DatasetReport:
         said = ("category", "normal", "anomalous", "masks")
         said = [c for c in shown if c in said or shown[c].fillna(0).any()]
         percent = {"anomalous_pixels": lambda share: f"{share:.1%}"}
-        parts = [
-            f"data set {self.name!r} at {printable(str(self.root))}",
-            shown[said].to_string(
-                index=False, na_rep="-", float_format="{:.0f}".format, formatters=percent
-            ),
-            *(f"PROBLEM: {text}" for text in self.problems[:50]),
-        ]
+        options = {"index": False, "na_rep": "-", "float_format": "{:.0f}".format}
+        parts = [f"data set {self.name!r} at {printable(str(self.root))}"]
+        parts += [shown[said].to_string(formatters=percent, **options)]
+        parts += [f"PROBLEM: {text}" for text in self.problems[:50]]
         if len(self.problems) > 50:
-            parts.append(
-                f"... and {len(self.problems) - 50} more problems (report.problems has all)"
-            )
+            parts += [f"... and {len(self.problems) - 50} more problems (report.problems has all)"]
         parts += [f"note: {text}" for text in self.notes]
-        parts.append("ok" if self.ok else f"{len(self.problems)} problems")
+        parts += ["ok" if self.ok else f"{len(self.problems)} problems"]
         return "\n".join(parts)
 
 
-COUNTS = ("normal", "anomalous", "unlabelled", "masks", "unreadable", "missing_masks")
-COUNTS += ("wrong_size_masks", "empty_masks", "vanished_masks", "converted", "duplicates")
+COUNTS = ["normal", "anomalous", "unlabelled", "masks", "unreadable", "missing_masks"]
+COUNTS += ["wrong_size_masks", "empty_masks", "vanished_masks", "converted", "duplicates"]
+LABELS = {0: "normal", 1: "anomalous", -1: "unlabelled"}
 MOSTLY = 0.5
 """a mask that marks more than this share of its image is probably the wrong way round"""
-
-
-@dataclass
-class Findings:
-    """What reading the files of one sample showed; `mode` and `digest` stay empty for an unreadable image."""
-
-    mode: str = ""
-    digest: str = ""
-    kinds: set[str] = field(default_factory=set)
-    """what a note or a problem will be about, see `NOTES`"""
-    counts: Counter = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
-    marked: list[float] = field(default_factory=list)
-    """share of anomalous pixels of its mask"""
-
-    def add(self, column: str, problem: object) -> None:
-        self.counts[column] += 1
-        self.problems.append(str(problem))
-
-
 NOTES = {
-    "copy": "byte-identical to an earlier image, kept",
+    "duplicates": "byte-identical to an earlier image, kept",
     "misnamed": "content of another type than the suffix says, read by content",
     "turned": "EXIF orientation set, ignored: pixels are taken as stored",
     "twelve bit": "16-bit files whose values stay below 4096: read on the 16-bit scale they are nearly black; if the "
@@ -125,151 +102,116 @@ def check_dataset(
 
     Raises what `load_dataset` raises when there is nothing to check (root missing, another layout).
     """
-    image_size = image_size or (96 if name in ("demo", "demo_aux") else 240)
-    problems: list[str] = []
-    dataset = list_dataset(
-        name, root, lambda kind, message: problems.append(message), normal_folder
-    )
+    image_size = image_size or (96 if name in DEMO else 240)
+    dataset, faults = list_dataset(name, root, normal_folder)
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
-        inspected = list(
-            tqdm(
-                pool.map(lambda sample: _inspect(sample, image_size), dataset.samples),
-                total=len(dataset),
-                desc=f"checking {name}",
-                unit="image",
-                disable=not progress,
-            )
+        rows = pool.map(lambda sample: _inspect(sample, image_size), dataset.samples)
+        rows = list(
+            tqdm(rows, f"checking {name}", len(dataset), unit="image", disable=not progress)
         )
-    first_with: dict[str, Path] = {}
-    for sample, found in zip(dataset, inspected, strict=True):
-        problems += found.problems
-        if found.digest:
-            original = first_with.setdefault(found.digest, sample.image_path)
-            if original != sample.image_path:
-                found.counts["duplicates"] += 1
-                found.kinds.add("copy")
-    table = _table(name, dataset, inspected)
-    for row in table.dropna(subset="expected_normal").itertuples():
-        if (row.normal, row.anomalous) != (row.expected_normal, row.expected_anomalous):
+    files = pd.DataFrame(rows, columns=["category", "mode", "digest", "marked", "problems"])
+    counts = pd.DataFrame([row["counts"] for row in rows], columns=list({*COUNTS, *NOTES, "flat"}))
+    files = files.join(counts.fillna(0).astype(int))
+    files["duplicates"] = files["digest"].notna() & files["digest"].duplicated()
+    if all(sample.mask_path is None for sample in dataset):
+        files["missing_masks"] = 0
+    table = _table(name, files)
+    problems = [*map(str, faults), *(text for row in files["problems"] for text in row)]
+    for row in table.itertuples():
+        wanted = (row.expected_normal, row.expected_anomalous)
+        if not pd.isna(wanted[0]) and (row.normal, row.anomalous) != wanted:
             problems.append(
                 f"{row.category}: found {row.normal} normal + {row.anomalous} anomalous images, "
-                f"expected {row.expected_normal:.0f} + {row.expected_anomalous:.0f}"
+                f"expected {wanted[0]:.0f} + {wanted[1]:.0f}"
             )
-    problems += _of_masks(table, dataset, inspected)
-    notes = _notes(dataset, inspected)
-    return DatasetReport(name, dataset.root, image_size, table, problems, notes)
-
-
-def _inspect(sample: Sample, image_size: int) -> Findings:
-    found = Findings()
-    size = None
-    try:
-        image = decode(sample.image_path)
-        shown = eight_bit(image)
-        size, found.mode = image.size, image.mode
-        found.digest = content_hash(sample.image_path)
-        found.kinds |= remarks(image)
-        for kind, there in (
-            ("misnamed", sample.image_path.suffix.lower() not in SUFFIXES_OF[image.format]),
-            ("two levels", two_levels(shown)),
-        ):
-            if there:
-                found.kinds.add(kind)
-        found.counts["converted"] += image.mode not in ("L", "RGB")
-    except OSError as error:
-        found.add("unreadable", error)
-    except ValueError as error:
-        found.add("unreadable", f"{sample.image_path}: {error}")
-    for path in filter(None, (sample.mask_path, sample.object_mask_path)):
-        _inspect_mask(path, path == sample.mask_path, size, image_size, found)
-    return found
-
-
-def _inspect_mask(path: Path, of_defect: bool, size, image_size: int, found: Findings) -> None:
-    try:
-        mask = native_mask(path, size)
-    except MaskSizeError as error:
-        found.add("wrong_size_masks", error)
-    except OSError as error:
-        found.add("unreadable", error)
-    else:
-        found.counts["masks"] += of_defect
-        if not mask.any():
-            found.add("empty_masks", f"mask {path} has no pixel > 0")
-        elif of_defect:
-            found.marked.append(float(mask.mean()))
-            found.counts["vanished_masks"] += not resize_mask(mask, image_size).any()
-            if path.suffix.lower() in SUFFIXES_OF["JPEG"]:
-                found.kinds.add("lossy mask")
-            elif _soft(path):
-                found.kinds.add("soft mask")
-
-
-def _soft(path: Path) -> bool:
-    """Whether a grey mask fades out: it has more values than numbers of classes would."""
-    image = decode(path)
-    return image.mode == "L" and image.getcolors(8) is None
-
-
-def _table(name: str, dataset: Dataset, inspected: list[Findings]) -> pd.DataFrame:
-    masked = any(s.mask_path for s in dataset)
-    counts: dict[str, Counter] = defaultdict(Counter)
-    marked: dict[str, list[float]] = defaultdict(list)
-    for sample, found in zip(dataset, inspected, strict=True):
-        row = counts[sample.category]
-        row.update(found.counts)
-        row[{0: "normal", 1: "anomalous", -1: "unlabelled"}[sample.label]] += 1
-        row["missing_masks"] += masked and sample.label == 1 and sample.mask_path is None
-        marked[sample.category] += found.marked
-    expected = EXPECTED.get(name, {})
-    rows = []
-    for category in dict.fromkeys([*expected, *dataset.categories]):
-        share = np.mean(marked[category]) if marked[category] else np.nan
-        wanted = expected.get(category, (np.nan, np.nan))
-        rows.append([category, *(counts[category][column] for column in COUNTS), share, *wanted])
-    columns = ["category", *COUNTS, "anomalous_pixels", "expected_normal", "expected_anomalous"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _of_masks(table: pd.DataFrame, dataset: Dataset, inspected: list[Findings]) -> list[str]:
-    """Masks the wrong way round, and masks among the images."""
-    problems = [
-        f"{row.category}: the masks mark {row.anomalous_pixels:.0%} of the pixels as anomalous: are they the wrong way "
-        "round (255 = background)?"
-        for row in table.itertuples()
-        if row.anomalous_pixels > MOSTLY
-    ]
-    masks = [
-        s.image_path for s, f in zip(dataset, inspected, strict=True) if "two levels" in f.kinds
-    ]
-    if masks:
+        if row.anomalous_pixels > MOSTLY:
+            problems.append(
+                f"{row.category}: the masks mark {row.anomalous_pixels:.0%} of the pixels as anomalous: are they the "
+                "wrong way round (255 = background)?"
+            )
+    flat = [sample.image_path for sample, one in zip(dataset, files["flat"], strict=True) if one]
+    if flat:
+        names = _some(dataset, flat)
         problems.append(
-            f"{len(masks)} images have at most two colours, so they are masks or empty: {_some(dataset, masks)}"
+            f"{len(flat)} images have at most two colours, so they are masks or empty: {names}"
         )
-    return problems
+    return DatasetReport(name, dataset.root, image_size, table, problems, _notes(dataset, files))
 
 
-def _notes(dataset: Dataset, inspected: list[Findings]) -> list[str]:
-    modes = Counter(found.mode for found in inspected if found.mode)
+def _inspect(sample: Sample, image_size: int) -> dict:
+    """What reading the files of one sample showed; ``counts`` are columns of the table and notes."""
+    path, size = sample.image_path, None
+    row = {"category": sample.category, "counts": Counter(), "problems": []}
+    counts: Counter = row["counts"]
+    counts[LABELS[sample.label]] += 1
+    counts["missing_masks"] += sample.label == 1 and sample.mask_path is None
+    try:
+        image = decode(path)
+        shown, size = readable(path, image), image.size
+        row |= {"mode": image.mode, "digest": content_hash(path)}
+        counts.update(remarks(image))
+        counts["converted"] += image.mode not in ("L", "RGB")
+        counts["misnamed"] += path.suffix.lower() not in SUFFIXES_OF[image.format]
+        counts["flat"] += two_levels(shown)
+    except OSError as error:
+        counts["unreadable"] += 1
+        row["problems"].append(str(error))
+    for path in filter(None, (sample.mask_path, sample.object_mask_path)):
+        try:
+            mask = native_mask(path, size)
+        except (MaskSizeError, OSError) as error:
+            kind = "wrong_size_masks" if isinstance(error, MaskSizeError) else "unreadable"
+            counts[kind] += 1
+            row["problems"].append(str(error))
+            continue
+        if not mask.any():
+            counts["empty_masks"] += 1
+            row["problems"].append(f"mask {path} has no pixel > 0")
+        if path == sample.mask_path:
+            counts["masks"] += 1
+            if mask.any():
+                row["marked"] = float(mask.mean())
+                counts["vanished_masks"] += not resize_mask(mask, image_size).any()
+                counts[_blurred(path)] += 1
+    return row
+
+
+def _blurred(path: Path) -> str | None:
+    """The kind of mask whose edges are not sharp: it has more grey values than numbers of classes would."""
+    if path.suffix.lower() in SUFFIXES_OF["JPEG"]:
+        return "lossy mask"
+    image = decode(path)
+    return "soft mask" if image.mode == "L" and image.getcolors(8) is None else None
+
+
+def _table(name: str, files: pd.DataFrame) -> pd.DataFrame:
+    expected = EXPECTED.get(name, {})
+    order = list(dict.fromkeys([*expected, *files["category"]]))
+    groups = files.groupby("category")
+    table = groups[COUNTS].sum().reindex(order, fill_value=0)
+    table["anomalous_pixels"] = groups["marked"].mean()
+    for i, column in enumerate(("expected_normal", "expected_anomalous")):
+        table[column] = [expected.get(category, (np.nan, np.nan))[i] for category in order]
+    return table.reset_index()
+
+
+def _notes(dataset: Dataset, files: pd.DataFrame) -> list[str]:
+    modes = files["mode"].value_counts()
     notes = []
-    if modes:
-        notes.append("image modes: " + ", ".join(f"{mode} {n}" for mode, n in modes.most_common()))
+    if len(modes):
+        notes.append("image modes: " + ", ".join(f"{mode} {n}" for mode, n in modes.items()))
     for kind, text in NOTES.items():
-        paths = [
-            sample.mask_path if "mask" in kind else sample.image_path
-            for sample, found in zip(dataset, inspected, strict=True)
-            if kind in found.kinds
-        ]
-        if paths:
+        seen = [sample for sample, one in zip(dataset, files[kind], strict=True) if one]
+        if seen:
+            paths = [s.mask_path if "mask" in kind else s.image_path for s in seen]
             notes.append(f"{text}: {len(paths)} ({_some(dataset, paths)})")
     if dataset.name == "folder":
         used = {path for s in dataset for path in (s.mask_path, s.object_mask_path)}
         rest = left_over(dataset.root, dataset)
         if rest:
             notes.append(f"photographs that no layout takes: {len(rest)} ({_some(dataset, rest)})")
-        notes += [
-            f"left out: {line}" for line in scan(dataset.root, used).skipped_lines(dataset.root)
-        ]
+        skipped = scan(dataset.root, used).skipped_lines(dataset.root)
+        notes += [f"left out: {line}" for line in skipped]
         names = ", ".join(f"'a flawless {category}'" for category in dataset.categories[:5])
         notes.append(f"the prompts will say {names}: folders should be called as their product")
         normal = sorted({s.image_path.parent.name for s in dataset if s.label == 0})
