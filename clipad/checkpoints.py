@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import open_clip
 import torch
@@ -99,7 +100,7 @@ def _first_line(error: Exception) -> str:
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """The weights in a file. ValueError for one that holds no CLIP with a vision transformer, or several."""
-    content = _read(path)
+    content = read_content(path)
     candidates = list(_models(content))
     if len(candidates) > 1:
         # A training's running mean of its weights stands beside them; the weights themselves are meant.
@@ -141,26 +142,19 @@ def load_weights(model, state: dict[str, torch.Tensor], resize: bool = False) ->
     side = math.isqrt(patches)
     if resize and side and side * side == patches:
         resize_pos_embed(state, model)
-    problems = [
-        _listed("missing", wanted.keys() - state.keys()),
-        _listed("unexpected", state.keys() - wanted.keys()),
-        _listed(
-            "of another shape",
-            [
-                f"{key} ({_shape(state[key])} in the file, {_shape(wanted[key])} in the model)"
-                for key in wanted.keys() & state.keys()
-                if state[key].shape != wanted[key].shape
-            ],
-        ),
-    ]
-    if any(problems):
-        hint = ""
-        if [k for k in wanted if k not in state or state[k].shape != wanted[k].shape] == [
-            POSITIONS
-        ] and side:
+    missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    other = {k for k in wanted.keys() & state.keys() if state[k].shape != wanted[k].shape}
+    if missing or unexpected or other:
+        shapes = [
+            f"{key} ({_shape(state[key])} in the file, {_shape(wanted[key])} in the model)"
+            for key in other
+        ]
+        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+        reason = "; ".join(_listed(kind, names) for kind, names in kinds.items() if names)
+        if other == {POSITIONS} and not missing and side:
             pixels = side * model.visual.patch_size[0]
-            hint = f". Weights of images of {pixels} pixels: load them with image_size={pixels}"
-        raise ValueError("; ".join(filter(None, problems)) + hint)
+            reason += f". Weights of images of {pixels} pixels: load them with image_size={pixels}"
+        raise ValueError(reason)
     for key, value in state.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"non-finite values in {key}: the file is damaged")
@@ -170,7 +164,7 @@ def load_weights(model, state: dict[str, torch.Tensor], resize: bool = False) ->
 def _listed(kind: str, names) -> str:
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{len(names)} {kind}: {', '.join(names[:3])}{more}" if names else ""
+    return f"{len(names)} {kind}: {', '.join(names[:3])}{more}"
 
 
 def _shape(value: torch.Tensor) -> str:
@@ -195,20 +189,24 @@ def _models(content, name: str = "") -> Iterator[tuple[str, dict[str, torch.Tens
         yield from _models(value, f"{name}.{key}".strip("."))
 
 
+OTHER_FILES = {
+    "vision_model.embeddings": "the names are those of Hugging Face transformers: open_clip publishes the same weights "
+    "in its own form, name a tag of the model instead of the file",
+    "lora_A.weight": "it is an adapter: merge it into its model first",
+    "linears.0.weight": "it is an adapter: merge it into its model first",
+    "patch_embed.proj.weight": "it is an image tower without a text tower, or one of another kind",
+    "conv1.weight": "it is an image tower without a text tower, or one of another kind",
+}
+"""part of a name in the file -> what it tells"""
+
+
 def _what_else(content: Mapping) -> str:
     """What a file without a CLIP holds, in one sentence."""
     names = [str(key) for key in _keys(content)]
-    told = f"it holds {', '.join(names[:4]) or 'nothing'}{' ...' if len(names) > 4 else ''}"
-    if any("vision_model.embeddings" in name for name in names):
-        return (
-            f"it is in the form of Hugging Face transformers ({told}): open_clip publishes the same weights in its own "
-            "form, name a tag of the model instead of the file"
-        )
-    if any(name.endswith(("patch_embed.proj.weight", "conv1.weight")) for name in names):
-        return f"it holds an image tower without a text tower, or one of another kind ({told})"
-    if any(name.endswith(("linears.0.weight", "lora_A.weight")) for name in names):
-        return f"it holds an adapter, no whole model ({told}): merge it into its model first"
-    return f"it holds no CLIP with a vision transformer: no name ends in {FIRST!r}; {told}"
+    told = [said for sign, said in OTHER_FILES.items() if any(sign in name for name in names)]
+    held = f"{', '.join(names[:4]) or 'nothing'}{' ...' if len(names) > 4 else ''}"
+    reason = told[0] if told else f"no name ends in {FIRST!r}"
+    return f"it holds no CLIP with a vision transformer but {held}; {reason}"
 
 
 def _keys(content: Mapping) -> Iterator:
@@ -219,18 +217,21 @@ def _keys(content: Mapping) -> Iterator:
             yield key
 
 
-def _read(path: Path) -> Mapping:
-    """The content of a file by what it is, not by its suffix."""
+STARTS = {
+    b"version https://git-lfs": "it is a pointer of Git LFS, not the weights: fetch them with `git lfs pull`",
+    b"<": "it is a web page, not the weights: download the file itself",
+}
+
+
+def read_content(path: Path) -> Mapping:
+    """Tensors by name, maybe nested, of a file by what it is, not by its suffix. ValueError says why there are none."""
     with open(path, "rb") as file:
         head = file.read(64)
     if not head:
         raise ValueError("the file is empty")
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(
-            "it is a pointer of Git LFS, not the weights: fetch them with `git lfs pull`"
-        )
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ValueError("it is a web page, not the weights: download the file itself")
+    for start, said in STARTS.items():
+        if head.lstrip().startswith(start):
+            raise ValueError(said)
     if head[8:9] != b"{" and not head.startswith((b"PK", b"\x80")):
         raise ValueError(
             "it is neither safetensors nor a file of torch.save nor a TorchScript archive: "
@@ -241,42 +242,29 @@ def _read(path: Path) -> Mapping:
     except ValueError:
         raise
     except pickle.UnpicklingError as error:
-        raise ValueError(_WITH_CODE.format(_named(error))) from error
+        raise ValueError(
+            "beside weights it holds objects of Python, and pickled code is never executed. If you trust its source, "
+            "save the weights alone: found = torch.load(path, weights_only=False); torch.save(found['state_dict'], "
+            "'weights.pt'), or found.state_dict() where a whole model was saved"
+        ) from error
     except Exception as error:  # zip, torch and safetensors each have their own for a broken file
         raise ValueError(f"the file is damaged or incomplete ({_first_line(error)})") from error
     if not isinstance(content, Mapping):
-        raise ValueError(
-            f"it holds a {type(content).__name__}, not weights by name: save model.state_dict()"
-        )
+        kind = type(content).__name__
+        raise ValueError(f"it holds a {kind}, not weights by name: save model.state_dict()")
     return content
-
-
-_WITH_CODE = (
-    "beside weights it holds {}, and pickled code is never executed. If you trust its source, save the weights alone: "
-    "found = torch.load(path, weights_only=False); torch.save(found['state_dict'], 'weights.pt'), or "
-    "found.state_dict() where a whole model was saved"
-)
-
-
-def _named(error: pickle.UnpicklingError) -> str:
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    return f"Python's {found[1]}" if found else "objects of Python"
 
 
 def _unpickled(path: Path):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            root = next(
-                (name.removesuffix("/data.pkl") for name in names if name.endswith("/data.pkl")),
-                None,
-            )
-            if root is None:
-                raise ValueError(
-                    f"it is an archive of {', '.join(names[:3])} ...: unpack it and name the file inside"
-                )
-            if any(name.startswith(f"{root}/code/") for name in names):
-                return dict(_Script(archive, root).load().tensors())
+            roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
+            if not roots:
+                held = ", ".join(names[:3])
+                raise ValueError(f"it is an archive of {held} ...: unpack it, name the file inside")
+            if any(name.startswith(f"{roots[0]}code/") for name in names):
+                return dict(_Script(archive, roots[0]).load().tensors())
     with (
         warnings.catch_warnings(),
         open(path, "rb") as file,
@@ -305,40 +293,24 @@ class _Inert:
 class _Script(pickle.Unpickler):
     """The tensors of a TorchScript archive (OpenAI's form), without torch.jit: none of its code is loaded."""
 
+    DTYPES: ClassVar = {
+        "HalfStorage": torch.float16,
+        "FloatStorage": torch.float32,
+        "LongStorage": torch.int64,
+    }
+
     def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))
         self.archive, self.root = archive, root
 
     def find_class(self, module, name):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        return _Inert
+            return lambda storage, offset, size, stride, *_: storage.as_strided(
+                size, stride, offset
+            )
+        return self.DTYPES.get(name, _Inert) if module == "torch" else _Inert
 
     def persistent_load(self, pid):
-        _, dtype, key, _, count = pid
-        content = self.archive.read(f"{self.root}/data/{key}")
-        return (
-            torch.frombuffer(bytearray(content), dtype=dtype)
-            if count
-            else torch.empty(0, dtype=dtype)
-        )
-
-
-def _tensor(storage, offset, size, stride, *_):
-    return storage.as_strided(size, stride, offset)
-
-
-_STORAGES = {
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "BoolStorage": torch.bool,
-    "ByteStorage": torch.uint8,
-    "CharStorage": torch.int8,
-    "ShortStorage": torch.int16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-}
+        _, dtype, key, *_ = pid
+        content = self.archive.read(f"{self.root}data/{key}")
+        return torch.frombuffer(bytearray(content), dtype=dtype)

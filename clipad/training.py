@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from clipad.backbone import Backbone
+from clipad.checkpoints import read_content
 from clipad.datasets import Dataset
 from clipad.dual_path import default_stages, staged_features
 from clipad.evaluation import fingerprint, in_parts, load_images, read_masks
@@ -226,65 +226,39 @@ def load_layers(path: str | Path) -> LinearLayers:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    if path.suffix == ".safetensors":
-        state, settings, _ = _read(path)
-        state = {key: value for key, value in state.items() if not key.startswith("adam.")}
-    else:
-        state, settings = _read_released(path), {}
-    layers = _from_state(state, path)
+    try:
+        if path.suffix == ".safetensors":
+            state, settings, _ = _read(path)
+            state = {key: value for key, value in state.items() if not key.startswith("adam.")}
+        else:
+            content, settings = read_content(path), {}
+            if not isinstance(content.get("linear_layers"), dict):
+                found = ", ".join(map(str, content)) or "nothing"
+                raise ValueError(f"it has to hold 'linear_layers': a state dict; found {found}")
+            state = dict(content["linear_layers"])
+        layers = _from_state(state)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no linear layers: {error}") from error
     layers.settings = settings
     return layers
 
 
-def _from_state(state: dict[str, torch.Tensor], path: Path) -> LinearLayers:
-    count = len(state) // 2
-    expected = {f"fc.{i}.{part}" for i in range(count) for part in ("weight", "bias")}
-    if not count or set(state) != expected:
-        odd = sorted(set(state) ^ (expected or {"fc.0.weight", "fc.0.bias"}))
+def _from_state(state: dict[str, torch.Tensor]) -> LinearLayers:
+    first = state.get("fc.0.weight", torch.empty(0))
+    if first.ndim != 2:
+        found = ", ".join(state) or "nothing"
         raise ValueError(
-            f"{path} has to hold fc.0.weight, fc.0.bias, fc.1.weight, ... for each stage; "
-            f"missing or unknown: {', '.join(odd[:6])}"
+            f"expected fc.0.weight (C x D), fc.0.bias, fc.1.weight, ...; found {found}"
         )
-    first = state["fc.0.weight"]
-    for key, value in state.items():
-        shape = tuple(first.shape if key.endswith("weight") else first.shape[:1])
-        if first.ndim != 2 or tuple(value.shape) != shape:
-            raise ValueError(
-                f"{path}: {key} has shape {tuple(value.shape)}, expected {shape} (weights C x D, biases C)"
-            )
-        if not value.is_floating_point() or not torch.isfinite(value).all():
-            raise ValueError(
-                f"{path}: {key} holds values that are no finite numbers; the file is damaged"
-            )
-    layers = LinearLayers(first.shape[1], first.shape[0], count)
-    layers.load_state_dict({key: value.float() for key, value in state.items()})
-    return layers.eval().requires_grad_(False)
-
-
-def _read_released(path: Path) -> dict[str, torch.Tensor]:
+    layers = LinearLayers(first.shape[1], first.shape[0], len(state) // 2)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        IndexError,
-        OSError,
-    ) as error:
-        raise ValueError(
-            f"{path} is no checkpoint: it is damaged, of another kind, or a pickle with code, which is never executed"
-        ) from error
-    layers = found.get("linear_layers") if isinstance(found, dict) else None
-    if not isinstance(layers, dict) or not all(
-        isinstance(v, torch.Tensor) for v in layers.values()
-    ):
-        held = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
-        raise ValueError(
-            f"{path} has to hold a dict with 'linear_layers': a state dict; found: {held[:200] or 'nothing'}"
-        )
-    return dict(layers)
+        layers.load_state_dict(state)
+    except RuntimeError as error:  # names what is missing, unexpected or of another shape
+        raise ValueError(" ".join(str(error).split())) from error
+    for key, value in layers.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{key} holds values that are not finite; the file is damaged")
+    return layers.eval().requires_grad_(False)
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict, list[dict]]:
@@ -293,13 +267,10 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict, list[dict]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-        return (
-            state,
-            json.loads(metadata.get("settings", "{}")),
-            json.loads(metadata.get("log", "[]")),
-        )
+        settings, log = metadata.get("settings", "{}"), metadata.get("log", "[]")
+        return state, json.loads(settings), json.loads(log)
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+        raise ValueError(f"it is no safetensors file, or a damaged one: {error}") from error
 
 
 def _checkpoint(folder: Path, epoch: int) -> Path:

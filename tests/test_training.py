@@ -384,7 +384,7 @@ STATE = LinearLayers(6, 4, 2).state_dict()
     [
         ({"layers": STATE}, "linear_layers.*layers"),
         ([1, 2], "list"),
-        ({"linear_layers": {}}, "fc.0.bias, fc.0.weight"),
+        ({"linear_layers": {}}, "fc.0.weight"),
         ({"linear_layers": STATE | {"extra": torch.zeros(1)}}, "extra"),
         (
             {"linear_layers": {k.replace("fc.1", "fc.2"): v for k, v in STATE.items()}},
@@ -392,7 +392,7 @@ STATE = LinearLayers(6, 4, 2).state_dict()
         ),
         (
             {"linear_layers": STATE | {"fc.1.weight": torch.zeros(4, 5)}},
-            r"fc.1.weight.*\(4, 5\).*\(4, 6\)",
+            r"fc.1.weight.*4, 5.*4, 6",
         ),
         (
             {"linear_layers": STATE | {"fc.0.bias": torch.full((4,), torch.nan)}},
