@@ -13,7 +13,6 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from PIL import Image
 
 from clipad.checkpoints import Checkpoint, download, load_weights, read_checkpoint
 from clipad.datasets import image_tensor
-from clipad.files import address, cached
+from clipad.files import address, cached, did_you_mean
 from clipad.prompts import words
 from clipad.published import data_dir
 
@@ -116,7 +115,13 @@ class Backbone:
 
         def encode() -> dict:
             tokens = self.tokenizer(sentences)
-            self._warn_of_cut_sentences(sentences, tokens)
+            full = [s for s, row in zip(sentences, tokens, strict=True) if row[-1] != 0]
+            if full:  # open_clip cuts them without a word
+                warnings.warn(
+                    f"{len(full)} sentences fill the {tokens.shape[1]} tokens that {self.name!r} reads, and what is "
+                    f"beyond is cut off; the first is {full[0][:80]!r}",
+                    stacklevel=4,
+                )
             with torch.inference_mode():
                 parts = [
                     self._encode_tokens(part.to(self.device)).float().cpu()
@@ -133,10 +138,7 @@ class Backbone:
         The text mask is causal, so what stands behind the end token cannot change it: 77 positions become about 18.
         """
         model = self.model
-        if (
-            getattr(model, "attn_mask", None) is None
-            or getattr(model, "text_pool_type", "") != "argmax"
-        ):
+        if model.attn_mask is None or model.text_pool_type != "argmax":
             return model.encode_text(tokens)
         length = int(tokens.argmax(dim=-1).max()) + 1
         tokens = tokens[:, :length]
@@ -152,19 +154,9 @@ class Backbone:
         unknown = self.unknown_words(sentences) - self._warned
         if unknown:
             self.expect_words(unknown)
+            shown = ", ".join(sorted(unknown)[:8])
             warnings.warn(
-                f"the model {self.name!r} never saw the words {', '.join(sorted(unknown)[:8])} in training: "
-                "what it makes of them is noise",
-                stacklevel=3,
-            )
-
-    def _warn_of_cut_sentences(self, sentences, tokens):
-        """open_clip cuts what is too long for the model, without a word."""
-        full = [sentence for sentence, row in zip(sentences, tokens, strict=True) if row[-1] != 0]
-        if full:
-            warnings.warn(
-                f"{len(full)} sentences fill the {tokens.shape[1]} tokens that {self.name!r} reads, and what is beyond "
-                f"is cut off; the first is {full[0][:80]!r}",
+                f"the model {self.name!r} never saw the words {shown} in training: what it makes of them is noise",
                 stacklevel=3,
             )
 
@@ -256,23 +248,24 @@ def find_device(device: str | None = None) -> torch.device:
     return found
 
 
+PLAIN = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "ls_init_value"}
+"""all that the configuration of a plain CLIP vision transformer says; anything else changes what its blocks compute"""
+
+
 def _configuration(name: str) -> dict:
     """The arguments of open_clip's CLIP, or ValueError for a model that the staged dual path does not cover."""
     if name == "demo":
         return _own_configuration(data_dir() / "demo" / "model")["model_cfg"]
-    if name not in open_clip.list_models():
-        near = get_close_matches(name, ["demo", *open_clip.list_models()], n=3)
-        raise ValueError(
-            f"unknown model {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
-        )
+    known = open_clip.list_models()
+    if name not in known:
+        raise ValueError(f"unknown model {name!r}{did_you_mean(name, ['demo', *known])}")
     config = open_clip.get_model_config(name)
-    vision = config["vision_cfg"]
-    if "timm_model_name" in vision:
-        raise _not_plain(name, f"its image tower is timm's {vision['timm_model_name']}")
-    if isinstance(vision["layers"], list):
-        raise _not_plain(name, "its image tower is a ResNet")
-    if "hf_model_name" in config["text_cfg"] or config.get("custom_text"):
-        raise _not_plain(name, "its text tower is of another kind")
+    vision, others = config["vision_cfg"], config | config["text_cfg"]
+    found = {key: value for key, value in vision.items() if key not in PLAIN}
+    found |= {key: value for key, value in vision.items() if isinstance(value, list)}  # a ResNet
+    found |= {key: others[key] for key in ("custom_text", "hf_model_name") if others.get(key)}
+    if found:
+        raise _not_plain(name, ", ".join(f"{key}={value}" for key, value in found.items()))
     return config
 
 
@@ -294,14 +287,10 @@ def _find_weights(
         own = {"quick_gelu": tag.get("quick_gelu", False), "mean": tag["mean"], "std": tag["std"]}
         return download(name, str(pretrained), tag), f"open_clip tag {pretrained}", own
     path = Path(pretrained or data_dir() / "demo" / "model" / "model.safetensors").expanduser()
-    if path.is_dir():
-        raise ValueError(
-            f"pretrained={str(pretrained)!r} is a folder: name the file with the weights in it"
-        )
     if not path.is_file():
+        found = "a folder" if path.is_dir() else f"neither a file nor a tag of {name}"
         raise ValueError(
-            f"pretrained={str(pretrained)!r} is neither a file nor a tag of {name}; "
-            f"its tags are {', '.join(tags) or 'none'}"
+            f"pretrained={str(pretrained)!r} is {found}; its tags are {', '.join(tags) or 'none'}. Name a tag or a file"
         )
     beside = _own_configuration(path.parent)
     own = {k: v for k, v in beside.get("preprocess_cfg", {}).items() if k in ("mean", "std")}
@@ -355,25 +344,13 @@ def cache_dir() -> Path:
 
 def _require_plain_vit(visual, name: str) -> None:
     """Refuse what the dual path does not cover, before anything is computed with it."""
-    reason = None
     if not isinstance(visual, VisionTransformer):
-        reason = f"its image tower is a {type(visual).__name__}"
-    elif getattr(visual, "attn_pool", None) is not None:
-        reason = "it pools by attention"
-    elif visual.pool_type != "tok" or visual.final_ln_after_pool or visual.proj is None:
-        reason = f"it pools by {visual.pool_type!r} with another projection"
-    elif not all(
-        type(block).__name__ == "ResidualAttentionBlock" for block in visual.transformer.resblocks
-    ):
-        reason = f"its blocks are {type(visual.transformer.resblocks[0]).__name__}"
-    elif (
-        visual.image_size[0] != visual.image_size[1] or visual.patch_size[0] != visual.patch_size[1]
-    ):
-        reason = (
-            f"its images are {visual.image_size} and its patches {visual.patch_size}, not square"
-        )
-    if reason:
-        raise _not_plain(name, reason)
+        raise _not_plain(name, f"its image tower is a {type(visual).__name__}")
+    if visual.attn_pool is not None or visual.pool_type != "tok" or visual.final_ln_after_pool:
+        raise _not_plain(name, f"it pools by attention or by {visual.pool_type!r}")
+    for height, width in (visual.image_size, visual.patch_size):
+        if height != width:
+            raise _not_plain(name, f"its images or patches are {height} x {width}, not square")
 
 
 def _not_plain(name: str, reason: str) -> ValueError:
@@ -383,8 +360,8 @@ def _not_plain(name: str, reason: str) -> ValueError:
     )
 
 
-def _require_whole_patches(image_size: int | None, patch_size: int | None) -> None:
-    if image_size and patch_size and (image_size < patch_size or image_size % patch_size):
+def _require_whole_patches(image_size: int | None, patch_size: int) -> None:
+    if image_size and (image_size < patch_size or image_size % patch_size):
         near = max(1, round(image_size / patch_size)) * patch_size
         raise ValueError(
             f"image_size={image_size} is no multiple of the model's patches of {patch_size} pixels; {near} is one"

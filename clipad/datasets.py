@@ -12,6 +12,8 @@ Only test images are listed: the method is zero-shot. The rules that the layouts
 * Byte-identical images are kept; `clipad data check` reports them, and every file that is left out.
 """
 
+from __future__ import annotations
+
 import csv
 import json
 import os
@@ -43,20 +45,10 @@ IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # others (EPS runs a pro
 NORMAL_NAMES = ("good", "normal", "ok")  # sub-folders of data set "folder" that hold normal images
 # Words that say a state, not a product, and not surely which one: labels are asked for.
 STATES = {
-    *NORMAL_NAMES,
-    "yes",
-    "no",
-    "pass",
-    "passed",
-    "fail",
-    "failed",
-    "reject",
-    "nok",
-    "ng",
-    "ko",
-}
-STATES |= {"bad", "def", "defect", "defects", "defective", "anomaly", "anomalous", "abnormal"}
-STATES |= {"nominal", "healthy", "clean", "free", "okay"}
+    *NORMAL_NAMES, "yes", "no", "pass", "passed", "fail", "failed", "reject", "nok", "ng", "ko", "bad",
+    "def", "defect", "defects", "defective", "anomaly", "anomalous", "abnormal",
+    "nominal", "healthy", "clean", "free", "okay",
+}  # fmt: skip
 NO_TEST_IMAGES = ("train", "validation", "test_private", "test_private_mixed", "object")
 
 # Test images per category, (normal, anomalous), of the published data sets (data/README.md says where each is from).
@@ -305,7 +297,7 @@ class Dataset:
     def __iter__(self):
         return iter(self.samples)
 
-    def select(self, categories: str | Iterable[str]) -> "Dataset":
+    def select(self, categories: str | Iterable[str]) -> Dataset:
         """The same data set with these categories only, in the order given. ValueError for an unknown one."""
         names = [categories] if isinstance(categories, str) else list(categories)
         names = list(dict.fromkeys(nfc(name) for name in names))
@@ -366,7 +358,6 @@ def load_dataset(
     Raises ValueError (unknown name or category, with the nearest one), FileNotFoundError (root, image, mask or list
     missing), `LayoutError`, `OutsideRootError`.
     """
-
     dataset, problems = list_dataset(name, root, normal_folder)
     if problems:
         raise problems[0]
@@ -390,15 +381,10 @@ def list_dataset(
         )
     root = Path(root).expanduser() if root else data_dir() / "demo" / "collections" / name
     root = _locate(name, root.resolve() if ".." in root.parts else root.absolute())
-    samples, problems = [], []
-    for item in LAYOUTS[name].find(root, normal_folder):
-        for found in item.samples() if isinstance(item, Group) else [item]:
-            if isinstance(found, Sample):
-                found, reasons = _usable(found, root)
-                samples += [found] if found else []
-                problems += reasons
-            else:
-                problems.append(found)
+    listed = LAYOUTS[name].find(root, normal_folder)
+    found = [part for item in listed for part in _checked(item, root)]
+    samples = [part for part in found if isinstance(part, Sample)]
+    problems = [part for part in found if isinstance(part, Exception)]
     if not samples and not problems:
         problems.append(LayoutError(f"{root} holds no test images. {_expected(name, root)}"))
     rest = left_over(root, samples) if name == "folder" else []
@@ -410,23 +396,29 @@ def list_dataset(
     return Dataset(name, root, categories, tuple(samples)), problems
 
 
-def _usable(sample: Sample, root: Path) -> tuple[Sample | None, list[Exception]]:
-    """The sample without those of its masks that cannot be reached, None if it cannot be used at all; and why."""
-    if sample.category == "mean":
-        reason = "a category cannot be called 'mean', the last row of every table: rename it"
-        return None, [ValueError(reason)]
-    name = os.path.relpath(sample.image_path, root)
-    if printable(name) != name:
-        return None, [ValueError(f"{printable(name)}: the name is not UTF-8, rename it")]
-    if reason := _unreachable(sample.image_path, root):
-        return None, [reason]
-    reasons = []
-    for part in ("mask_path", "object_mask_path"):
-        path = getattr(sample, part)
-        if path and (reason := _unreachable(path, root)):
-            reasons.append(reason)
-            sample = replace(sample, **{part: None})
-    return sample, reasons
+def _checked(item: Group | Sample | Exception, root: Path) -> Iterator[Sample | Exception]:
+    """A group's samples, without those that cannot be used and those of their masks that cannot be reached; and why."""
+    if isinstance(item, Exception):
+        yield item
+        return
+    if isinstance(item, Group):
+        for sample in item.samples():
+            yield from _checked(sample, root)
+        return
+    name = os.path.relpath(item.image_path, root)
+    if item.category == "mean":
+        yield ValueError("a category cannot be called 'mean', as the last row of a table is")
+    elif printable(name) != name:
+        yield ValueError(f"{printable(name)}: the name is not UTF-8, rename it")
+    elif reason := _unreachable(item.image_path, root):
+        yield reason
+    else:
+        for part in ("mask_path", "object_mask_path"):
+            path = getattr(item, part)
+            if path and (reason := _unreachable(path, root)):
+                yield reason
+                item = replace(item, **{part: None})
+        yield item
 
 
 def _unreachable(path: Path, root: Path) -> Exception | None:
@@ -519,9 +511,9 @@ def _in_categories(name: str, known: Iterable[str]) -> Layout:
 
     def find(root: Path, _="") -> Found:
         for folder in _folders(root):
-            category = nfc(folder.name)
             if not (folder / "test").is_dir():
                 continue
+            category = nfc(folder.name)
             if category not in known:
                 hint = f"{did_you_mean(category, known)}. Use dataset='folder' for other data"
                 yield LayoutError(f"{folder} is no category of {name!r}{hint}")

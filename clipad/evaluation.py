@@ -11,7 +11,7 @@ import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -108,12 +108,8 @@ def evaluate(
     folder = _claim(Path(output_dir), settings) if output_dir is not None else None
 
     rows, frames = {}, []
-    with tqdm(
-        total=len(dataset),
-        desc=f"{detector.name} on {dataset.name}",
-        unit="image",
-        disable=not progress,
-    ) as bar:
+    title = f"{detector.name} on {dataset.name}"
+    with tqdm(total=len(dataset), desc=title, unit="image", disable=not progress) as bar:
         for category in dataset.categories:
             samples = [sample for sample in dataset if sample.category == category]
             place = folder and folder / "categories" / f"{file_name(category)}.npz"
@@ -140,15 +136,13 @@ def _check_masks(dataset: Dataset, workers: int) -> None:
     """Every mask is as large as its image: from the headers, so that a wrong one stops the run before it starts."""
 
     def check(sample: Sample) -> None:
-        sizes = native_size(sample.image_path), native_size(sample.mask_path)
-        if sizes[0] != sizes[1]:
-            raise MaskSizeError(
-                f"{sample.mask_path} is {sizes[1]}, its image {sample.image_path.name} is {sizes[0]}"
-            )
+        image, mask = native_size(sample.image_path), native_size(sample.mask_path)
+        if image != mask:
+            name = sample.image_path.name
+            raise MaskSizeError(f"{sample.mask_path} is {mask}, its image {name} is {image}")
 
     with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(check, [s for s in dataset if s.mask_path is not None]):
-            pass
+        list(pool.map(check, [s for s in dataset if s.mask_path is not None]))
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -168,27 +162,26 @@ def fingerprint(dataset: Dataset) -> str:
 
 def load_images(
     samples: list[Sample], preprocess, batch_size: int, workers: int = 4, pin: bool = False
-) -> Iterator:
+) -> Iterator[torch.Tensor]:
     """Batches of pre-processed images, B x 3 x S x S, decoded by threads while the caller computes."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque = deque()
-        try:
-            for start in range(0, len(samples), batch_size):
-                group = samples[start : start + batch_size]
-                waiting.append(
-                    [pool.submit(lambda s: preprocess(read_image(s.image_path)), s) for s in group]
-                )
-                if len(waiting) > _AHEAD:
-                    yield _stack(waiting.popleft(), pin)
-            while waiting:
-                yield _stack(waiting.popleft(), pin)
-        finally:
-            pool.shutdown(cancel_futures=True)
 
+    def stack(futures: list[Future]) -> torch.Tensor:
+        images = torch.stack([future.result() for future in futures])
+        return images.pin_memory() if pin else images
 
-def _stack(futures, pin: bool) -> torch.Tensor:
-    images = torch.stack([future.result() for future in futures])
-    return images.pin_memory() if pin else images
+    def read(sample: Sample) -> torch.Tensor:
+        return preprocess(read_image(sample.image_path))
+
+    waiting: deque = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for start in range(0, len(samples), batch_size):
+            waiting.append([pool.submit(read, s) for s in samples[start : start + batch_size]])
+            if len(waiting) > _AHEAD:
+                yield stack(waiting.popleft())
+        yield from map(stack, waiting)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def category_metrics(
@@ -251,9 +244,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
-def predict_halving(
-    detector, images: torch.Tensor, category: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def predict_halving(detector, images: torch.Tensor, category: str) -> tuple[torch.Tensor, ...]:
     """Maps and probabilities; a batch that does not fit into GPU memory is halved until it does."""
     parts = in_parts(lambda part: detector.predict(part, category), images)
     return torch.cat([p.maps for p in parts]), torch.cat([p.probabilities for p in parts])
@@ -322,35 +313,31 @@ def _frame(dataset: Dataset, samples: list[Sample], found: Arrays) -> pd.DataFra
 def read_masks(samples: list[Sample], image_size: int, workers: int = 4) -> np.ndarray:
     """Ground truth of samples as bool, N x S x S; a sample without a mask (a normal image) is all False."""
     masks = np.zeros((len(samples), image_size, image_size), dtype=bool)
-    with_mask = [i for i, s in enumerate(samples) if s.mask_path is not None]
+
+    def read(i: int) -> None:
+        size = native_size(samples[i].image_path)
+        masks[i] = read_mask(samples[i].mask_path, image_size, size)
+
     with ThreadPoolExecutor(workers) as pool:
-        read = pool.map(
-            lambda i: read_mask(
-                samples[i].mask_path, image_size, native_size(samples[i].image_path)
-            ),
-            with_mask,
-        )
-        for i, mask in zip(with_mask, read, strict=True):
-            masks[i] = mask
+        list(pool.map(read, [i for i, s in enumerate(samples) if s.mask_path is not None]))
     return masks
 
 
 def _claim(folder: Path, settings: dict) -> Path:
     """Make the folder, or see that it belongs to these settings."""
     require_writable(folder)
-    text = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     path = folder / "settings.json"
-    if path.is_file():
-        try:
-            found, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-        except ValueError:
-            raise ValueError(
-                f"{path} is damaged, so nobody knows what made the results beside it: "
-                "choose another output_dir or remove this one"
-            ) from None
-        require_same_settings(folder, found, wanted)
-    else:
+    text = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    if not path.is_file():
         write_atomically(path, text)
+        return folder
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(
+            f"{path} is damaged: choose another output_dir or remove this one"
+        ) from None
+    require_same_settings(folder, found, json.loads(text))
     return folder
 
 

@@ -17,11 +17,9 @@ the industrial data sets). So only the normal scores are sorted, in their own pr
 that is made, and each distinct anomalous score is looked up among them. Memory besides the caller's arrays:
 about 5 bytes for each pixel of float32 scores, and 75 for each anomalous pixel.
 
-Bootstrap: what is resampled are whole images (``draw_counts``), and a resample is a count per image. All that the
-metrics need is linear in these counts: the false positives of a resample at a threshold are the counts times each
-image's own number of normal pixels at or above it. So the pixels are sorted once for all resamples
-(``resampled_metrics``), no threshold is left out or binned, and the numbers equal those of the images written out as
-often as they were drawn.
+Bootstrap: a resample is a count per image (``draw_counts``), and all that the metrics need is linear in the counts. So
+the pixels are sorted once for all resamples (``resampled_metrics``), and the numbers equal those of the images written
+out as often as they were drawn.
 
 Shapes: N images, R resamples, K distinct scores of anomalous pixels.
 """
@@ -59,7 +57,7 @@ def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """
     scores, labels = _checked(scores, labels, "N", "labels")
     if labels.all() or not labels.any():
-        return dict.fromkeys(("auroc", "f1_max", "ap"), float("nan"))
+        return dict.fromkeys(METRICS[:3], float("nan"))
     return _of_one(scores, labels)
 
 
@@ -83,7 +81,7 @@ def pixel_metrics(scores: ArrayLike, masks: ArrayLike) -> dict[str, float]:
     """
     scores, masks = _checked(scores, masks, "N x H x W", "masks")
     if masks.all() or not masks.any():
-        return dict.fromkeys(("auroc", "f1_max", "ap", "pro"), float("nan"))
+        return dict.fromkeys(METRICS, float("nan"))
     weights, regions = _region_weights(masks)
     return _of_one(scores, masks, weights, regions.sum())
 
@@ -99,9 +97,7 @@ def pro_curve(scores: ArrayLike, masks: ArrayLike) -> tuple[np.ndarray, np.ndarr
     """
     scores, masks = _checked(scores, masks, "N x H x W", "masks")
     if masks.all() or not masks.any():
-        raise ValueError(
-            "The curve needs anomalous and normal pixels; the masks hold only one of the two."
-        )
+        raise ValueError("the curve needs anomalous and normal pixels, found one of the two.")
     curve = _curve(scores, masks, _region_weights(masks)[0])
     above = curve.fp.copy()
     above[curve.tied] -= curve.ties
@@ -347,41 +343,30 @@ def _resampled_sums(pieces: Iterable[_Curve], counts, anomalous, normal) -> np.n
 # Input ----------------------------------------------------------------------------------------------------------
 
 
-def _checked(
-    scores: ArrayLike, truth: ArrayLike, shape: str, truth_name: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _checked(scores: ArrayLike, truth: ArrayLike, shape: str, truth_name: str):
     """Both as arrays, the caller's own memory where possible: float32 or float64, and bool."""
     scores, truth = _array(scores, "scores"), _array(truth, truth_name)
-    if scores.ndim != len(shape.split(" x ")):
-        raise ValueError(f"scores must have the shape {shape}, found {scores.shape}.")
-    if scores.shape != truth.shape:
+    if len(shape.split(" x ")) != scores.ndim or scores.shape != truth.shape or not scores.size:
         raise ValueError(
-            f"scores and {truth_name} must have one shape, found {scores.shape} and {truth.shape}."
-        )
-    if scores.size == 0:
-        raise ValueError(
-            f"Nothing to evaluate: scores and {truth_name} are empty, shape {scores.shape}."
+            f"scores and {truth_name} must both be {shape}, of one shape and not empty, "
+            f"found {scores.shape} and {truth.shape}."
         )
     if scores.dtype not in (np.float32, np.float64):
         # float16 fits into float32; integers and booleans into float64.
         scores = scores.astype(np.float32 if scores.dtype == np.float16 else np.float64)
     # min and max need no memory, and both are NaN when any score is.
     if not (np.isfinite(scores.min()) and np.isfinite(scores.max())):
-        bad = ~np.isfinite(scores)
-        first = tuple(np.argwhere(bad)[0].tolist())
+        bad = np.argwhere(~np.isfinite(scores))
+        first = tuple(bad[0].tolist())
+        raise ValueError(f"scores must be finite, found {len(bad)} that are not, first at {first}.")
+    binary = truth if truth.dtype == bool else truth != 0
+    if binary is not truth and not np.array_equal(truth, binary):
+        other = truth[truth != binary].flat[0]
         raise ValueError(
-            f"scores must be finite, found {bad.sum()} that are NaN or infinite, the first at {first}."
+            f"{truth_name} must hold only 0 (normal) and 1 (anomalous), found {other}; "
+            "binarise them first, for instance with `> 0`."
         )
-    if truth.dtype != bool:
-        binary = truth != 0
-        if not np.array_equal(truth, binary):
-            other = truth[(truth != binary)].flat[0]
-            raise ValueError(
-                f"{truth_name} must hold only 0 (normal) and 1 (anomalous), found {other}; "
-                "binarise them first, for instance with `> 0`."
-            )
-        truth = binary
-    return scores, truth
+    return scores, binary
 
 
 def _array(values: ArrayLike, name: str) -> np.ndarray:

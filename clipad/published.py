@@ -9,10 +9,8 @@ import pandas as pd
 from clipad.files import did_you_mean
 
 DBSCAN_MVTEC = {"eps": 0.5, "min_samples": 15}
-DBSCAN_VISA = {
-    "eps": 1.5,
-    "min_samples": 25,
-}  # nearly always the mean: unit vectors are at most 2 apart
+# Nearly always the mean: unit vectors are at most 2 apart.
+DBSCAN_VISA = {"eps": 1.5, "min_samples": 25}
 
 # On whose test split the layers of SDP+ were trained (METHOD.md section 6). The demo's two collections follow the
 # same idea; for a folder of the user's own we take what MVTec takes.
@@ -45,9 +43,7 @@ class Protocol:
     stages: tuple[int, ...]  # 1-based blocks after which a stage is read
     rvs: str
     rvs_options: dict
-    smoothing_240: (
-        float  # sigma of the Gaussian in pixels of a 240-pixel side; scale it with the side
-    )
+    smoothing_240: float  # sigma in pixels of a 240-pixel side; scale it with the side
     smoothing_240_sdp_plus: float
     trained_on: str  # the data set whose test split trained the layers of SDP+
     training_rvs_options: dict  # in training, the training set's own
@@ -125,12 +121,11 @@ def data_dir() -> Path:
     Raises:
         FileNotFoundError: there is no such folder; the message says what to do.
     """
-    if named := os.environ.get("CLIPAD_DATA"):
+    named = os.environ.get("CLIPAD_DATA")
+    if named:
         folder = Path(named).expanduser()
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"CLIPAD_DATA is set to {named!r}, which is not a folder; correct or unset it."
-            )
+            raise FileNotFoundError(f"CLIPAD_DATA={named!r} is not a folder; correct or unset it.")
         return folder
     folder = Path(__file__).resolve().parents[1] / "data"
     # A folder that merely happens to be called data must not be taken for ours.

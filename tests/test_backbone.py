@@ -92,7 +92,7 @@ def test_empty_sentences_are_refused(demo, sentences):
 
 
 def test_unknown_names_are_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"unknown model 'ViT-B16'; did you mean .*ViT-B-16"):
+    with pytest.raises(ValueError, match=r"unknown model 'ViT-B16' .did you mean 'ViT-B-16'"):
         load_backbone("ViT-B16")
     with pytest.raises(
         ValueError, match=r"neither a file nor a tag of ViT-B-32; its tags are .*laion400m_e31"
