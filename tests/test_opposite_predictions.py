@@ -209,9 +209,7 @@ def test_without_masks_nothing_is_counted_and_the_notebook_ends_there(collection
     need_masks(SimpleNamespace(dataset=collection))  # goes on
 
 
-def test_maps_have_to_fit_the_masks_and_to_be_finite(truth):
-    with pytest.raises(ValueError, match=r"\(5, 32, 32\).*found \(5, 16, 16\)"):
-        count_phenomena(np.zeros((5, 16, 16)), truth)
+def test_maps_have_to_be_finite(truth):
     maps = np.zeros((5, 32, 32))
     maps[2, 3, 4] = np.nan
     with pytest.raises(ValueError, match="finite"):

@@ -28,18 +28,10 @@ METRICS = (
     *(f"class_{m}" for m in ("auroc", "f1_max", "ap")),
 )
 METRIC_NAMES = {
-    "image_auroc": "image AUROC",
-    "image_f1_max": "image F1-max",
-    "image_ap": "image AP",
-    "class_auroc": "class AUROC",
-    "class_f1_max": "class F1-max",
-    "class_ap": "class AP",
-    "pixel_auroc": "pixel AUROC",
-    "pixel_f1_max": "pixel F1-max",
-    "pixel_ap": "pixel AP",
-    "pixel_pro": "PRO",
-    "map_auroc": "AUROC of map maximum",
-}
+    f"{level}_{metric}": f"{level} {name}"
+    for level in ("image", "class", "pixel")
+    for metric, name in (("auroc", "AUROC"), ("f1_max", "F1-max"), ("ap", "AP"))
+} | {"pixel_pro": "PRO", "map_auroc": "AUROC of map maximum"}
 RESAMPLES = 2000
 """bootstrap draws behind a verdict; 200 let verdicts depend on the seed"""
 TEXTURES = frozenset({"carpet", "grid", "leather", "marble", "tile", "wood"})
@@ -140,13 +132,10 @@ class Scores:
         return pd.DataFrame({m: self.table(m).loc["mean"] for m in self.methods}).T
 
     def interval(
-        self,
-        metric: str,
-        method: str,
-        minus: str | None = None,
-        categories: Sequence[str] | None = None,
+        self, metric: str, method: str, minus: str | None = None, categories=None
     ) -> tuple[Interval, Interval]:
-        """(images, wide) for the mean over categories of a metric, or of a paired difference of two methods."""
+        """(images, wide) for the mean over categories (names; None for all) of a metric, or of a paired difference of
+        two methods."""
         m = self.metrics.index(metric)
         values = self.values[self.methods.index(method), :, m]
         if minus is not None:
@@ -155,21 +144,18 @@ class Scores:
             values = values[[self.categories.index(c) for c in categories]]
         return intervals_over_categories(values, self.seed)
 
-    def differences(
-        self, baseline: str, metrics: Sequence[str], categories: Sequence[str] | None = None
-    ) -> pd.DataFrame:
+    def differences(self, baseline: str, metrics: Sequence[str], categories=None) -> pd.DataFrame:
         """A row per metric and method: ``method``, ``metric``, ``estimate`` of method - baseline, ``low`` and ``high``
         (images), ``low_wide`` and ``high_wide``, ``verdict`` (by the wide interval)."""
         rows = []
         for metric in metrics:
             for method in self.methods:
-                if method == baseline:
-                    continue
-                images, wide = self.interval(metric, method, baseline, categories)
-                ends = {"low": images.low, "high": images.high}
-                ends |= {"low_wide": wide.low, "high_wide": wide.high, "verdict": wide.verdict()}
-                rows.append({"method": method, "metric": metric, "estimate": wide.estimate} | ends)
-        return pd.DataFrame(rows)
+                if method != baseline:
+                    images, wide = self.interval(metric, method, baseline, categories)
+                    row = (method, metric, wide.estimate, images.low, images.high)
+                    rows.append((*row, wide.low, wide.high, wide.verdict()))
+        ends = ["low", "high", "low_wide", "high_wide"]
+        return pd.DataFrame(rows, columns=["method", "metric", "estimate", *ends, "verdict"])
 
     def by_category(self, metric: str, method: str, minus: str | None = None) -> pd.DataFrame:
         """A row per category: ``category``, ``group`` (textures or objects), ``estimate``, ``low``, ``high``."""
@@ -177,9 +163,8 @@ class Scores:
         rows = []
         for category in self.categories:
             images, _ = self.interval(metric, method, minus, [category])
-            row = {"category": category, "group": group[category], "estimate": images.estimate}
-            rows.append(row | {"low": images.low, "high": images.high})
-        return pd.DataFrame(rows)
+            rows.append((category, group[category], images.estimate, images.low, images.high))
+        return pd.DataFrame(rows, columns=["category", "group", "estimate", "low", "high"])
 
 
 def intervals_over_categories(values: np.ndarray, seed: int = 0) -> tuple[Interval, Interval]:
@@ -199,10 +184,7 @@ def intervals_over_categories(values: np.ndarray, seed: int = 0) -> tuple[Interv
 
 
 def scores_of_images(
-    frames: Mapping[str, pd.DataFrame],
-    columns: Sequence[str],
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    frames: Mapping[str, pd.DataFrame], columns: Sequence[str], resamples=RESAMPLES, seed: int = 0
 ) -> Scores:
     """Means per category of numbers that each image has, such as whether its map is the wrong way round.
 
@@ -253,11 +235,38 @@ class Kept:
 
     def maps(self, detector: Detector) -> np.ndarray:
         """The maps of all images, N x S x S."""
-        parts = {c: self.predict(detector, c).maps.numpy() for c in self.dataset.categories}
-        maps = np.empty((len(self.dataset), *next(iter(parts.values())).shape[1:]), np.float32)
-        for category, values in parts.items():
-            maps[self.where(category)] = values
-        return maps
+        return self._all({c: self.predict(detector, c) for c in self.dataset.categories})[0]
+
+    def with_text(
+        self, detector: Detector, text: Mapping[str, torch.Tensor]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Maps N x S x S and class probabilities N of a detector under other text vectors, C x 2 per category."""
+        found = {}
+        for category in self.dataset.categories:
+            own = self.features[torch.from_numpy(self.where(category))]
+            own = own.to(detector.backbone.device)
+            found[category] = detector.score_with(own, text[category])
+        return self._all(found)
+
+    def _all(self, found: Mapping[str, Prediction]) -> tuple[np.ndarray, np.ndarray]:
+        """The predictions of all categories in the order of the data set."""
+        size = next(iter(found.values())).maps.shape[-1]
+        maps = np.empty((len(self.dataset), size, size), np.float32)
+        probabilities = np.empty(len(self.dataset), np.float32)
+        for category, prediction in found.items():
+            at = self.where(category)
+            maps[at], probabilities[at] = prediction.maps, prediction.probabilities
+        return maps, probabilities
+
+    def mean_metrics(self, maps: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
+        """``METRICS`` of all images' maps and class probabilities, mean over categories, without intervals; NaN where
+        undefined."""
+        rows = []
+        for category in self.dataset.categories:
+            at = self.where(category)
+            masks = None if self.masks is None else self.masks[at]
+            rows.append(category_metrics(maps[at], masks, probabilities[at], self.labels[at]))
+        return pd.DataFrame(rows).reindex(columns=METRICS).mean().to_dict()
 
 
 def keep(detector: Detector, dataset: Dataset, batch_size: int = 16) -> Kept:
@@ -315,18 +324,8 @@ def scores_by_text(
     seed: int = 0,
 ) -> Scores:
     """The same detector and features with several sets of text vectors (per category C x 2), on the same draws."""
-    maps, probabilities = {}, {}
-    for name, text in texts.items():
-        parts = {}
-        for category in kept.dataset.categories:
-            at = kept.where(category)
-            own = kept.features[torch.from_numpy(at)].to(detector.backbone.device)
-            parts[category] = at, detector.score_with(own, text[category])
-        size = detector.backbone.image_size
-        maps[name] = np.empty((len(kept.dataset), size, size), np.float32)
-        probabilities[name] = np.empty(len(kept.dataset), np.float32)
-        for at, found in parts.values():
-            maps[name][at], probabilities[name][at] = found.maps, found.probabilities
+    found = {name: kept.with_text(detector, text) for name, text in texts.items()}
+    maps, probabilities = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
     return score(maps, probabilities, kept, resamples, seed)
 
 
@@ -423,21 +422,19 @@ def claim(
     """
     images, wide = found if isinstance(found, tuple) else (None, found)
     scope = scope or ("other images and categories" if images else "other images")
-    verdict, sign = wide.verdict(level or 0.0), "+" if level is None else ""
-    against = "" if level is None else f", against {100 * level:g}"
+    sign, p, against = "+", wide.p, ""
+    if level is not None:
+        sign, p, against = "", float("nan"), f", against {100 * level:g}"
+    verdict, narrow = wide.verdict(level or 0.0), (images or wide).verdict(level or 0.0)
     told = f"{METRIC_NAMES.get(metric, metric)} {wide:{sign}}{against}".strip()
+    text = f"**Found here:** {sentence}: **{verdict}**, {told} (95 %, {scope})."
+    if narrow != verdict:
+        text += f" For other images of these categories alone: {images:{sign}}, {narrow}."
     follows = then if isinstance(then, str) else then.get(verdict, "")
-    narrow = ""
-    if images and images.verdict(level or 0.0) != verdict:
-        narrow = f" For other images of these categories alone: {images:{sign}}, {images.verdict(level or 0.0)}."
-    text = f"**Found here:** {sentence}: **{verdict}**, {told} (95 %, {scope}).{narrow} {follows}"
-    display(Markdown(text.strip()))
-    ends = images or wide
-    kept = Claim(
-        id, sentence, source, metric, verdict, wide.estimate, ends.low, ends.high, wide.low,
-        wide.high, level or 0.0, scope, wide.p if level is None else float("nan"),
-    )  # fmt: skip
-    _keep_claim(run, kept)
+    display(Markdown(f"{text} {follows}".strip()))
+    ends = ((images or wide).low, (images or wide).high, wide.low, wide.high)
+    numbers = (wide.estimate, *ends, level or 0.0)
+    _keep_claim(run, Claim(id, sentence, source, metric, verdict, *numbers, scope, p))
 
 
 def fact(run, id: str, sentence: str, holds: bool, *, source: str = "ours", then: str = "") -> None:
@@ -474,9 +471,10 @@ def show_claims(run) -> pd.DataFrame:
     adjusted = holm([c["p"] if c["p"] is not None else np.nan for c in claims])
     rows = ["| | verdict | 95 % | about | after Holm |", "|---|---|---|---|---|"]
     for entry, p in zip(claims, adjusted, strict=True):
-        ends = [entry[k] for k in ("estimate", "low_wide", "high_wide")]
-        exact = any(v is None or np.isnan(v) for v in ends)
-        told = "" if exact else f"{Interval(*ends):{'' if entry['level'] else '+'}}"
+        told = ""
+        if None not in (entry["estimate"], entry["low_wide"], entry["high_wide"]):
+            found = Interval(entry["estimate"], entry["low_wide"], entry["high_wide"])
+            told = f"{found:{'' if entry['level'] else '+'}}"
         metric = METRIC_NAMES.get(entry["metric"], entry["metric"])
         source = "" if entry["source"] == "ours" else f" ({entry['source']})"
         holds = "" if np.isnan(p) else "significant" if p < 0.05 else "not significant"

@@ -1,7 +1,7 @@
 """Figures: functions from data to a matplotlib Figure, and ``show``, which displays one with its alt text.
 
-Heat maps share their limits over all panels of a method and use a perceptually uniform colour map; ground truth is a
-white-on-black contour.
+Importing this module sets the look of all figures. Heat maps share their limits over all panels of a method; ground
+truth is a white-on-black contour.
 """
 
 from __future__ import annotations
@@ -16,26 +16,23 @@ import PIL.Image
 import seaborn as sns
 from IPython.display import SVG, Image, Markdown, display
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from seaborn.utils import relative_luminance
 
 from clipad.studies.common import METRIC_NAMES, Interval
 
 _PALETTE = sns.color_palette("colorblind")
-COLOURS = {
-    name: _PALETTE[i]
-    for name, i in (
-        ("blue", 0),
-        ("orange", 1),
-        ("green", 2),
-        ("red", 3),
-        ("purple", 4),
-        ("grey", 7),
-    )
-}
+_PLACES = {"blue": 0, "orange": 1, "green": 2, "red": 3, "purple": 4, "grey": 7}
+COLOURS = {name: _PALETTE[i] for name, i in _PLACES.items()}
 NORMAL, ANOMALOUS = COLOURS["blue"], COLOURS["orange"]
 MAP = "inferno"
+DARK = "0.25"
 
+# At page width no label is below 9 points.
+plt.rcParams.update(dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "axes.labelsize"), 9))
+plt.rcParams.update({"legend.fontsize": 9, "legend.frameon": False, "figure.titlesize": 11})
+plt.rcParams.update({"axes.titlesize": 10, "figure.constrained_layout.use": True})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 LARGEST_SVG = 400_000
 """bytes; a chart with more marks than that is stored as a picture"""
@@ -64,10 +61,9 @@ def show(figure: Figure, caption: str, alt: str = "") -> None:
 
 def _svg(figure: Figure, alt: str) -> str:
     buffer = io.StringIO()
+    told = {"Date": None, "Title": alt}
     with plt.rc_context({"svg.hashsalt": "clipad", "svg.fonttype": "path"}):
-        figure.savefig(
-            buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Title": alt}
-        )
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=told)
     # A wide chart shrinks to the page's width instead of being cut off.
     return buffer.getvalue().replace("<svg ", '<svg style="max-width: 100%; height: auto" ', 1)
 
@@ -84,16 +80,88 @@ def _png(figure: Figure) -> bytes:
     return small.getvalue()
 
 
+# Parts of figures -----------------------------------------------------------------------------------------------
+
+
+def subplots(rows: int, columns: int, size: tuple[float, float], title: str = "", **options):
+    """A figure with a title over all of it, and its axes, always rows x columns."""
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
+    if title:
+        figure.suptitle(title)
+    return figure, axes
+
+
+def picture_grid(names: Sequence[str], titles: Sequence[str], side: float, bars: bool = False):
+    """A figure for pictures without ticks, ``side`` inches each, and its axes: rows have names, columns titles.
+
+    ``bars``: a further row of low axes for colour bars, so that image and maps stand side by side at one size.
+    """
+    rows, size = len(names), (side * len(titles) + 0.4, side * len(names) + 0.6)
+    heights = [1] * rows + [0.05] * bars
+    figure, axes = subplots(rows + bars, len(titles), size, height_ratios=heights)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    for ax in axes[:rows].flat:
+        bare(ax)
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=9)
+    for ax, name in zip(axes[:, 0], names, strict=False):
+        ax.set_ylabel(name)
+    return figure, axes
+
+
+def bare(ax) -> None:
+    """No ticks and no frame, as around a picture."""
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+def name_rows(ax, names: Sequence[str]) -> None:
+    """Rows 0, 1, ... with names, the first one at the top."""
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+
+
+def legend_below(figure: Figure, ax, columns: int = 3) -> None:
+    """The legend of one of the axes, below all of them."""
+    handles = ax.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=columns)
+
+
 def image_array(image, size: int) -> np.ndarray:
     """A PIL image as the model sees its shape: RGB, squashed to size x size, values 0-1."""
     return np.asarray(image.convert("RGB").resize((size, size))) / 255
 
 
-def contour(ax, mask: np.ndarray) -> None:
-    """Ground truth as a white line on a black one, visible on any map."""
+def contour(ax, mask: np.ndarray | None, colour: str = "white") -> None:
+    """A region's edge as a white line on a black one, visible on any map."""
     if mask is not None and mask.any():
-        for colour, width in (("black", 1.6), ("white", 0.8)):
-            ax.contour(mask, levels=[0.5], colors=[colour], linewidths=width)
+        for line, width in (("black", 1.6), (colour, 0.8)):
+            ax.contour(mask, levels=[0.5], colors=[line], linewidths=width)
+
+
+def mark_patch(ax, patch: int, grid: int, side: float, colour: str = "cyan") -> None:
+    """A square around one of G x G patches of a picture that was drawn from 0 to ``side``."""
+    row, column = divmod(patch, grid)
+    corner, step = (column * side / grid, row * side / grid), side / grid
+    ax.add_patch(Rectangle(corner, step, step, fill=False, edgecolor=colour, linewidth=1.5))
+
+
+def box(ax, x, y, width, height, text, colour, size=8, pad=0.4) -> None:
+    """A rounded box with text, of a drawing: x, y is its lower left corner, colour a name of COLOURS."""
+    face = sns.light_palette(COLOURS[colour], 5)[1]
+    style = {"boxstyle": f"round,pad={pad}", "facecolor": face, "edgecolor": DARK, "linewidth": 1}
+    ax.add_patch(FancyBboxPatch((x, y), width, height, **style))
+    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size)
+
+
+def arrow(ax, *points, colour=DARK) -> None:
+    """A line through the points that ends in an arrow, of a drawing."""
+    ax.plot(*zip(*points[:-1], strict=True), color=colour, linewidth=1.1)
+    style = {"arrowstyle": "-|>", "mutation_scale": 10, "color": colour, "linewidth": 1.1}
+    ax.add_patch(FancyArrowPatch(*points[-2:], shrinkA=0, shrinkB=0, **style))
+
+
+# Images and maps ------------------------------------------------------------------------------------------------
 
 
 def gallery(
@@ -108,33 +176,26 @@ def gallery(
     ``images``: S x S x 3; ``maps``: per method N x S x S; ``masks``: N x S x S or None. The limits of a method are
     shared by its column (given, or 1st to 99.8th percentile of what is shown) and stand in its colour bar.
     """
-    rows, columns = len(images), 1 + len(maps)
-    figure = plt.figure(figsize=(1.75 * columns, 1.6 * rows + 0.6), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-    # The colour bars have a row of their own, so that image and maps stand side by side at one size.
-    axes = figure.subplots(rows + 1, columns, squeeze=False, height_ratios=[1] * rows + [0.05])
+    rows = len(images)
+    figure, axes = picture_grid(titles or [""] * rows, ["image", *maps], 1.7, bars=True)
+    axes[rows, 0].axis("off")
     for row in range(rows):
         axes[row, 0].imshow(images[row])
-        if titles is not None:
-            axes[row, 0].set_ylabel(titles[row], fontsize=8)
-    axes[0, 0].set_title("image", fontsize=9)
-    axes[rows, 0].axis("off")
     for column, (name, values) in enumerate(maps.items(), start=1):
-        values = np.asarray(values)
         low, high = (limits or {}).get(name) or np.percentile(values, [1, 99.8])
         for row in range(rows):
             shown = axes[row, column].imshow(values[row], cmap=MAP, vmin=low, vmax=high)
             if masks is not None:
                 contour(axes[row, column], masks[row])
-        axes[0, column].set_title(name, fontsize=9)
-        ticks = plt.MaxNLocator(3)
-        bar = figure.colorbar(shown, cax=axes[rows, column], orientation="horizontal", ticks=ticks)
-        bar.ax.tick_params(labelsize=7)
-    for ax in axes[:rows].flat:
-        ax.set(xticks=[], yticks=[])
-        for spine in ax.spines.values():
-            spine.set_visible(False)
+        bar_below(axes[rows, column], shown)
     return figure
+
+
+def bar_below(ax, shown) -> None:
+    """The colour bar of a column of a :func:`picture_grid`."""
+    ticks = plt.MaxNLocator(3)
+    ax.figure.colorbar(shown, cax=ax, orientation="horizontal", ticks=ticks)
+    ax.tick_params(labelsize=8)
 
 
 def columns(
@@ -144,29 +205,23 @@ def columns(
     titles: Sequence[str],
 ) -> Figure:
     """The same in landscape: a column per image, a row for the images and one per method, each with one scale."""
-    figure, axes = plt.subplots(
-        1 + len(maps), len(images), figsize=(2.15 * len(images) + 0.9, 2.05 * (1 + len(maps)) + 0.4),
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
-    for ax, image, title in zip(axes[0], images, titles, strict=True):
+    names = ["image, true defect", *(f"{name} map" for name in maps)]
+    figure, axes = picture_grid(names, titles, 2.1)
+    for ax, image in zip(axes[0], images, strict=True):
         ax.imshow(image)
-        ax.set_title(title, fontsize=9)
     for line, values in zip(axes[1:], maps.values(), strict=True):
         low, high = np.percentile(values, [1, 99.8])
-        for ax, shown in zip(line, values, strict=True):
-            drawn = ax.imshow(shown, cmap=MAP, vmin=low, vmax=high)
-        figure.colorbar(drawn, ax=line, shrink=0.8, ticks=plt.MaxNLocator(3)).ax.tick_params(
-            labelsize=8
-        )
-    for line, name in zip(
-        axes, ["image, true defect", *(f"{name} map" for name in maps)], strict=True
-    ):
-        line[0].set_ylabel(name, fontsize=10)
-        for k, ax in enumerate(line):
-            ax.set(xticks=[], yticks=[])
-            if masks is not None:
-                contour(ax, masks[k])
+        for ax, heat in zip(line, values, strict=True):
+            shown = ax.imshow(heat, cmap=MAP, vmin=low, vmax=high)
+        figure.colorbar(shown, ax=line, shrink=0.8, ticks=plt.MaxNLocator(3))
+    if masks is not None:
+        for line in axes:
+            for ax, mask in zip(line, masks, strict=True):
+                contour(ax, mask)
     return figure
+
+
+# Charts ---------------------------------------------------------------------------------------------------------
 
 
 def heatmap(values: pd.DataFrame, ax, fontsize: float = 8, **options) -> None:
@@ -174,10 +229,8 @@ def heatmap(values: pd.DataFrame, ax, fontsize: float = 8, **options) -> None:
 
     seaborn writes white on half of all colours, which is hard to read on the lighter ones of them.
     """
-    default = dict(
-        vmin=0, vmax=100, cmap="cividis", annot=True, fmt=".1f", cbar=False, linewidths=0.5
-    )
-    sns.heatmap(values, ax=ax, annot_kws={"fontsize": fontsize}, **default | options)
+    options = {"vmin": 0, "vmax": 100, "cmap": "cividis", "fmt": ".1f", "linewidths": 0.5} | options
+    sns.heatmap(values, ax=ax, annot=True, cbar=False, annot_kws={"fontsize": fontsize}, **options)
     colours = ax.collections[0]
     shown = np.asarray(values, dtype=float)
     for text in ax.texts:
@@ -185,14 +238,11 @@ def heatmap(values: pd.DataFrame, ax, fontsize: float = 8, **options) -> None:
         luminance = relative_luminance(colours.to_rgba(shown[row, column]))
         text.set_color("black" if luminance > 0.18 else "white")  # 0.18: equal contrast by WCAG 2
     ax.set(xlabel="", ylabel="")
+    ax.tick_params(length=0)
 
 
 def forest(
-    table: pd.DataFrame,
-    title: str,
-    label: str = "method",
-    baseline: str = "",
-    highlight: Sequence[str] = (),
+    table: pd.DataFrame, title: str, baseline: str = "", highlight: Sequence[str] = ()
 ) -> Figure:
     """Paired differences with both intervals, a panel per metric; the numbers stand beside the marks, in points.
 
@@ -200,25 +250,21 @@ def forest(
     filled where the thin one leaves out 0. Rows far outside the others are cut off at the edge (arrow), so that they
     do not set the axis.
     """
-    metrics, names = list(dict.fromkeys(table["metric"])), list(dict.fromkeys(table[label]))
-    figure, axes = plt.subplots(
-        1, len(metrics), figsize=(1.8 + 3.1 * len(metrics), 0.36 * len(names) + 1.4),
-        squeeze=False, sharey=True, layout="constrained",
-    )  # fmt: skip
+    metrics, names = table["metric"].unique(), list(table["method"].unique())
+    size = (1.8 + 3.1 * len(metrics), 0.36 * len(names) + 1.4)
+    figure, axes = subplots(1, len(metrics), size, title, sharey=True)
     for ax, metric in zip(axes[0], metrics, strict=True):
-        rows = table[table["metric"] == metric].set_index(label).loc[names]
+        rows = table[table["metric"] == metric].set_index("method").loc[names]
         limit = _limit_of_most(rows)
         for place, (name, row) in enumerate(rows.iterrows()):
             colour = COLOURS["orange"] if name in highlight else COLOURS["blue"]
             _forest_row(ax, place, row, colour, limit)
         ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
-        ax.set(xlim=(-limit, limit), ylim=(len(names) - 0.4, -0.6))
-        ax.set_title(METRIC_NAMES.get(metric, metric), fontsize=10)
-        ax.set_xlabel(f"points{f' against {baseline}' if baseline else ''}", fontsize=9)
-        ax.set_yticks(range(len(names)), names, fontsize=9)
-        ax.tick_params(labelsize=9)
-        sns.despine(ax=ax, left=True)
-    figure.suptitle(title, fontsize=11)
+        against = f" against {baseline}" if baseline else ""
+        ax.set(xlim=(-limit, limit), title=METRIC_NAMES.get(metric, metric))
+        ax.set(xlabel=f"points{against}")
+        name_rows(ax, names)
+        ax.spines["left"].set_visible(False)
     return figure
 
 
@@ -233,16 +279,11 @@ def _limit_of_most(rows: pd.DataFrame) -> float:
 def _forest_row(ax, place: int, row: pd.Series, colour, limit: float) -> None:
     estimate = 100 * row["estimate"]
     told = f"{Interval(row['estimate'], row['low_wide'], row['high_wide']):+}"
-    ax.annotate(
-        told, (0.99, place - 0.36), xycoords=("axes fraction", "data"), ha="right", va="center",
-        fontsize=7.5, color="0.3",
-    )  # fmt: skip
+    at = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
+    ax.annotate(told, (0.99, place - 0.36), fontsize=7.5, color="0.3", **at)
     if abs(estimate) > limit:
-        side = np.sign(estimate)
-        ax.annotate(
-            "", (side * limit, place), (side * 0.85 * limit, place),
-            arrowprops={"arrowstyle": "-|>", "color": colour},
-        )  # fmt: skip
+        edge, style = np.sign(estimate) * limit, {"arrowstyle": "-|>", "color": colour}
+        ax.annotate("", (edge, place), (0.85 * edge, place), arrowprops=style)
         return
     for low, high, width in (("low_wide", "high_wide", 1.2), ("low", "high", 4)):
         ax.plot([100 * row[low], 100 * row[high]], [place] * 2, color=colour, linewidth=width)
@@ -250,52 +291,65 @@ def _forest_row(ax, place: int, row: pd.Series, colour, limit: float) -> None:
     ax.plot(estimate, place, "o", color=colour, mfc=colour if clear else "white", markersize=6)
 
 
-def category_dots(
-    table: pd.DataFrame, title: str, before: str, after: str, unit: str = "points"
-) -> Figure:
+def category_dots(table: pd.DataFrame, title: str, before: str, after: str) -> Figure:
     """Difference of two methods per category with its interval over images, textures and objects apart.
 
     ``table``: :meth:`clipad.studies.common.Scores.by_category` with a column ``metric``: a panel per metric.
     """
-    metrics = list(dict.fromkeys(table["metric"]))
-    categories = table[table["metric"] == metrics[0]].sort_values(["group", "estimate"])
-    order, group = (
-        list(categories["category"]),
-        dict(zip(categories["category"], categories["group"], strict=True)),
-    )
-    figure, axes = plt.subplots(
-        1, len(metrics), figsize=(1.6 + 3 * len(metrics), 0.3 * len(order) + 1.5),
-        squeeze=False, sharey=True, layout="constrained",
-    )  # fmt: skip
+    metrics = table["metric"].unique()
+    first = table[table["metric"] == metrics[0]].sort_values(["group", "estimate"])
+    order = list(first["category"])
+    labels = [f"{row.category} ({row.group[:-1]})" for row in first.itertuples()]
+    size = (1.6 + 3 * len(metrics), 0.3 * len(order) + 1.5)
+    figure, axes = subplots(1, len(metrics), size, title, sharey=True)
     for ax, metric in zip(axes[0], metrics, strict=True):
         rows = table[table["metric"] == metric].set_index("category").loc[order]
-        for place, (name, row) in enumerate(rows.iterrows()):
-            texture = group[name] == "textures"
-            colour, marker = (COLOURS["green"], "s") if texture else (COLOURS["blue"], "o")
-            ax.plot([100 * row["low"], 100 * row["high"]], [place] * 2, color=colour, linewidth=2)
-            ax.plot(100 * row["estimate"], place, marker, color=colour, markersize=6)
+        for place, row in enumerate(rows.itertuples()):
+            colour, marker = ("green", "s") if row.group == "textures" else ("blue", "o")
+            look = {"color": COLOURS[colour], "linewidth": 2}
+            ax.plot([100 * row.low, 100 * row.high], [place] * 2, **look)
+            ax.plot(100 * row.estimate, place, marker, markersize=6, **look)
         ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
-        ax.set_title(METRIC_NAMES.get(metric, metric), fontsize=10)
-        ax.set_xlabel(f"{after} − {before}, {unit}", fontsize=9)
-        ax.set_yticks(range(len(order)), [f"{c} ({group[c][:-1]})" for c in order], fontsize=9)
-        ax.tick_params(labelsize=9)
-        sns.despine(ax=ax)
-    figure.suptitle(title, fontsize=11)
+        ax.set(title=METRIC_NAMES.get(metric, metric), xlabel=f"{after} − {before}, points")
+        ax.set_yticks(range(len(order)), labels)
+    return figure
+
+
+def growth(
+    frames: Mapping[str, pd.DataFrame], metrics: Sequence[str], base: Mapping, title: str
+) -> Figure:
+    """Metrics over a size, a column per frame and a row per metric: a dot per row, the line their mean, dashed: base.
+
+    ``frames``: name of the axis -> rows, with the size as index; a "number of" something has a logarithmic axis.
+    """
+    size = (4 * len(frames), 2.1 * len(metrics) + 0.5)
+    figure, axes = subplots(len(metrics), len(frames), size, title, sharey="row", sharex="col")
+    for column, (name, frame) in enumerate(frames.items()):
+        means = 100 * frame.groupby(level=0).mean(numeric_only=True)
+        for ax, metric in zip(axes[:, column], metrics, strict=True):
+            ax.plot(frame.index, 100 * frame[metric], "o", color=NORMAL, alpha=0.4, markersize=4)
+            ax.plot(means.index, means[metric], color=NORMAL)
+            ax.axhline(100 * base[metric], color="0.4", linestyle="--", linewidth=1)
+        ax.set_xlabel(name)
+        if name.startswith("number of"):
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(means.index, means.index)
+            ax.minorticks_off()
+    for ax, metric in zip(axes[:, 0], metrics, strict=True):
+        ax.set_ylabel(f"{METRIC_NAMES[metric]},\npercent")
     return figure
 
 
 def styled(table: pd.DataFrame, caption: str, name: str) -> pd.io.formats.style.Styler:
     """A results table for people: percent with one decimal, the mean row set off, identical in every run."""
-    shown = (100 * table).rename(columns=METRIC_NAMES)
+    shown = (100 * table).rename(columns=METRIC_NAMES).style.format("{:.1f}", na_rep="–")
     last = {"selector": "tbody tr:last-child", "props": "border-top: 1px solid; font-weight: bold"}
-    return (
-        shown.style.format("{:.1f}", na_rep="–")
-        .set_caption(f"{caption} (percent)")
-        .set_uuid(name)
-        .set_table_styles(
-            [last, {"selector": "caption", "props": "text-align: left; padding: 4px 0"}]
-        )
-    )
+    above = {"selector": "caption", "props": "text-align: left; padding: 4px 0"}
+    shown.set_caption(f"{caption} (percent)").set_table_styles([last, above])
+    return shown.set_uuid(name)
+
+
+# The method -----------------------------------------------------------------------------------------------------
 
 
 def method_overview() -> Figure:
@@ -309,43 +363,30 @@ def method_overview() -> Figure:
     return figure
 
 
-def box(ax, x, y, width, height, text, colour, size=8, pad=0.4) -> None:
-    """A rounded box with text, of a drawing: x, y is its lower left corner, colour a name of COLOURS."""
-    face = sns.light_palette(COLOURS[colour], 5)[1]
-    style = {"boxstyle": f"round,pad={pad}", "facecolor": face, "edgecolor": "0.25", "linewidth": 1}
-    ax.add_patch(FancyBboxPatch((x, y), width, height, **style))
-    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size)
-
-
-def _arrow(ax, start, end, colour="0.25"):
-    style = {"arrowstyle": "-|>", "mutation_scale": 10, "color": colour, "linewidth": 1.1}
-    ax.add_patch(FancyArrowPatch(start, end, **style))
-
-
 def _text_side(ax) -> None:
     box(ax, 1, 36, 16, 8, "198 normal +\n220 anomalous\nsentences", "orange")
     box(ax, 24, 36, 13, 8, "text encoder\n(frozen)", "grey")
     box(ax, 44, 36, 19, 8, "RVS: one vector\nper state\n(notebook 01)", "orange")
-    _arrow(ax, (17.6, 40), (23.4, 40))
-    _arrow(ax, (37.6, 40), (43.4, 40))
+    arrow(ax, (17.6, 40), (23.4, 40))
+    arrow(ax, (37.6, 40), (43.4, 40))
 
 
 def _image_side(ax) -> None:
     green = COLOURS["green"]
     box(ax, 1, 12, 9, 14, "image\nS × S", "blue")
-    _arrow(ax, (10.6, 24), (16.4, 24))
+    arrow(ax, (10.6, 24), (16.4, 24))
     for k in range(4):
         x = 17 + 12.5 * k
         blocks = f"blocks {3 * k + 1}–{3 * k + 3}\nq-k attention"
         path = "v-v attention\nrestarts here" if k else "v-v attention\nstarts here"
         box(ax, x, 21, 9.5, 6, blocks, "grey", 7)
         box(ax, x, 10, 9.5, 6, path, "green", 7)
-        _arrow(ax, (x + 4.75, 20.4), (x + 4.75, 16.6), green)
+        arrow(ax, (x + 4.75, 20.4), (x + 4.75, 16.6), colour=green)
         if k:
-            _arrow(ax, (x - 2.4, 24), (x - 0.6, 24))
-        _arrow(ax, (x + 4.75, 9.4), (x + 4.75, 6.2), green)
+            arrow(ax, (x - 2.4, 24), (x - 0.6, 24))
+        arrow(ax, (x + 4.75, 9.4), (x + 4.75, 6.2), colour=green)
         ax.text(x + 4.75, 4.4, f"stage {k + 1}", ha="center", va="center", fontsize=7.5)
-    ax.text(39.5, 29.4, "ordinary path = plain CLIP", ha="center", fontsize=8, color="0.25")
+    ax.text(39.5, 29.4, "ordinary path = plain CLIP", ha="center", fontsize=8, color=DARK)
     ax.plot([17, 64.6], [2.6, 2.6], color=green, linewidth=1.1)
     ax.text(39.5, 0.4, "surgery path, staged (notebook 03)", ha="center", fontsize=8, color=green)
 
@@ -356,11 +397,10 @@ def _combination(ax) -> None:
     box(ax, 70, 4, 12, 12, surgery, "green", 7.5)
     box(ax, 87.5, 4, 11.5, 12, "anomaly map\nSDP\n+ linear layers\n= SDP+ (04)", "blue", 7.5)
     box(ax, 87.5, 21, 11.5, 9, "image score", "blue", 7.5)
-    _arrow(ax, (64.6, 24), (69.4, 25))
-    _arrow(ax, (64.6, 2.6), (69.4, 8), COLOURS["green"])
-    _arrow(ax, (82.6, 10), (86.9, 10))
-    _arrow(ax, (82.6, 25.5), (86.9, 25.5))
-    _arrow(ax, (93.2, 16.6), (93.2, 20.4))
-    _arrow(ax, (63.6, 40), (76, 30.6))
-    ax.plot([66.7, 66.7, 69.4], [37.6, 13, 13], color="0.25", linewidth=1.1)
-    _arrow(ax, (68.8, 13), (69.4, 13))
+    arrow(ax, (64.6, 24), (69.4, 25))
+    arrow(ax, (64.6, 2.6), (69.4, 8), colour=COLOURS["green"])
+    arrow(ax, (82.6, 10), (86.9, 10))
+    arrow(ax, (82.6, 25.5), (86.9, 25.5))
+    arrow(ax, (93.2, 16.6), (93.2, 20.4))
+    arrow(ax, (63.6, 40), (76, 30.6))
+    arrow(ax, (66.7, 37.6), (66.7, 13), (69.4, 13))

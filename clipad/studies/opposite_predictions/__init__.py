@@ -10,7 +10,7 @@ Shapes: M anomalous images, S x S pixels, N = G x G patches, P picked patches, D
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,16 +40,9 @@ from clipad.text import representative_vector
 
 TOP = 0.05
 """share of an image's pixels that count as highlighted"""
-PHENOMENA = (
-    "opposite",
-    "opposite_on_object",
-    "off_object",
-    "off_object_area",
-    "off_defect",
-    "off_defect_area",
-)
-
-
+PLACES = ("off_object", "off_object_area", "off_defect", "off_defect_area")
+PHENOMENA = ("opposite", "opposite_on_object", *PLACES)
+MEANS = ("on_defect", "elsewhere", "on_rest", "on_background")
 COMPARED = {"opposite": "elsewhere", "opposite_on_object": "on_rest"}
 """with which mean of the map a form of opposite prediction compares the mean on the defect"""
 
@@ -58,12 +51,7 @@ COMPARED = {"opposite": "elsewhere", "opposite_on_object": "on_rest"}
 
 
 def opposite(values: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float:
-    """1 where a map S x S is on average lower inside than outside, 1/2 for a tie, else 0; regions S x S bool.
-
-    >>> inside = np.array([True, False, False])
-    >>> opposite(np.array([0.1, 0.5, 0.2]), inside, ~inside), opposite(np.ones(3), inside, ~inside)
-    (1.0, 0.5)
-    """
+    """1 where a map S x S is on average lower inside than outside, 1/2 for a tie, else 0; regions S x S bool."""
     # float32 summed in float64 is exact for equal values: a constant map gives ties and not rounding errors.
     higher = values[inside].mean(dtype=np.float64) - values[outside].mean(dtype=np.float64)
     return float(0.5 - 0.5 * np.sign(higher))
@@ -73,10 +61,6 @@ def highlight(values: np.ndarray, region: np.ndarray, top: float = TOP) -> float
     """Share of the hottest pixels (``top`` of all) of a map that lie in a region, both S x S.
 
     Pixels that tie at the edge of the ``top`` count by their share, so a constant map gets the region's area.
-
-    >>> region = np.array([[True, False], [False, False]])
-    >>> highlight(np.array([[0.9, 0.1], [0.2, 0.3]]), region, top=0.25), highlight(np.ones((2, 2)), region)
-    (1.0, 0.25)
     """
     count = max(1, round(top * values.size))
     threshold = np.partition(values, -count, axis=None)[-count]
@@ -92,23 +76,21 @@ def image_phenomena(
     ``mask``: ground truth; ``whole``: the object, None where it is not known. NaN for what cannot be counted:
     highlights off the object where it fills the image, everything where the mask is empty or full.
     """
-    found = dict.fromkeys(
-        ("on_defect", "elsewhere", "on_rest", "on_background", *PHENOMENA), float("nan")
-    )
+    found = dict.fromkeys((*MEANS, *PHENOMENA), float("nan"))
     if not mask.any() or mask.all():
         return found
-    found |= {"on_defect": float(values[mask].mean()), "elsewhere": float(values[~mask].mean())}
+    found |= {"on_defect": values[mask].mean(), "elsewhere": values[~mask].mean()}
     found["opposite"] = opposite(values, mask, ~mask)
-    found |= {"off_defect": highlight(values, ~mask), "off_defect_area": float((~mask).mean())}
-    if whole is not None and (whole & ~mask).any():
-        found["opposite_on_object"] = opposite(values, mask, whole & ~mask)
-        found["on_rest"] = float(values[whole & ~mask].mean())
-    if whole is not None and not whole.all():
-        found["on_background"] = float(values[~(whole | mask)].mean())
-        found |= {
-            "off_object": highlight(values, ~whole),
-            "off_object_area": float((~whole).mean()),
-        }
+    found |= {"off_defect": highlight(values, ~mask), "off_defect_area": (~mask).mean()}
+    if whole is None:
+        return found
+    rest = whole & ~mask
+    if rest.any():
+        found["opposite_on_object"] = opposite(values, mask, rest)
+        found["on_rest"] = values[rest].mean()
+    if not whole.all():
+        found["on_background"] = values[~(whole | mask)].mean()
+        found |= {"off_object": highlight(values, ~whole), "off_object_area": (~whole).mean()}
     return found
 
 
@@ -164,14 +146,12 @@ def ground_truth(dataset: Dataset, image_size: int) -> Truth:
     """Read the masks, S x S. ValueError for a data set without any: neither phenomenon can be counted there."""
     samples = tuple(s for s in dataset if s.label == 1 and s.mask_path is not None)
     if not samples:
-        raise ValueError(
-            f"the data set {dataset.name} has no ground-truth masks: opposite predictions and irrelevant highlights "
-            "are about pixels and cannot be counted on it"
-        )
+        raise ValueError(f"{dataset.name} has no ground-truth masks: nothing can be counted on it")
     objects = None
     if all(s.object_mask_path for s in samples):
         objects = np.stack([read_mask(s.object_mask_path, image_size) for s in samples])
-    names = tuple(c for c in dataset.categories if any(s.category == c for s in samples))
+    known = {s.category for s in samples}
+    names = tuple(c for c in dataset.categories if c in known)
     few = replace(dataset, categories=names, samples=samples)
     return Truth(few, read_masks(list(samples), image_size), objects)
 
@@ -197,21 +177,15 @@ def need_masks(run) -> None:
 def count_phenomena(maps: np.ndarray, truth: Truth) -> pd.DataFrame:
     """A row per anomalous image: ``category``, ``defect`` and what :func:`image_phenomena` finds.
 
-    ``maps``: M x S x S in the order of ``truth``, unsmoothed. ValueError for another shape and for maps with NaN.
+    ``maps``: M x S x S in the order of ``truth``, unsmoothed. ValueError for maps with NaN.
     """
     maps = np.asarray(maps, dtype=np.float32)
-    if maps.shape != truth.masks.shape:
-        raise ValueError(
-            f"maps have to be {truth.masks.shape}, one for each mask, found {maps.shape}"
-        )
     if not np.isfinite(maps).all():
         raise ValueError("maps have to be finite; found NaN or infinity, which would count as 0")
     objects = truth.objects if truth.objects is not None else [None] * len(maps)
     rows = [image_phenomena(*entry) for entry in zip(maps, truth.masks, objects, strict=True)]
-    frame = pd.DataFrame(rows)
-    frame.insert(0, "category", truth.categories)
-    frame.insert(1, "defect", [s.defect for s in truth.dataset])
-    return frame
+    kinds = {"category": truth.categories, "defect": [s.defect for s in truth.dataset]}
+    return pd.concat([pd.DataFrame(kinds), pd.DataFrame(rows, dtype=float)], axis=1)
 
 
 def direct_maps(cosines: torch.Tensor, image_size: int) -> np.ndarray:
@@ -266,10 +240,9 @@ def untrained(backbone: Backbone, seed: int) -> Backbone:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for module in visual.modules():
-            reset = getattr(module, "reset_parameters", None)
-            reset = reset or getattr(module, "_reset_parameters", None)
-            if reset:
-                reset()
+            for name in ("reset_parameters", "_reset_parameters"):
+                if hasattr(module, name):
+                    getattr(module, name)()
         for parameter in (visual.class_embedding, visual.positional_embedding, visual.proj):
             parameter.copy_(torch.randn(parameter.shape) * len(visual.class_embedding) ** -0.5)
     return twin
@@ -277,12 +250,7 @@ def untrained(backbone: Backbone, seed: int) -> Backbone:
 
 def rates_with(kept: Kept, detector: Detector, text: Mapping, truth: Truth) -> pd.Series:
     """Mean over categories of ``PHENOMENA`` with other text vectors (C x 2 per category) on features that are kept."""
-    maps = np.empty(truth.masks.shape, np.float32)
-    for category in truth.dataset.categories:
-        at = kept.where(category)
-        own = kept.features[torch.from_numpy(at)].to(detector.backbone.device)
-        maps[at] = detector.score_with(own, text[category]).maps.numpy()
-    found = count_phenomena(maps, truth)
+    found = count_phenomena(kept.with_text(detector, text)[0], truth)
     return found.groupby("category")[list(PHENOMENA)].mean().mean()
 
 
@@ -308,9 +276,8 @@ def held_out_scores(features: np.ndarray, labels: np.ndarray, *groups: Sequence)
         test, train = (groups == cell).all(axis=1), (groups != cell).all(axis=1)
         if len(set(labels[train])) == 2:
             model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
-            scores[test] = model.fit(features[train], labels[train]).decision_function(
-                features[test]
-            )
+            model.fit(features[train], labels[train])
+            scores[test] = model.decision_function(features[test])
     return scores
 
 
@@ -332,11 +299,8 @@ def patch_auroc(scores: np.ndarray, picked: pd.DataFrame, truth: Truth) -> pd.Da
     found = np.full(len(truth.masks), np.nan)
     for i in range(len(found)):
         defect, normal = (scores[(image == i) & (label == k)] for k in (1, 0))
-        if len(defect) and len(normal):
-            above = (
-                defect[:, None] - normal
-            )  # AUROC: the share of pairs in the right order, a tie half
-            found[i] = np.mean(0.5 + 0.5 * np.sign(above))
+        if len(defect) and len(normal):  # the share of pairs in the right order, a tie half
+            found[i] = np.mean(0.5 + 0.5 * np.sign(defect[:, None] - normal))
     return pd.DataFrame({"category": truth.categories, "patch AUROC": found})
 
 
@@ -414,29 +378,33 @@ def who_writes_what(backbone: Backbone, truth: Truth, text: Mapping, labels: np.
     and ``patches``, the mean of the defect's patches minus that of the normal ones (``labels`` M x N; NaN if one kind
     is missing).
     """
-    rows, done, visual = [], 0, backbone.visual
+    tables, done, visual = [], 0, backbone.visual
+    kinds = ("q-k attention", "feed-forward", "v-v attention")
+    index = pd.MultiIndex.from_product([kinds, range(len(visual.transformer.resblocks))])
+    index.names = ["part", "block"]
     for category, images in batches(backbone, list(truth.dataset)):
         start, a, m, s, _ = written_by_block(visual, images)
-        x = start + a.sum(0) + m.sum(0)
-        parts = torch.stack([a, m, s])
-        shares = contributions(visual, parts, x, text[category].to(x)).cpu().numpy()
-        for i, label in enumerate(labels[done : done + len(images)]):
-            patches = shares[:, :, i, 1:]
-            both = (label == 1).any() and (label == 0).any()
-            gain = (
-                patches[..., label == 1].mean(-1) - patches[..., label == 0].mean(-1)
-                if both
-                else np.nan
-            )
-            gain = np.broadcast_to(gain, patches.shape[:2])
-            for p, part in enumerate(("q-k attention", "feed-forward", "v-v attention")):
-                for block in range(len(a)):
-                    rows.append((category, part, block, shares[p, block, i, 0], gain[p, block]))
+        x, parts = start + a.sum(0) + m.sum(0), torch.stack([a, m, s])
+        shares = contributions(visual, parts, x, text[category].to(x)).cpu()  # 3 x L x B x T
+        for i, label in enumerate(torch.from_numpy(labels[done : done + len(images)])):
+            told, patches = shares[:, :, i, 0], shares[:, :, i, 1:]
+            gain = patches[..., label == 1].mean(-1) - patches[..., label == 0].mean(-1)
+            columns = {"class token": told.flatten(), "patches": gain.flatten()}
+            tables.append(pd.DataFrame(columns, index).assign(category=category))
         done += len(images)
-    return pd.DataFrame(rows, columns=["category", "part", "block", "class token", "patches"])
+    return pd.concat(tables).reset_index()
 
 
 @torch.no_grad()
+def attention_by_block(visual, images: torch.Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each block q-k and v-v attention weights on the ordinary path, mean over heads, B x T x T each."""
+    x = visual.ln_pre(embed_patches(visual, images))
+    for block in visual.transformer.resblocks:
+        q_k, v_v = attention_weights(block, x)
+        yield q_k.float().cpu().numpy(), v_v.float().cpu().numpy()
+        x = block(x)
+
+
 def attention_on_defect(
     backbone: Backbone, truth: Truth, labels: np.ndarray, batch_size: int = 16
 ) -> pd.DataFrame:
@@ -448,16 +416,13 @@ def attention_on_defect(
     """
     rows, done = [], 0
     for category, images in batches(backbone, list(truth.dataset), batch_size):
-        x = backbone.visual.ln_pre(embed_patches(backbone.visual, images))
-        for number, block in enumerate(backbone.visual.transformer.resblocks):
-            weights = [w[:, 1:, 1:].float().cpu().numpy() for w in attention_weights(block, x)]
+        for number, weights in enumerate(attention_by_block(backbone.visual, images)):
             for i in range(len(images)):
                 defect = np.flatnonzero(labels[done + i] == 1)
                 if len(defect) >= 2:
-                    shares = [_share_of_others(w[i], defect) for w in weights]
+                    shares = [_share_of_others(w[i, 1:, 1:], defect) for w in weights]
                     even = (len(defect) - 1) / (labels.shape[1] - 1)
                     rows.append((done + i, category, number, *shares, even))
-            x = block(x)
         done += len(images)
     return pd.DataFrame(rows, columns=["image", "category", "block", "q-k", "v-v", "even"])
 
@@ -468,12 +433,7 @@ def _share_of_others(weights: np.ndarray, members: np.ndarray) -> float:
     return float((mine[:, members].sum(axis=1) / mine.sum(axis=1)).mean())
 
 
-@torch.no_grad()
 def block_attention(backbone: Backbone, image: torch.Tensor, block: int) -> list[np.ndarray]:
     """q-k and v-v attention weights of a block (0-based) for one image 3 x S x S, mean over heads: two T x T."""
-    visual = backbone.visual
-    x = visual.ln_pre(embed_patches(visual, image[None].to(backbone.device)))
-    for before in visual.transformer.resblocks[:block]:
-        x = before(x)
-    weights = attention_weights(visual.transformer.resblocks[block], x)
-    return [w[0].float().cpu().numpy() for w in weights]
+    weights = list(attention_by_block(backbone.visual, image[None].to(backbone.device)))
+    return [w[0] for w in weights[block]]

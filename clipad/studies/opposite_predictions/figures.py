@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
-from clipad.studies.common import TEXTURES, Interval, exact_share, groups
-from clipad.studies.figures import ANOMALOUS, COLOURS, MAP, NORMAL, contour
+from clipad.studies.common import Interval, exact_share, groups
+from clipad.studies.figures import (
+    ANOMALOUS,
+    COLOURS,
+    MAP,
+    bare,
+    contour,
+    legend_below,
+    mark_patch,
+    name_rows,
+    picture_grid,
+    subplots,
+)
 
 DIVERGING = "PuOr_r"
 """purple: more normal, orange: more anomalous"""
@@ -23,7 +32,7 @@ STYLES = {
     "on the defect": ("orange", "X"),
     "on the rest of the object": ("blue", "o"),
     "on the background": ("grey", "s"),
-    "area off the object": ("green", "|"),
+    "area off the object": ("green", "D"),
     "linear probe": ("blue", "o"),
     "text": ("orange", "X"),
     "linear probe, untrained encoder": ("grey", "s"),
@@ -34,38 +43,35 @@ STYLES = {
 }
 
 
+def _look(series: str) -> dict:
+    colour, marker = STYLES[series]
+    return {"color": COLOURS[colour], "marker": marker, "markersize": 6}
+
+
 def steps(image: np.ndarray, mask: np.ndarray, cosines: np.ndarray, values: np.ndarray) -> Figure:
     """The direct map in steps: image, ground truth, cosine with either state, their difference, map.
 
     ``image`` S x S x 3, ``mask`` S x S, ``cosines`` N x 2, ``values`` S x S.
     """
-    grid, size = round(len(cosines) ** 0.5), values.shape[0]
+    grid = round(len(cosines) ** 0.5)
     normal, anomalous = cosines.T.reshape(2, grid, grid)
     limits = {"cmap": "cividis", "vmin": cosines.min(), "vmax": cosines.max()}
     reach = np.abs(anomalous - normal).max()
-    panels = [
-        ("image", image, None),
-        ("ground truth", mask, None),
-        ("cosine with $t_n$", normal, limits),
-        ("cosine with $t_a$", anomalous, limits),
-        ("$z_a - z_n$", anomalous - normal, {"cmap": DIVERGING, "vmin": -reach, "vmax": reach}),
-        ("direct map", values, {"cmap": MAP, "vmin": 0, "vmax": 1}),
-    ]
-    figure, axes = plt.subplots(1, 6, figsize=(9.4, 2.1), layout="constrained")
-    for ax, (name, panel, options) in zip(axes, panels, strict=True):
-        shown = ax.imshow(
-            panel,
-            extent=(0, size, size, 0),
-            interpolation="nearest",
-            **(options or {"cmap": "gray"}),
-        )
-        ax.set_title(name, fontsize=10)
-        _bare(ax)
-        bar = figure.colorbar(shown, ax=ax, location="bottom", shrink=0.85, aspect=14, pad=0.02)
-        bar.ax.tick_params(labelsize=8)
-        bar.locator = plt.MaxNLocator(3)
-        bar.update_ticks()
-        bar.ax.set_visible(options is not None)  # an empty bar keeps the panels at one size
+    signed = {"cmap": DIVERGING, "vmin": -reach, "vmax": reach}
+    panels = {
+        "image": (image, {}),
+        "ground truth": (mask, {"cmap": "gray"}),
+        "cosine with $t_n$": (normal, limits),
+        "cosine with $t_a$": (anomalous, limits),
+        "$z_a - z_n$": (anomalous - normal, signed),
+        "direct map": (values, {"cmap": MAP, "vmin": 0, "vmax": 1}),
+    }
+    figure, axes = picture_grid([""], list(panels), 1.6)
+    for ax, (panel, options) in zip(axes[0], panels.values(), strict=True):
+        shown = ax.imshow(panel, interpolation="nearest", **options)
+        ticks, place = MaxNLocator(3), {"location": "bottom", "shrink": 0.85, "aspect": 14}
+        bar = figure.colorbar(shown, ax=ax, ticks=ticks, **place)
+        bar.ax.set_visible("vmin" in options)  # an empty bar keeps the panels at one size
     return figure
 
 
@@ -79,25 +85,16 @@ def examples(
 
     ``maps``: per drawing the maps (N x S x S) and their shared limits, None where each image has its own.
     """
-    rows, columns = 1 + len(maps), len(images)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.35 * columns + 1.2, 1.35 * rows + 0.4), layout="constrained"
-    )
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    for column, (image, mask, title) in enumerate(zip(images, masks, titles, strict=True)):
-        axes[0, column].imshow(image)
-        if mask.any():
-            axes[0, column].contour(mask, levels=[0.5], colors="white", linewidths=1)
-        axes[0, column].set_title(title, fontsize=9)
-        for row, (values, limits) in enumerate(maps.values(), start=1):
-            low, high = limits or (None, None)
-            shown = axes[row, column].imshow(values[column], MAP, vmin=low, vmax=high)
-            if column == columns - 1 and limits:
-                figure.colorbar(shown, ax=axes[row, column], aspect=12).ax.tick_params(labelsize=8)
-    for ax, name in zip(axes[:, 0], ["image", *maps], strict=True):
-        ax.set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
-    for ax in axes.flat:
-        _bare(ax)
+    figure, axes = picture_grid(["image", *maps], titles, 1.4)
+    for ax, image, mask in zip(axes[0], images, masks, strict=True):
+        ax.imshow(image)
+        contour(ax, mask)
+    for line, (values, limits) in zip(axes[1:], maps.values(), strict=True):
+        low, high = limits or (None, None)
+        for ax, heat in zip(line, values, strict=True):
+            shown = ax.imshow(heat, MAP, vmin=low, vmax=high)
+        if limits:
+            figure.colorbar(shown, ax=line[-1], aspect=12)
     return figure
 
 
@@ -107,35 +104,21 @@ def scatter(panels: Mapping[tuple[str, str], pd.DataFrame], title: str) -> Figur
     ``panels``: by method and by what it is compared with, in words; columns ``category``, ``x``, ``y``. Shaded, below
     the diagonal, are the opposite predictions.
     """
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(3.1 * len(panels), 3.6), squeeze=False, layout="constrained"
-    )
+    figure, axes = subplots(1, len(panels), (3.1 * len(panels), 3.6), title)
+    looks = {"textures": ("green", "s"), "objects": ("blue", "o")}
     for ax, ((method, where), frame) in zip(axes[0], panels.items(), strict=True):
         low, high = frame[["x", "y"]].min().min(), frame[["x", "y"]].max().max()
         ends = np.array([low, high]) + np.array([-0.05, 0.05]) * (high - low or 1)
         ax.fill_between(ends, ends, ends[0], color=ANOMALOUS, alpha=0.12, linewidth=0)
         ax.plot(ends, ends, color="0.5", linewidth=1)
-        for kind, members in groups(list(dict.fromkeys(frame["category"]))).items():
-            own = frame[frame["category"].isin(members)]
-            colour, marker = (COLOURS["green"], "s") if kind == "textures" else (NORMAL, "o")
-            ax.scatter(
-                own["x"],
-                own["y"],
-                s=20,
-                color=colour,
-                marker=marker,
-                alpha=0.6,
-                linewidth=0,
-                label=kind,
-            )
+        for kind, members in groups(frame["category"].unique()).items():
+            own, (colour, marker) = frame[frame["category"].isin(members)], looks[kind]
+            style = {"color": COLOURS[colour], "marker": marker, "alpha": 0.6, "linewidth": 0}
+            ax.scatter(own["x"], own["y"], s=20, label=kind, **style)
         below = (frame["y"] < frame["x"]).sum()
-        ax.set_title(f"{method}: {below} of {len(frame)} below", fontsize=10)
         ax.set(xlim=ends, ylim=ends, xlabel=f"mean of the map {where}", ylabel="mean on the defect")
-        ax.set_box_aspect(1)
-        ax.tick_params(labelsize=9)
-        sns.despine(ax=ax)
-    axes[0, 0].legend(fontsize=9, frameon=False, loc="upper left")
-    figure.suptitle(title, fontsize=11)
+        ax.set(title=f"{method}: {below} of {len(frame)} below", box_aspect=1)
+    axes[0, 0].legend(loc="upper left")
     return figure
 
 
@@ -150,62 +133,41 @@ def dots(
     A panel is a table of :func:`entry` rows under the name of its axis; ``levels``: by panel, a dotted line; ``bands``:
     grey, by row, what a control reaches (first panel).
     """
-    first = next(iter(panels.values()))
-    rows = list(dict.fromkeys(first["row"]))
-    textures_first = [row for members in groups(rows).values() for row in members]
-    rows = textures_first if set(rows) & TEXTURES else rows
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(1.6 + 3.7 * len(panels), 0.36 * len(rows) + 1.7),
-        squeeze=False, sharey=True, layout="constrained",
-    )  # fmt: skip
-    handles = {}
+    rows = next(iter(panels.values()))["row"]
+    named = [row for members in groups(rows.unique()).values() for row in members]
+    size = (1.6 + 3.7 * len(panels), 0.36 * len(named) + 1.7)
+    figure, axes = subplots(1, len(panels), size, title, sharey=True)
     for ax, (name, table) in zip(axes[0], panels.items(), strict=True):
-        _draw_entries(ax, table, rows, handles)
+        _draw_entries(ax, table, named)
         if name in (levels or {}):
             ax.axvline(100 * levels[name], color="0.3", linestyle=":", linewidth=1.2)
-        ax.set_xlabel(name, fontsize=9.5)
-        ax.set(xlim=(-3, 103), yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6))
-        ax.set_yticklabels(rows)
-        ax.tick_params(labelsize=9)
+        ax.set(xlabel=name, xlim=(-3, 103), axisbelow=True)
         ax.grid(axis="y", color="0.92")
-        ax.set_axisbelow(True)
-        sns.despine(ax=ax, left=True)
+        name_rows(ax, named)
+        ax.spines["left"].set_visible(False)
     for row, (low, high) in (bands or {}).items():
-        axes[0, 0].barh(
-            rows.index(row), 100 * (high - low), left=100 * low, height=0.5, color="0.88", zorder=0
-        )
-    if len(first) > len(rows):  # else the rows name the series
-        _legend_below(figure, handles.values(), handles)
-    figure.suptitle(title, fontsize=11)
+        band = {"left": 100 * low, "height": 0.5, "color": "0.88", "zorder": 0}
+        axes[0, 0].barh(named.index(row), 100 * (high - low), **band)
+    if len(rows) > len(named):  # else the rows name the series
+        drawn = {}
+        for ax in axes[0]:
+            marks, names = ax.get_legend_handles_labels()
+            drawn |= dict(zip(names, marks, strict=True))
+        figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3)
     return figure
 
 
-def _legend_below(figure: Figure, handles, labels) -> None:
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
-
-
-def _draw_entries(ax, table: pd.DataFrame, rows: list[str], handles: dict) -> None:
-    beside = {row: list(own["series"]) for row, own in table.groupby("row")}
+def _draw_entries(ax, table: pd.DataFrame, rows: list[str]) -> None:
+    beside = table.groupby("row")["series"].agg(list)
+    told = set()
     for row in table.itertuples():
-        colour, marker = STYLES[row.series]
-        series = beside[row.row]
+        series, look = beside[row.row], _look(row.series)
         place = rows.index(row.row) + 0.13 * (series.index(row.series) - (len(series) - 1) / 2)
-        ax.plot(
-            [100 * row.low, 100 * row.high],
-            [place] * 2,
-            color=COLOURS[colour],
-            linewidth=2,
-            alpha=0.6,
-        )
-        (mark,) = ax.plot(
-            100 * row.estimate,
-            place,
-            marker,
-            color=COLOURS[colour],
-            markersize=7,
-            mew=2 if marker == "|" else 0.5,
-        )
-        handles.setdefault(row.series, mark)
+        ends, colour = [100 * row.low, 100 * row.high], look["color"]
+        ax.plot(ends, [place] * 2, color=colour, linewidth=2, alpha=0.6)
+        label = None if row.series in told else row.series
+        ax.plot(100 * row.estimate, place, linestyle="", label=label, **look)
+        told.add(row.series)
 
 
 def entry(row: str, series: str, found: Interval | float) -> dict:
@@ -235,56 +197,22 @@ def controls(
 
     ``columns``: what to show, with the name of its axis. A column's ``*_area`` is drawn as a dotted line, else 50 %.
     """
-    figure, axes = plt.subplots(
-        1,
-        len(columns),
-        figsize=(1.4 + 3.7 * len(columns), 3.2),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    rng = np.random.default_rng(0)
+    figure, axes = subplots(1, len(columns), (1.4 + 3.7 * len(columns), 3.2), title, sharey=True)
+    rng, lines = np.random.default_rng(0), {"Direct": ("orange", "-"), "SDP": ("blue", "--")}
     for ax, (column, name) in zip(axes[0], columns.items(), strict=True):
-        _draw_controls(ax, draws, observed, column, rng)
-        ax.set(xlim=(-2, 102))
-        ax.set_xlabel(name, fontsize=9.5)
-        ax.set_yticks(range(len(draws)), [f"{name}\n({len(f)} draws)" for name, f in draws.items()])
-        ax.tick_params(labelsize=9)
-        sns.despine(ax=ax)
-    axes[0, 0].invert_yaxis()
-    _legend_below(figure, *axes[0, 0].get_legend_handles_labels())
-    figure.suptitle(title, fontsize=11)
+        for row, frame in enumerate(draws.values()):
+            values, heights = 100 * frame[column], row + rng.uniform(-0.24, 0.24, len(frame))
+            ax.scatter(values, heights, s=13, color="0.45", alpha=0.5, linewidth=0)
+            ax.vlines(values.mean(), row - 0.36, row + 0.36, color="black", linewidth=2)
+        for method, (colour, style) in lines.items():
+            look = {"color": COLOURS[colour], "linestyle": style, "linewidth": 2}
+            ax.axvline(100 * observed[method][column], label=method, **look)
+        area = observed["Direct"].get(f"{column}_area", 0.5)
+        ax.axvline(100 * area, color="0.3", linestyle=":", label="50 %, or area off the object")
+        ax.set(xlim=(-2, 102), xlabel=name)
+        name_rows(ax, [f"{name}\n({len(frame)} draws)" for name, frame in draws.items()])
+    legend_below(figure, axes[0, 0])
     return figure
-
-
-def _draw_controls(ax, draws, observed, column: str, rng) -> None:
-    for row, frame in enumerate(draws.values()):
-        ax.scatter(
-            100 * frame[column],
-            row + rng.uniform(-0.24, 0.24, len(frame)),
-            s=13,
-            color="0.45",
-            alpha=0.5,
-            linewidth=0,
-        )
-        ax.vlines(100 * frame[column].mean(), row - 0.36, row + 0.36, color="black", linewidth=2)
-    for method, values in observed.items():
-        colour, style = ("orange", "-") if method == "Direct" else ("blue", "--")
-        ax.axvline(
-            100 * values[column],
-            color=COLOURS[colour],
-            linestyle=style,
-            linewidth=2,
-            label=method,
-        )
-    area = next(iter(observed.values())).get(f"{column}_area", 0.5)
-    ax.axvline(
-        100 * area,
-        color="0.3",
-        linestyle=":",
-        linewidth=1.5,
-        label="50 %, or area off the object",
-    )
 
 
 def last_blocks(auroc: Mapping[str, Sequence[float]], writes: pd.DataFrame, title: str) -> Figure:
@@ -292,48 +220,26 @@ def last_blocks(auroc: Mapping[str, Sequence[float]], writes: pd.DataFrame, titl
 
     ``auroc``: per part the AUROC for the last 1, 2, .. L blocks; ``writes``: of :func:`who_writes_what`.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(10.2, 3.3), layout="constrained")
-    blocks = range(1, 1 + len(next(iter(auroc.values()))))
+    figure, axes = subplots(1, 3, (10.2, 3.3), title)
+    left, *others = axes[0]
     for name, values in auroc.items():
-        colour, marker = STYLES[name]
-        axes[0].plot(
-            blocks,
-            100 * np.asarray(values),
-            color=COLOURS[colour],
-            marker=marker,
-            markersize=5,
-            label=name,
-        )
-    axes[0].axhline(50, color="0.3", linestyle=":", linewidth=1.2)
-    axes[0].set(
-        xlabel="sum over the last … blocks",
-        ylabel="patch AUROC of the text, percent",
-        ylim=(0, 100),
-    )
+        left.plot(range(1, 1 + len(values)), 100 * np.asarray(values), label=name, **_look(name))
+    left.axhline(50, color="0.3", linestyle=":", linewidth=1.2)
+    left.set(xlabel="sum over the last … blocks", ylabel="patch AUROC of the text, percent")
+    left.set(ylim=(0, 100))
     means = writes.groupby(["part", "block"])[["class token", "patches"]].mean()
-    for ax, column, parts, name in (
-        (axes[1], "class token", ("q-k attention", "feed-forward"), "to the class token"),
-        (
-            axes[2],
-            "patches",
-            ("v-v attention", "q-k attention", "feed-forward"),
-            "to defect − normal patches",
-        ),
-    ):
+    told = {
+        "class token": (("q-k attention", "feed-forward"), "the class token"),
+        "patches": (("v-v attention", "q-k attention", "feed-forward"), "defect − normal patches"),
+    }
+    for ax, (column, (parts, name)) in zip(others, told.items(), strict=True):
         for part in parts:
-            colour, marker = STYLES[part]
-            values = means.loc[part, column]
-            ax.plot(
-                values.index, values, color=COLOURS[colour], marker=marker, markersize=5, label=part
-            )
+            ax.plot(means.loc[part, column], label=part, **_look(part))
         ax.axhline(0, color="0.3", linestyle=":", linewidth=1.2)
-        ax.set(xlabel="block (0-based)", ylabel=f"adds to $z_a - z_n$\n{name}")
-    for ax in axes:
-        ax.xaxis.set_major_locator(plt.MaxNLocator(6, integer=True))
-        ax.tick_params(labelsize=9)
-        ax.legend(fontsize=8.5, frameon=False)
-        sns.despine(ax=ax)
-    figure.suptitle(title, fontsize=11)
+        ax.set(xlabel="block (0-based)", ylabel=f"adds to $z_a - z_n$\nto {name}")
+    for ax in axes[0]:
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        ax.legend()
     return figure
 
 
@@ -349,42 +255,25 @@ def attention(
 
     ``lifts``: ``block``, ``q-k``, ``v-v``, a row per image and block; medians with the middle half of the images.
     """
-    size, grid = image.shape[0], round((weights[0].shape[0] - 1) ** 0.5)
-    step = size / grid
-    figure, axes = plt.subplots(
-        1, 4, figsize=(10.2, 2.7), width_ratios=[1, 1, 1, 1.7], layout="constrained"
-    )
+    size, grid = len(image), round((len(weights[0]) - 1) ** 0.5)
+    figure, axes = subplots(1, 4, (10.2, 2.7), title, width_ratios=[1, 1, 1, 1.7])
+    *pictures, chart = axes[0]
     seen = [w[1 + patch, 1:].reshape(grid, grid) for w in weights]
-    names = ("image", "q-k attention", "v-v attention")
-    for ax, name, panel in zip(axes, names, [image, *seen], strict=False):
+    names = ("q-k attention", "v-v attention")
+    titles = ["image", *(f"{n}\n0 to {w.max():.2f}" for n, w in zip(names, seen, strict=True))]
+    for ax, name, panel in zip(pictures, titles, [image, *seen], strict=True):
         ax.imshow(panel, extent=(0, size, size, 0), cmap=MAP, vmin=0, interpolation="nearest")
-        corner = (patch % grid * step, patch // grid * step)
-        ax.add_patch(Rectangle(corner, step, step, fill=False, edgecolor="cyan", linewidth=1.5))
-        ax.set_title(name if panel.ndim == 3 else f"{name}\n0 to {panel.max():.2f}", fontsize=9.5)
-        _bare(ax)
-    contour(axes[0], mask)
-    for kind in ("q-k", "v-v"):
-        colour, marker = STYLES[f"{kind} attention"]
-        low, middle, high = (lifts.groupby("block")[kind].quantile(q) for q in (0.25, 0.5, 0.75))
-        axes[3].plot(
-            middle.index,
-            middle,
-            color=COLOURS[colour],
-            marker=marker,
-            markersize=5,
-            label=f"{kind} attention",
-        )
-        axes[3].fill_between(middle.index, low, high, color=COLOURS[colour], alpha=0.2, linewidth=0)
-    axes[3].axhline(1, color="0.3", linestyle=":", linewidth=1.2, label="even attention")
-    axes[3].set(xlabel="block (0-based)", ylabel="lift on other defect patches", ylim=(0, None))
-    axes[3].legend(fontsize=8.5, frameon=False)
-    axes[3].tick_params(labelsize=9)
-    sns.despine(ax=axes[3])
-    figure.suptitle(title, fontsize=11)
+        mark_patch(ax, patch, grid, size)
+        ax.set_title(name)
+        bare(ax)
+    contour(pictures[0], mask)
+    for name in names:
+        by_block = lifts.groupby("block")[name.removesuffix(" attention")]
+        low, middle, high = (by_block.quantile(q) for q in (0.25, 0.5, 0.75))
+        chart.plot(middle, label=name, **_look(name))
+        colour = _look(name)["color"]
+        chart.fill_between(middle.index, low, high, color=colour, alpha=0.2, linewidth=0)
+    chart.axhline(1, color="0.3", linestyle=":", linewidth=1.2, label="even attention")
+    chart.set(xlabel="block (0-based)", ylabel="lift on other defect patches", ylim=(0, None))
+    chart.legend()
     return figure
-
-
-def _bare(ax) -> None:
-    ax.set(xticks=[], yticks=[])
-    for spine in ax.spines.values():
-        spine.set_visible(False)

@@ -6,7 +6,8 @@ Shapes: M sentences, C joint embedding width. Embeddings are unit rows.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -19,18 +20,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
-from clipad.evaluation import category_metrics
 from clipad.studies.common import Kept
 from clipad.text import representative_vector
 
 STATES = ("normal", "anomalous")
-UMAP_OPTIONS = {
-    "n_neighbors": 50,
-    "min_dist": 0.4,
-    "metric": "cosine",
-    "n_epochs": 200,
-    "init": "pca",
-}
+UMAP_OPTIONS = {"n_neighbors": 50, "min_dist": 0.4, "metric": "cosine", "n_epochs": 200}
+UMAP_OPTIONS |= {"init": "pca"}
 
 
 @dataclass(frozen=True)
@@ -46,16 +41,17 @@ class Sentences:
     embeddings: np.ndarray
 
     def of(self, category: str, state: str | None = None) -> Sentences:
-        """The sentences of one category, or of one of its states; ValueError if there are none."""
+        """The sentences of one category, or of one of its states."""
         rows = self.table["category"] == category
         if state is not None:
             rows &= self.table["state"] == state
-        if not rows.any():
-            known = ", ".join(self.table["category"].unique())
-            raise ValueError(
-                f"no sentences of {category!r} ({state or 'both states'}); known: {known}"
-            )
         return Sentences(self.table[rows].reset_index(drop=True), self.embeddings[rows])
+
+    def each(self) -> Iterator[tuple[str, str, Sentences]]:
+        """Category, state and its sentences, one after the other."""
+        for category in self.table["category"].unique():
+            for state in STATES:
+                yield category, state, self.of(category, state)
 
     def __len__(self):
         return len(self.table)
@@ -68,20 +64,14 @@ def embed_sentences(backbone, prompts, categories: Sequence[str]) -> Sentences:
         words = (prompts.normal, prompts.anomalous)
         for state, own, texts in zip(STATES, words, prompts.sentences(category), strict=True):
             parts.append(F.normalize(backbone.encode_text(texts).double(), dim=-1).cpu().numpy())
-            pairs = product(own, prompts.templates)
-            rows += [
-                (category, state, *pair, text) for pair, text in zip(pairs, texts, strict=True)
-            ]
+            pairs = zip(product(own, prompts.templates), texts, strict=True)
+            rows += [(category, state, *pair, text) for pair, text in pairs]
     columns = ["category", "state", "word", "template", "sentence"]
     return Sentences(pd.DataFrame(rows, columns=columns), np.concatenate(parts))
 
 
 def without_articles(template: str) -> str:
-    """Templates that differ in "a" and "the" only are one group: one of them in training would give the other away.
-
-    >>> without_articles("a dark photo of the {}.") == without_articles("a dark photo of a {}.")
-    True
-    """
+    """Templates that differ in "a" and "the" only are one group: one of them in training would give the other away."""
     return " ".join(word for word in template.split() if word not in ("a", "the", "an"))
 
 
@@ -144,24 +134,21 @@ def separability(sentences: Sentences, draws: int = 10, seed: int = 0) -> pd.Dat
     table, e = sentences.table, sentences.embeddings
     words, position = np.unique(table["state"] + "|" + table["word"], return_inverse=True)
     truth = np.array([word.startswith(STATES[1]) for word in words])
-    phrasing = table["word"].str.split().map(lambda w: bool({"with", "without"} & set(w)))
     groups = {
         "templates": table["template"].map(without_articles),
         "state words": position,
-        "phrasing": phrasing,
+        "phrasing": table["word"].str.contains(r"\b(?:with|without)\b"),
     }
     rng = np.random.default_rng(seed)
     shuffled = [rng.permutation(truth) for _ in range(draws)]
     rows = {}
     for name, group in groups.items():
-        control = [probe_accuracy(e, labels[position], np.asarray(group)) for labels in shuffled]
-        rows[name] = {
-            "state": probe_accuracy(e, truth[position], np.asarray(group)),
-            "control": np.mean(control),
-            "control_low": np.min(control),
-            "control_high": np.max(control),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("held out")
+        group = np.asarray(group)
+        control = [probe_accuracy(e, labels[position], group) for labels in shuffled]
+        ends = (np.mean(control), np.min(control), np.max(control))
+        rows[name] = (probe_accuracy(e, truth[position], group), *ends)
+    columns = ["state", "control", "control_low", "control_high"]
+    return pd.DataFrame.from_dict(rows, "index", columns=columns).rename_axis("held out")
 
 
 def probe_accuracy(e: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> float:
@@ -189,13 +176,12 @@ def negation_pairs(words: pd.DataFrame) -> pd.DataFrame:
     """For each x that occurs as "with x" and "without x" (input: :func:`word_cosines`): the cosine of the two,
     ``negation``, and the mean cosine of "without x" with the other normal words, ``same_state``."""
     rows = {}
-    for word in words.index.get_level_values("word"):
-        positive, normal = word.replace("without", "with"), ("normal", word)
-        if "without" in word and ("anomalous", positive) in words.index and normal in words.index:
-            rows[word.replace("{} without ", "")] = {
-                "negation": words.loc[normal, ("anomalous", positive)],
-                "same_state": words.loc[normal, "normal"].drop(word).mean(),
-            }
+    for state, word in words.index:
+        positive = ("anomalous", word.replace("without", "with"))
+        if state == "normal" and "without" in word and positive in words.index:
+            own = words[state, word]
+            name = word.replace("{} without ", "")
+            rows[name] = (own[positive], own["normal"].drop(word).mean())
     return pd.DataFrame.from_dict(rows, orient="index", columns=["negation", "same_state"])
 
 
@@ -211,14 +197,15 @@ def largest_cluster(e: np.ndarray, method: str, **options) -> np.ndarray:
 
 def angle_to_mean(e: np.ndarray, method: str, **options) -> float:
     """Degrees between a method's vector and the mean's."""
-    e = torch.from_numpy(e)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # all noise: the mean is taken, which 0 degrees say
-        vector, mean = (
-            representative_vector(e, m, **o) for m, o in ((method, options), ("mean", {}))
-        )
+    vector, mean = (_vector(e, m, **o) for m, o in ((method, options), ("mean", {})))
     # Through the chord: the arc cosine of nearly 1 has no digits left.
     return float(torch.rad2deg(2 * torch.asin(((vector - mean).norm() / 2).clamp(max=1))))
+
+
+def _vector(e: np.ndarray, method: str, **options) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all noise: the mean is taken, as what_dbscan_does tells
+        return representative_vector(torch.from_numpy(e), method, **options)
 
 
 def what_dbscan_does(
@@ -227,16 +214,15 @@ def what_dbscan_does(
     """A row per eps, category and state: ``share`` of the sentences used, ``angle`` to the mean in degrees and
     ``regime``: finds nothing, selects, is the mean."""
     rows = []
-    for (category, state), _ in sentences.table.groupby(["category", "state"], sort=False):
-        e = sentences.of(category, state).embeddings
+    for category, state, own in sentences.each():
         for eps in grid:
             options = {"eps": eps, "min_samples": min_samples}
-            share = float(largest_cluster(e, "dbscan", **options).mean())
-            angle = angle_to_mean(e, "dbscan", **options)
-            regime = "finds nothing" if share == 0 else "is the mean" if share == 1 else "selects"
-            row = {"category": category, "state": state, "eps": eps}
-            rows.append(row | {"share": share, "angle": angle, "regime": regime})
-    return pd.DataFrame(rows)
+            share = float(largest_cluster(own.embeddings, "dbscan", **options).mean())
+            angle = angle_to_mean(own.embeddings, "dbscan", **options)
+            regime = {0: "finds nothing", 1: "is the mean"}.get(share, "selects")
+            rows.append((category, state, eps, share, angle, regime))
+    columns = ["category", "state", "eps", "share", "angle", "regime"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def shared_templates(
@@ -245,16 +231,12 @@ def shared_templates(
     """Per eps, the templates that both states keep / those that either keeps, mean over categories; NaN for nothing."""
     found = {}
     for eps in grid:
-        shares = []
-        for category in sentences.table["category"].unique():
-            kept = []
-            for state in STATES:
-                own = sentences.of(category, state)
-                mask = largest_cluster(own.embeddings, "dbscan", eps=eps, min_samples=min_samples)
-                kept.append(set(own.table["template"][mask]))
-            either = kept[0] | kept[1]
-            shares.append(len(kept[0] & kept[1]) / len(either) if either else np.nan)
-        found[eps] = float(np.nanmean(shares)) if not np.isnan(shares).all() else np.nan
+        kept = defaultdict(list)
+        for category, _, own in sentences.each():
+            mask = largest_cluster(own.embeddings, "dbscan", eps=eps, min_samples=min_samples)
+            kept[category].append(set(own.table["template"][mask]))
+        shares = [len(a & b) / len(a | b) for a, b in kept.values() if a | b]
+        found[eps] = np.mean(shares) if shares else np.nan
     return pd.Series(found, name="shared templates")
 
 
@@ -262,17 +244,14 @@ def kept_by_dbscan(sentences: Sentences, **options) -> pd.DataFrame:
     """Which sentences DBSCAN averages, a row per category and state: how many, how many state words and templates
     (articles aside) occur in them, and which templates."""
     rows = {}
-    for (category, state), _ in sentences.table.groupby(["category", "state"], sort=False):
-        own = sentences.of(category, state)
+    for category, state, own in sentences.each():
         table = own.table.assign(template=own.table["template"].map(without_articles))
         kept = table[largest_cluster(own.embeddings, "dbscan", **options)]
+        row = {"sentences": f"{len(kept)} of {len(table)}"}
+        for name, column in (("state words", "word"), ("templates", "template")):
+            row[name] = f"{kept[column].nunique()} of {table[column].nunique()}"
         names = ", ".join(t.rstrip(".") for t in kept["template"].unique())
-        rows[category, state] = {
-            "sentences": f"{len(kept)} of {len(table)}",
-            "state words": f"{kept['word'].nunique()} of {table['word'].nunique()}",
-            "templates": f"{kept['template'].nunique()} of {table['template'].nunique()}",
-            "which templates": names or "none",
-        }
+        rows[category, state] = row | {"which templates": names or "none"}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["category", "state"])
 
 
@@ -286,34 +265,18 @@ def vectors(
     sentences: Sentences, method: str = "mean", rows: Rows | None = None, **options
 ) -> dict[str, torch.Tensor]:
     """Per category the two text vectors, C x 2 unit columns, from all or from some of the sentences."""
-    found = {}
-    for category in sentences.table["category"].unique():
-        columns = []
-        for k, state in enumerate(STATES):
-            e = sentences.of(category, state).embeddings
-            e = torch.from_numpy(e if rows is None else e[rows[k]])
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # all noise: counted by what_dbscan_does
-                columns.append(representative_vector(e, method, **options))
-        found[category] = torch.stack(columns, dim=1).float()
-    return found
+    found = defaultdict(list)
+    for category, state, own in sentences.each():
+        chosen = slice(None) if rows is None else rows[STATES.index(state)]
+        found[category].append(_vector(own.embeddings[chosen], method, **options))
+    return {category: torch.stack(pair, dim=1).float() for category, pair in found.items()}
 
 
 def measure(
     detector, kept: Kept, texts: Mapping[object, Mapping[str, torch.Tensor]]
 ) -> pd.DataFrame:
     """Metrics of a detector with each of many sets of text vectors: means over categories, from features kept."""
-    rows = {}
-    for name, text in texts.items():
-        found = []
-        for category in kept.dataset.categories:
-            at = kept.where(category)
-            own = kept.features[torch.from_numpy(at)].to(detector.backbone.device)
-            prediction = detector.score_with(own, text[category])
-            masks = None if kept.masks is None else kept.masks[at]
-            maps, probabilities = prediction.maps.numpy(), prediction.probabilities.numpy()
-            found.append(category_metrics(maps, masks, probabilities, kept.labels[at]))
-        rows[name] = pd.DataFrame(found).mean()
+    rows = {name: kept.mean_metrics(*kept.with_text(detector, t)) for name, t in texts.items()}
     return pd.DataFrame(rows).T
 
 
