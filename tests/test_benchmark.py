@@ -54,11 +54,6 @@ def test_a_stopped_benchmark_continues_and_ends_the_same(
     np.testing.assert_array_equal(again.scores.values, result.scores.values)
 
 
-def test_two_detectors_of_one_name_are_refused(detectors, data):
-    with pytest.raises(ValueError, match="names"):
-        study.benchmark([detectors[0], detectors[0]], data)
-
-
 def test_smoothed_winclip_is_winclip_smoothed(tiny_backbone, data):
     plain, smoothed = WinCLIP(tiny_backbone), study.SmoothedWinCLIP(tiny_backbone)
     part = data.select("bolt")

@@ -52,4 +52,3 @@ def test_thin_defects_vanish(tmp_path):
         1 / 5
     )  # the line of one of four images; its block stays
     assert table.loc[4, "masks"] == 0
-    assert vanished(type(data)("x", data.root, data.categories, ()), [2]).empty

@@ -25,7 +25,15 @@ from clipad.evaluation import (
 from clipad.files import address, cached, code_version
 from clipad.metrics import draw_counts
 from clipad.published import published_results
-from clipad.studies.common import METRIC_NAMES, METRICS, RESAMPLES, Scores, groups, within_image
+from clipad.studies.common import (
+    METRIC_NAMES,
+    METRICS,
+    RESAMPLES,
+    Interval,
+    Scores,
+    groups,
+    within_image,
+)
 from clipad.studies.sdp_plus_fine_tuning import build, layers_for
 from clipad.surgery import smooth
 from clipad.winclip import WinCLIP
@@ -76,32 +84,25 @@ def benchmark(
     """All of ``METRICS`` for every detector and category, with bootstrap draws of the images.
 
     Memory holds the maps of one category and detector at a time; with a ``folder`` each of these is kept there by all
-    that decides it, so a stopped run continues. Raises ValueError for two detectors of one name.
+    that decides it, so a stopped run continues.
     """
-    names = tuple(detector.name for detector in detectors)
-    if len(set(names)) < len(names):
-        raise ValueError(f"detectors need names of their own, found {', '.join(names)}")
-    values = np.full((len(names), len(dataset.categories), len(METRICS), 1 + resamples), np.nan)
+    names, categories = tuple(d.name for d in detectors), tuple(dataset.categories)
+    values = np.full((len(names), len(categories), len(METRICS), 1 + resamples), np.nan)
     frames = []
-    bar = tqdm(total=len(names) * len(dataset.categories), desc=f"benchmark on {dataset.name}")
-    for c, category in enumerate(dataset.categories):
+    for c, category in enumerate(tqdm(categories, f"benchmark on {dataset.name}")):
         part = dataset.select(category)
         labels = np.array([s.label for s in part])
         counts = draw_counts(labels, resamples, np.random.default_rng([seed, c]))
         for d, detector in enumerate(detectors):
             key = [detector.settings, fingerprint(part), code_version(), resamples, seed, c]
-            entry = cached(
-                folder and folder / f"{address(key)}.npz",
-                lambda: _measure(detector, part, category, labels, counts),
-            )
+            path = folder and folder / f"{address(key)}.npz"
+            entry = cached(path, lambda: _measure(detector, part, category, labels, counts))
             for m, metric in enumerate(METRICS):
                 values[d, c, m] = entry.get(metric, np.nan)
             own = {k: entry[k] for k in ("probability", "map_max", "score")}
             own |= {"method": detector.name, "category": category, "label": labels}
             frames.append(pd.DataFrame(own))
-            bar.update()
-    bar.close()
-    scores = Scores(names, tuple(dataset.categories), METRICS, values, seed)
+    scores = Scores(names, categories, METRICS, values, seed)
     return Benchmark(scores, pd.concat(frames, ignore_index=True))
 
 
@@ -145,7 +146,7 @@ def costs(detectors: Sequence[Detector], dataset: Dataset, repeats: int = 3) -> 
 @dataclass(frozen=True)
 class Advice:
     """What follows from the intervals for one use: the highest method, those not significantly below it, and which of
-    these to take: the highest of those that take at most half again the time of the quickest."""
+    these to take: the highest of those that take at most one and a half times as long as the quickest."""
 
     use: str
     metric: str
@@ -173,19 +174,15 @@ def advice(
 
 def all_advice(scores: Scores, spent: pd.Series) -> list[Advice]:
     """Advice for maps of textures, for maps of objects, and for a decision per image without a map."""
-    known = ~np.isnan(scores.values[0, :, scores.metrics.index("pixel_pro"), 0])
     found = []
-    if known.any():
-        for name, members in groups(
-            [c for c, k in zip(scores.categories, known, strict=True) if k]
-        ).items():
-            found.append(advice(scores, "pixel_pro", spent, f"maps of {name}", members))
-    if not np.isnan(scores.values[0, :, scores.metrics.index("class_auroc"), 0]).all():
+    table = scores.table("SDP").drop("mean")
+    for name, members in groups(table["pixel_pro"].dropna().index).items():
+        found.append(advice(scores, "pixel_pro", spent, f"maps of {name}", members))
+    if table["class_auroc"].notna().any():
         # The same number for every method but WinCLIP; the quickest way to it is Direct's.
-        both = spent[[m for m in ("Direct", "WinCLIP") if m in spent.index]]
-        use = "a decision per image without a map"
-        own = advice(scores, "class_auroc", both, use, scores.categories)
         names = {"Direct": "CLIP's class probability", "WinCLIP": "WinCLIP's image score"}
+        use = "a decision per image without a map"
+        own = advice(scores, "class_auroc", spent[list(names)], use, scores.categories)
         equals = tuple(names[m] for m in own.equals)
         found.append(replace(own, best=names[own.best], equals=equals, take=names[own.take]))
     return found
@@ -206,37 +203,30 @@ class Row:
 
 
 def gallery_rows(
-    detectors: Mapping[str, Detector],
-    dataset: Dataset,
-    categories: Sequence[str],
-    rate: float = 0.01,
+    detectors: Mapping[str, Detector], dataset: Dataset, categories: Sequence[str]
 ) -> list[Row]:
     """The median anomalous image of SDP of each category (by the pixel AUROC inside the image, or the map's maximum
-    without masks). The thresholds are exceeded by ``rate`` of the pixels of the category's normal images."""
+    without masks). The thresholds are exceeded by 1 % of the pixels of the category's normal images."""
     rows = []
     for category in categories:
         part = dataset.select(category)
         labels = np.array([s.label for s in part])
-        masks = (
-            read_masks(list(part), detectors["SDP"].backbone.image_size) if part.has_masks else None
-        )
-        found = {name: predict(d, part, category)[0] for name, d in detectors.items()}
-        own = np.flatnonzero(labels == 1)
-        if not len(own):
+        if not (labels == 1).any():
             continue
-        sdp = found["SDP"][own]
-        rank = sdp.max(axis=(1, 2)) if masks is None else within_image(sdp, masks[own])
-        pick = int(own[np.argsort(rank)[len(own) // 2]])
+        size, masks = detectors["SDP"].backbone.image_size, None
+        found = {name: predict(d, part, category)[0] for name, d in detectors.items()}
+        rank = found["SDP"].max(axis=(1, 2))
+        if part.has_masks:
+            masks = read_masks(list(part), size)
+            rank = within_image(found["SDP"], masks)
+        order = np.argsort(np.where(labels == 1, rank, np.inf))
+        pick = int(order[(labels == 1).sum() // 2])
         normal = labels == 0 if (labels == 0).any() else labels == 1
-        rows.append(
-            Row(
-                f"{category}\n{part[pick].defect}",
-                part[pick].image_path,
-                None if masks is None else masks[pick],
-                {name: maps[pick] for name, maps in found.items()},
-                {name: float(np.quantile(maps[normal], 1 - rate)) for name, maps in found.items()},
-            )
-        )
+        limits = {name: float(np.quantile(maps[normal], 0.99)) for name, maps in found.items()}
+        own = {name: maps[pick] for name, maps in found.items()}
+        mask, sample = None if masks is None else masks[pick], part[pick]
+        title = f"{category}\n{sample.defect}"
+        rows.append(Row(title, sample.image_path, mask, own, limits))
     return rows
 
 
@@ -250,15 +240,13 @@ def published_means(dataset: str) -> pd.DataFrame:
 
     For the demo and for folders nothing is published; there MVTec-AD's stand for orientation.
     """
-    known = published_results(dataset=dataset)
-    known = known[known["category"] == "mean"] if len(known) else known
-    if not len(known):
-        known = published_results(dataset="mvtec")
+    for name in (dataset, "mvtec"):
+        known = published_results(dataset=name)
         known = known[known["category"] == "mean"]
+        if len(known):
+            break
     known = known.assign(metric=known["level"] + "_" + known["metric"])
-    table = known.pivot_table(
-        index=["method", "kind"], columns="metric", values="value", sort=False
-    )
+    table = known.pivot_table("value", ["method", "kind"], "metric", sort=False)
     return table.reindex(columns=[m for m in SHOWN if m in table.columns])
 
 
@@ -276,12 +264,10 @@ def beside_published(scores: Scores, dataset: Dataset) -> pd.DataFrame:
         where = [c for c in dataset.categories if row.category in (c, "mean")]
         if not where or (row.category == "mean" and not complete) or metric not in METRICS:
             continue
-        entry = {"method": row.method, "category": row.category, "metric": metric}
-        entry |= dict.fromkeys(("ours", "low", "high"), np.nan)
+        ours = Interval(np.nan, np.nan, np.nan)
         if row.method in scores.methods:
-            images, _ = scores.interval(metric, row.method, None, where)
-            entry |= {"ours": images.estimate, "low": images.low, "high": images.high}
-        entry |= {"published": row.value, "difference": entry["ours"] - row.value}
-        rows.append(entry | {"kind": row.kind, "source": row.source})
+            ours, _ = scores.interval(metric, row.method, None, where)
+        numbers = (ours.estimate, ours.low, ours.high, row.value, ours.estimate - row.value)
+        rows.append((row.method, row.category, metric, *numbers, row.kind, row.source))
     columns = ["method", "category", "metric", "ours", "low", "high", "published", "difference"]
     return pd.DataFrame(rows, columns=[*columns, "kind", "source"])

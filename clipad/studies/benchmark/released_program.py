@@ -37,24 +37,17 @@ def without_one(images: pd.DataFrame) -> pd.DataFrame:
     rows = {}
     for category, frame in images.groupby("category", sort=False):
         p, m, labels = (frame[column].to_numpy() for column in ("probability", "map_max", "label"))
-        full, change, orders, auroc = published_image_score(p, m), 0.0, 0.0, []
+        full, found = published_image_score(p, m), []
         for i in range(len(frame)):
             rest = np.delete(np.arange(len(frame)), i)
             old, new = full[rest], published_image_score(p[rest], m[rest])
-            change = max(change, np.abs(new - old).max())
             above = np.sign(np.subtract.outer(old, old)) != np.sign(np.subtract.outer(new, new))
-            orders = max(orders, above.mean())
-            auroc.append(
-                image_metrics(new, labels[rest])["auroc"]
-                - image_metrics(old, labels[rest])["auroc"]
-            )
-        rows[category] = {
-            "largest change": change,
-            "orders changed": orders,
-            "auroc low": min(auroc),
-            "auroc high": max(auroc),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("category")
+            before, after = (image_metrics(s, labels[rest])["auroc"] for s in (old, new))
+            found.append((np.abs(new - old).max(), above.mean(), after - before))
+        change, orders, auroc = np.transpose(found)
+        rows[category] = (change.max(), orders.max(), auroc.min(), auroc.max())
+    columns = ["largest change", "orders changed", "auroc low", "auroc high"]
+    return pd.DataFrame.from_dict(rows, "index", columns=columns).rename_axis("category")
 
 
 def min_max(maps: np.ndarray, per_image: bool) -> np.ndarray:
@@ -68,29 +61,23 @@ def vanished(dataset: Dataset, shrink: Sequence[float]) -> pd.DataFrame:
     """Ground truth after the published resize (bilinear, threshold 0.5), per factor by which the longer side shrinks.
 
     ``side``: median side in pixels; ``masks``, ``regions``: share of the anomalous masks, and of their 8-connected
-    regions, of which not a pixel is left; ``area``: anomalous area left, as a share. Empty without masks.
+    regions, of which not a pixel is left; ``area``: anomalous area left, as a share.
     """
-    samples = [s for s in dataset if s.label == 1 and s.mask_path is not None]
-    found = {factor: [] for factor in shrink if samples}
-    for sample in samples:
+    rows = []
+    for sample in (s for s in dataset if s.label == 1 and s.mask_path is not None):
         native = max(native_size(sample.mask_path))
         mask = read_mask(sample.mask_path, native)
         labelled, count = ndimage.label(mask, structure=np.ones((3, 3)))
-        for factor, rows in found.items():
+        for factor in shrink:
             side = round(native / factor)
             gone = sum(not resize_mask(labelled == r, side).any() for r in range(1, count + 1))
             left = resize_mask(mask, side).mean() / mask.mean() if count else np.nan
-            rows.append((side, not resize_mask(mask, side).any(), gone, count, left))
-    table = {}
-    for factor, rows in found.items():
-        side, masks, gone, count, left = np.array(rows, dtype=float).T
-        table[factor] = {
-            "side": np.median(side),
-            "masks": masks.mean(),
-            "regions": gone.sum() / count.sum(),
-            "area": np.nanmean(left),
-        }
-    return pd.DataFrame.from_dict(table, orient="index").rename_axis("shrunk by")
+            rows.append((factor, side, not resize_mask(mask, side).any(), gone, count, left))
+    columns = ["shrunk by", "side", "masks", "gone", "regions", "area"]
+    by_factor = pd.DataFrame(rows, columns=columns).groupby("shrunk by")
+    table = by_factor[["masks", "area"]].mean().assign(side=by_factor["side"].median())
+    table["regions"] = by_factor["gone"].sum() / by_factor["regions"].sum()
+    return table[["side", "masks", "regions", "area"]]
 
 
 def vectors_of(run, name: str) -> dict[str, torch.Tensor]:
@@ -103,7 +90,7 @@ def vectors_of(run, name: str) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
-            )  # DBSCAN that finds nothing but noise is counted elsewhere
+            )  # DBSCAN that finds only noise is counted in notebook 01
             text = representative_vectors(run.backbone, category, run.prompts, method, **options)
         found[category] = text.half().float() if name == "float16" else text
     return found

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from clipad.datasets import Dataset, Sample, read_image
 from clipad.detectors import class_probability
-from clipad.dual_path import attention_weights, embed_patches
 from clipad.evaluation import batches, read_masks
 from clipad.metrics import pixel_metrics
 from clipad.studies.common import (
@@ -38,6 +37,7 @@ from clipad.studies.common import (
 from clipad.studies.figures import image_array
 from clipad.studies.opposite_predictions import (
     Truth,
+    attention_by_block,
     attention_on_defect,
     encoded,
     patch_coverage,
@@ -90,14 +90,10 @@ class Example:
         return 100 * pixel_metrics(values[None], self.mask[None])["auroc"]
 
 
-def _grid(backbone) -> int:
-    return round((backbone.visual.positional_embedding.shape[0] - 1) ** 0.5)
-
-
 def example_of(run, sample: Sample) -> Example:
     """An image of a data set, ready to be looked at."""
     size, image = run.backbone.image_size, read_image(sample.image_path)
-    grid = _grid(run.backbone)
+    grid = run.backbone.visual.grid_size[0]
     mask, patch = None, grid * grid // 2 + grid // 2
     if run.dataset.has_masks:
         mask = read_masks([sample], size)[0]
@@ -114,12 +110,11 @@ def median_example(run, detector, category: str) -> Example:
     does not have this one.
     """
     category = category if category in run.dataset.categories else run.dataset.categories[0]
-    samples = [s for s in run.dataset if s.category == category]
-    found = [detector.predict(x, category).maps for _, x in batches(run.backbone, samples)]
-    own = replace(run.dataset, categories=(category,), samples=tuple(samples))
-    masks = read_masks(samples, run.backbone.image_size) if run.dataset.has_masks else None
-    chosen = chosen_by_rule(own, torch.cat(found).numpy(), masks)
-    return example_of(run, samples[chosen[min(1, len(chosen) - 1)] if chosen else 0])
+    own = run.dataset.select(category)
+    found = [detector.predict(x, category).maps for _, x in batches(run.backbone, own)]
+    masks = read_masks(list(own), run.backbone.image_size) if own.has_masks else None
+    chosen = [*chosen_by_rule(own, torch.cat(found).numpy(), masks), 0]
+    return example_of(run, own[chosen[min(1, len(chosen) - 2)]])
 
 
 def main_metrics(dataset: Dataset) -> list[str]:
@@ -138,11 +133,7 @@ def has_masks(dataset: Dataset) -> bool:
 
 @torch.no_grad()
 def run_variants(
-    backbone,
-    dataset: Dataset,
-    variants: Mapping[Any, tuple],
-    batch_size: int = 16,
-    progress: bool = True,
+    backbone, dataset: Dataset, variants: Mapping[Any, tuple], batch_size: int = 16
 ) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
     """Patch values of every variant (N images x N patches) and the class probabilities, in the data set's order.
 
@@ -152,20 +143,16 @@ def run_variants(
     paths = dict.fromkeys(path for path, *_ in variants.values())
     first, *_, first_text = next(iter(variants.values()))
     values, probabilities = {name: [] for name in variants}, []
-    with tqdm(
-        total=len(dataset), desc=f"{len(paths)} paths", unit="image", disable=not progress
-    ) as bar:
-        for category, images in batches(backbone, list(dataset), batch_size):
-            images = images.to(backbone.device)
-            with backbone.autocast():
-                found = {path: path(backbone.tower, images) for path in paths}
-            features = {path: [f.float() for f in stages] for path, stages in found.items()}
-            for name, (path, which, scored, texts) in variants.items():
-                text = texts[category].to(images.device)
-                values[name].append(scored(features[path][which], text).cpu())
-            text = first_text[category].to(images.device)
-            probabilities.append(class_probability(features[first][-1][:, 0], text).cpu())
-            bar.update(len(images))
+    found = batches(backbone, list(dataset), batch_size)
+    for category, images in tqdm(found, f"{len(paths)} paths", unit="batch"):
+        with backbone.autocast():
+            features = {path: path(backbone.tower, images) for path in paths}
+        features = {path: [f.float() for f in stages] for path, stages in features.items()}
+        for name, (path, which, scored, texts) in variants.items():
+            text = texts[category].to(images.device)
+            values[name].append(scored(features[path][which], text).cpu())
+        text = first_text[category].to(images.device)
+        probabilities.append(class_probability(features[first][-1][:, 0], text).cpu())
     return {name: torch.cat(parts) for name, parts in values.items()}, torch.cat(probabilities)
 
 
@@ -182,77 +169,62 @@ def score_variants(
     masks = read_masks(list(dataset), size) if dataset.has_masks else None
     kept = Kept(dataset, (), None, np.array([s.label for s in dataset]), masks)
 
-    def scored(name: str) -> Scores:
+    def scored(name: str) -> Scores:  # one at a time: maps of all variants would fill the memory
         maps = {name: smooth_maps(values[name], size)}
         return score(maps, {name: probabilities.numpy()}, kept, resamples, run.seed)
 
     with ThreadPoolExecutor(2) as pool:
         found = list(tqdm(pool.map(scored, values), "metrics", len(values), unit="variant"))
     joined = np.concatenate([one.values for one in found])
-    return Scores(tuple(values), found[0].categories, found[0].metrics, joined, run.seed)
+    return replace(found[0], methods=tuple(values), values=joined)
 
 
-def by_group(scores: Scores, metric: str, baseline: str = "as written") -> pd.DataFrame:
+def by_group(scores: Scores, metric: str) -> pd.DataFrame:
     """A row per variant, in percent and points with one decimal.
 
-    ``mean``, then the difference to the baseline for ``textures``, ``objects`` and ``all``, and that of the ``worst``
+    ``mean``, then the difference to *as written* for ``textures``, ``objects`` and ``all``, and that of the ``worst``
     and the ``best`` category.
     """
-    rows = {}
-    for method in scores.methods:
-        values = 100 * scores.table(method)[metric].drop("mean")
-        gain = values - 100 * scores.table(baseline)[metric].drop("mean")
-        row = {"mean": values.mean()}
-        row |= {name: gain[members].mean() for name, members in groups(scores.categories).items()}
-        rows[method] = row | {"all": gain.mean(), "worst": gain.min(), "best": gain.max()}
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(METRIC_NAMES[metric])
+    values = 100 * pd.DataFrame({m: scores.table(m)[metric][:-1] for m in scores.methods})
+    gain = values.sub(values["as written"], axis=0)
+    columns = {"mean": values.mean()}
+    columns |= {name: gain.loc[own].mean() for name, own in groups(scores.categories).items()}
+    columns |= {"all": gain.mean(), "worst": gain.min(), "best": gain.max()}
+    table = pd.DataFrame(columns).rename_axis(METRIC_NAMES[metric])
     return table.round(1) + 0.0  # no -0.0
 
 
 # Where patches look ---------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def attention_of(visual, example: Example, blocks: Sequence[int]) -> dict[int, tuple]:
     """0-based block -> q-k and v-v attention of the example's patch over all tokens, N + 1 weights each."""
-    x = visual.ln_pre(embed_patches(visual, example.image))
-    found = {}
-    for number, block in enumerate(visual.transformer.resblocks):
-        if number in blocks:
-            rows = (w[0, 1 + example.patch] for w in attention_weights(block, x))
-            found[number] = tuple(row.float().cpu().numpy() for row in rows)
-        x = block(x)
-    return found
+    weights = list(attention_by_block(visual, example.image))
+    return {block: tuple(w[0, 1 + example.patch] for w in weights[block]) for block in blocks}
 
 
-def defect_attention(
-    backbone, dataset: Dataset, per_category: int = 8, batch_size: int = 16
-) -> pd.DataFrame:
-    """:func:`attention_on_defect` for some anomalous images of each category; ``uniform`` is its ``even``.
+def defect_attention(backbone, dataset: Dataset, per_category: int = 8) -> pd.DataFrame:
+    """:func:`attention_on_defect` for some anomalous images of each category.
 
     Here a patch is of the defect when the mask covers more than half of it.
     """
     few = thinned(dataset, 2 * per_category)
     few = replace(few, samples=tuple(s for s in few if s.label == 1))
     truth = Truth(few, read_masks(list(few), backbone.image_size), None)
-    labels = (truth.shares(_grid(backbone)) > 0.5).astype(int)
-    found = attention_on_defect(backbone, truth, labels, batch_size)
-    return found.rename(columns={"even": "uniform"})
+    labels = (truth.shares(backbone.visual.grid_size[0]) > 0.5).astype(int)
+    return attention_on_defect(backbone, truth, labels)
 
 
-def attention_frames(**shares: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def attention_frames(trained: pd.DataFrame, untrained: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """One frame per kind of attention for :func:`clipad.studies.common.scores_of_images`: mean over blocks, per image.
 
     ``trained``: the table of the model at hand, ``untrained``: that of the same architecture with random weights.
     """
     frames = {}
-    for network, kind in (
-        ("trained", "uniform"), ("trained", "q-k"), ("trained", "v-v"),
-        ("untrained", "q-k"), ("untrained", "v-v"),
-    ):  # fmt: skip
-        by_image = shares[network].groupby(["category", "image"], sort=False)[kind].mean()
-        name = f"{kind}, untrained" if network == "untrained" else kind
-        frames[name] = by_image.rename("share").reset_index()
+    for table, ending in ((trained, ""), (untrained, ", untrained")):
+        by_image = table.groupby(["category", "image"], sort=False)
+        for kind in ("q-k", "v-v"):
+            frames[kind + ending] = by_image[kind].mean().rename("share").reset_index()
     return frames
 
 
@@ -264,7 +236,6 @@ def control_aurocs(
     variants: Mapping[str, Variant],
     texts: Mapping[str, torch.Tensor],
     draws: int = 50,
-    networks: int = 3,
     per_category: int = 10,
 ) -> pd.DataFrame:
     """What variants reach that know nothing: a row per draw, ``control``, and pixel AUROC (mean) per variant.
@@ -277,34 +248,31 @@ def control_aurocs(
     sentences = encoded(run.backbone, run.prompts, dataset.categories)
     rvs = (run.protocol.rvs, run.protocol.rvs_options)
     dealt = [shuffled_states(sentences, *rvs, run.seed + draw) for draw in range(draws)]
-    known = [("found", texts), *(("shuffled states", text) for text in dealt)]
-    rows = _aurocs(run.backbone, dataset, masks, variants, known)
-    for seed in range(run.seed, run.seed + networks):
-        blind = untrained(run.backbone, seed)
-        rows += _aurocs(blind, dataset, masks, variants, [("untrained", texts)])
-    return pd.DataFrame(rows)
+    tables = [_aurocs(run.backbone, dataset, masks, variants, [texts, *dealt])]
+    for seed in range(run.seed, run.seed + 3):
+        tables.append(_aurocs(untrained(run.backbone, seed), dataset, masks, variants, [texts]))
+    table = pd.concat(tables, ignore_index=True)
+    table.insert(0, "control", ["found", *["shuffled states"] * draws, *["untrained"] * 3])
+    return table
 
 
-def _aurocs(backbone, dataset, masks, variants, known) -> list[dict]:
-    """A row per text: all texts are tried on the features of one pass."""
+def _aurocs(backbone, dataset, masks, variants, texts) -> pd.DataFrame:
+    """Pixel AUROC, mean over categories: a row per text, all tried on the features of one pass."""
     tries = {
-        (name, number): (path, which, scored, text)
-        for name, (path, which, scored) in variants.items()
-        for number, (_, text) in enumerate(known)
+        (number, name): (*variant, text)
+        for name, variant in variants.items()
+        for number, text in enumerate(texts)
     }
-    values, _ = run_variants(backbone, dataset, tries, progress=False)
     category = np.array([s.category for s in dataset])
-    rows = [{"control": control} for control, _ in known]
-    for (name, number), found in values.items():
-        maps = smooth_maps(found, backbone.image_size)
-        own = [category == c for c in dataset.categories]
-        aurocs = [pixel_metrics(maps[at], masks[at])["auroc"] for at in own]
-        rows[number][name] = np.nanmean(aurocs)
-    return rows
+    own, found = [category == c for c in dataset.categories], {}
+    for place, values in run_variants(backbone, dataset, tries)[0].items():
+        maps = smooth_maps(values, backbone.image_size)
+        found[place] = np.nanmean([pixel_metrics(maps[at], masks[at])["auroc"] for at in own])
+    return pd.Series(found).unstack()[list(variants)]
 
 
 def by_difference(run, values: torch.Tensor, others: torch.Tensor) -> list[int]:
-    """Positions of the anomalous images where a variant loses most, gains least and gains most against another one.
+    """Positions of the anomalous images where a variant loses most, gains as the median, and gains most.
 
     ``values``, ``others``: patch values, images x patches; the measure is the pixel AUROC inside the image.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from clipad.datasets import Dataset, load_dataset
 from clipad.detectors import CLIP_TEMPERATURE, Detector, SDPPlus
 from clipad.dual_path import project
-from clipad.evaluation import category_metrics, fingerprint
+from clipad.evaluation import fingerprint
 from clipad.files import code_version
 from clipad.linear_layers import LinearLayers, linear_logits
 from clipad.metrics import image_metrics, pixel_metrics
 from clipad.published import protocol
-from clipad.studies.common import METRICS, Kept, thinned
+from clipad.studies.common import Kept, thinned
 from clipad.studies.experiments import Experiment
+from clipad.studies.opposite_predictions import Truth
 from clipad.surgery import similarity_map, smooth
 from clipad.training import Training, load_layers, train
 
@@ -82,16 +83,10 @@ def train_for(run: Experiment, dataset: Dataset, epochs: int = 0, **options) -> 
     Kept in a folder of its own under the run's, named by all that decides the weights: a finished training is read
     back and a stopped one continues.
     """
-    theirs, rule = protocol(dataset.name), run.protocol
-    options = {
-        "prompts": run.prompts,
-        "rvs": theirs.rvs,
-        "rvs_options": theirs.rvs_options,
-        "learning_rate": rule.learning_rate,
-        "shuffle": rule.shuffle,
-        "seed": run.seed,
-    } | options
-    backbone = run.backbone
+    theirs, rule, backbone = protocol(dataset.name), run.protocol, run.backbone
+    published = {"learning_rate": rule.learning_rate, "shuffle": rule.shuffle, "seed": run.seed}
+    words = {"prompts": run.prompts, "rvs": theirs.rvs, "rvs_options": theirs.rvs_options}
+    options = words | published | options
     key = [backbone.weights_hash, backbone.device.type, code_version(), fingerprint(dataset)]
     text = json.dumps([*key, options], sort_keys=True, default=str)
     folder = f"{dataset.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
@@ -123,14 +118,8 @@ def build(
 
 def mean_metrics(detector: Detector, kept: Kept) -> dict[str, float]:
     """``METRICS`` of one detector, mean over categories, without intervals; NaN where undefined."""
-    rows = []
-    for category in kept.dataset.categories:
-        at = kept.where(category)
-        found = kept.predict(detector, category)
-        masks = None if kept.masks is None else kept.masks[at]
-        maps, probabilities = found.maps.numpy(), found.probabilities.numpy()
-        rows.append(category_metrics(maps, masks, probabilities, kept.labels[at]))
-    return pd.DataFrame(rows).reindex(columns=METRICS).mean().to_dict()
+    text = {category: detector.text_vectors(category) for category in kept.dataset.categories}
+    return kept.mean_metrics(*kept.with_text(detector, text))
 
 
 def over_trainings(
@@ -167,14 +156,12 @@ def over_images(
 
 def over_epochs(run: Experiment, trainings: Sequence[Training], kept: Kept) -> pd.DataFrame:
     """SDP+ after every epoch of several trainings: a row per epoch and training, with ``METRICS``."""
-    return pd.DataFrame(
-        [
-            {"epoch": int(epoch), "training": number}
-            | mean_metrics(build(run, load_layers(path)), kept)
-            for number, training in enumerate(trainings)
-            for epoch, path in zip(training.log["epoch"], training.checkpoints, strict=True)
-        ]
-    )
+    rows = []
+    for number, training in enumerate(trainings):
+        for epoch, path in zip(training.log["epoch"], training.checkpoints, strict=True):
+            found = mean_metrics(build(run, load_layers(path)), kept)
+            rows.append({"epoch": int(epoch), "training": number} | found)
+    return pd.DataFrame(rows)
 
 
 # What the layers change -----------------------------------------------------------------------------------------
@@ -200,16 +187,14 @@ class JointSpace:
     def numbers(self) -> pd.DataFrame:
         """A row per mapping: ``auroc`` of the margin (defect against other patches), its mean over patches of each
         kind, and ``gap``, the distance between the mean patch and the mean text vector."""
+        columns = ["auroc", "margin, normal patches", "margin, defect patches", "gap"]
         rows = {}
         for name, patches in self.patches.items():
-            margin = self.margins(name)
-            rows[name] = {
-                "auroc": image_metrics(margin, self.labels)["auroc"],
-                "margin, normal patches": margin[self.labels == 0].mean(),
-                "margin, defect patches": margin[self.labels == 1].mean(),
-                "gap": float((patches.mean(dim=0) - self.text.mean(dim=(0, 2))).norm()),
-            }
-        return pd.DataFrame.from_dict(rows, orient="index")
+            margin, centre = self.margins(name), self.text.mean(dim=(0, 2))
+            kinds = [margin[self.labels == label].mean() for label in (0, 1)]
+            gap = float((patches.mean(dim=0) - centre).norm())
+            rows[name] = (image_metrics(margin, self.labels)["auroc"], *kinds, gap)
+        return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
 @torch.no_grad()
@@ -220,15 +205,13 @@ def joint_space(
 
     *before*: CLIP's own mapping (ln_post and projection); *untrained layer*: a control; *trained layer*. A patch is of
     the defect where the mask covers a quarter of it or more, another where it covers none. ``stage``: 0 .. J-1.
-    Raises ValueError for data without masks.
     """
-    if kept.masks is None:
-        raise ValueError(
-            f"{kept.dataset.name} has no masks: which patches are anomalous is not known"
-        )
-    tokens = kept.features.ordinary[stage]
-    image, patch, labels = _picked_patches(kept, tokens.shape[1] - 1, per_image, seed)
-    picked = tokens[image, patch].to(detector.backbone.device)
+    anomalous = np.flatnonzero(kept.labels == 1)
+    few = replace(kept.dataset, samples=tuple(kept.dataset[i] for i in anomalous))
+    truth, grid = Truth(few, kept.masks[anomalous], None), detector.backbone.visual.grid_size[0]
+    chosen = truth.pick(grid, per_image, seed)
+    at = anomalous[chosen["image"]], 1 + chosen["patch"].to_numpy()
+    picked = kept.features.ordinary[stage][at].to(detector.backbone.device)
     trained = detector.layers
     fresh = LinearLayers(picked.shape[1], trained.fc[0].out_features, len(trained.fc), seed)
     mapped = {
@@ -237,24 +220,8 @@ def joint_space(
         "trained layer": trained.fc[stage](picked),
     }
     unit = {name: F.normalize(values, dim=-1).float().cpu() for name, values in mapped.items()}
-    text = torch.stack([detector.text_vectors(kept.dataset[i].category) for i in image])
-    return JointSpace(unit, np.array(labels), text)
-
-
-def _picked_patches(kept: Kept, patches: int, per_image: int, seed: int):
-    """Image, token (class token first) and label of patches picked at random, as equally long lists."""
-    grid = round(patches**0.5)
-    masks = torch.from_numpy(kept.masks).float()[:, None]
-    covered = F.adaptive_avg_pool2d(masks, grid).flatten(1).numpy()
-    rng = np.random.default_rng(seed)
-    image, patch, labels = [], [], []
-    for i in np.flatnonzero(kept.labels == 1):
-        for label, candidates in enumerate((covered[i] == 0, covered[i] >= 0.25)):
-            picked = rng.permutation(np.flatnonzero(candidates))[:per_image]
-            image += [int(i)] * len(picked)
-            patch += (1 + picked).tolist()
-            labels += [label] * len(picked)
-    return image, patch, labels
+    text = torch.stack([detector.text_vectors(category) for category in chosen["category"]])
+    return JointSpace(unit, chosen["label"].to_numpy(), text)
 
 
 @dataclass
@@ -276,37 +243,32 @@ class Summands:
         pixels; and how well it ranks defect pixels above others (AUROC, all images together) in all pixels, in those
         where the layers are silent, and in those where they speak."""
         truth, rows = self.kept.masks, {}
-        regions = {"all": slice(None), "silent": self.silent, "speaking": ~self.silent}
+        regions = {"all": np.ones_like(truth), "silent": self.silent, "speaking": ~self.silent}
         parts = {"SDP": self.sdp, "layers": self.layers, "sum": self.sdp + self.layers}
         for name, values in parts.items():
-            rows[name] = {
-                "on defects": values[truth].mean(dtype=float),
-                "off defects": values[~truth].mean(dtype=float),
-                "spread": values.std(dtype=float),
-            }
-            for where, pixels in regions.items():
-                own, labels = values[pixels].ravel(), truth[pixels].ravel().astype(int)
-                auroc = image_metrics(own, labels)["auroc"] if len(own) else np.nan
-                rows[name][f"AUROC, {where}"] = auroc
+            row = {"on defects": values[truth].mean(dtype=float)}
+            row |= {"off defects": values[~truth].mean(dtype=float)}
+            row |= {"spread": values.std(dtype=float)}
+            for where, at in regions.items():
+                found = image_metrics(values[at], truth[at].astype(int)) if at.any() else {}
+                row[f"AUROC, {where}"] = found.get("auroc", np.nan)
+            rows[name] = row
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def weighted(self, weights: Sequence[float]) -> pd.DataFrame:
-        """Pixel metrics of weight * SDP + layers, smoothed; 0 is the layers alone, 1 is SDP+, infinity SDP."""
+        """Pixel metrics of weight * SDP + layers, smoothed; 0 is the layers alone, 1 is SDP+."""
+        wheres = [self.kept.where(c) for c in self.kept.dataset.categories]
         rows = []
         for weight in weights:
-            total = self.sdp if np.isinf(weight) else weight * self.sdp + self.layers
-            maps = smooth(torch.from_numpy(total), self.smoothing).numpy()
-            wheres = [self.kept.where(c) for c in self.kept.dataset.categories]
-            found = [pixel_metrics(maps[at], self.kept.masks[at]) for at in wheres]
-            means = pd.DataFrame(found).mean().add_prefix("pixel_").to_dict()
-            rows.append({"weight": weight} | means)
-        return pd.DataFrame(rows)
+            total = torch.from_numpy(weight * self.sdp + self.layers)
+            maps = smooth(total, self.smoothing).numpy()
+            found = pd.DataFrame([pixel_metrics(maps[at], self.kept.masks[at]) for at in wheres])
+            rows.append(found.mean().add_prefix("pixel_"))
+        return pd.DataFrame(rows).assign(weight=weights)
 
 
 def summands(detector: SDPPlus, kept: Kept) -> Summands:
-    """What SDP+ adds on a data set. Raises ValueError for data without masks."""
-    if kept.masks is None:
-        raise ValueError(f"{kept.dataset.name} has no masks: what lies on a defect is not known")
+    """What SDP+ adds on a data set with masks."""
     first, second = (np.empty(kept.masks.shape, np.float32) for _ in range(2))
     for category in kept.dataset.categories:
         at = kept.where(category)

@@ -4,62 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
+from clipad.studies import figures
 from clipad.studies.common import METRIC_NAMES
-from clipad.studies.figures import ANOMALOUS, COLOURS, NORMAL
+from clipad.studies.figures import ANOMALOUS, COLOURS, NORMAL, legend_below, subplots
 from clipad.studies.sdp_plus_fine_tuning import JointSpace, Summands
-
-STATES = (("other patches", NORMAL), ("patches of a defect", ANOMALOUS))
 
 
 def loss_curve(focal: Sequence[float], dice: Sequence[float], per_epoch: int) -> Figure:
     """Both losses over the steps of a training, and their means per epoch (dots)."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 2.6), layout="constrained")
-    for ax, name, values in zip(axes, ("focal", "Dice"), (focal, dice), strict=True):
-        values = np.asarray(values)
-        ax.plot(np.arange(1, len(values) + 1), values, color="0.75", linewidth=0.8)
-        means = [part.mean() for part in np.split(values, range(per_epoch, len(values), per_epoch))]
-        middles = per_epoch * (np.arange(len(means)) + 0.5)
-        ax.plot(middles, means, "o-", color=COLOURS["blue"], markersize=4)
+    figure, axes = subplots(1, 2, (8, 2.6), "Both losses fall (dots: mean of an epoch)")
+    for ax, name, values in zip(axes[0], ("focal", "Dice"), (focal, dice), strict=True):
+        values = pd.Series(values, index=range(1, len(values) + 1))
+        ax.plot(values, color="0.75", linewidth=0.8)
+        means = values.groupby((values.index - 1) // per_epoch).mean()
+        ax.plot(per_epoch * (means.index + 0.5), means, "o-", color=NORMAL, markersize=4)
         ax.set(xlabel="step", ylabel=f"{name} loss, sum over stages")
-    figure.suptitle("Both losses fall (dots: mean of an epoch)", fontsize=11)
-    sns.despine(figure)
     return figure
 
 
 def margins(spaces: Mapping[str, JointSpace], names: Sequence[str], title: str) -> Figure:
     """Per stage and mapping, how much nearer patches are to *anomalous* than to *normal*; dotted: halfway."""
-    figure, axes = plt.subplots(
-        len(names), len(spaces), figsize=(2.3 * len(spaces), 1.7 * len(names) + 0.5), squeeze=False,
-        sharex="row", layout="constrained",
-    )  # fmt: skip
-    for row, name in enumerate(names):
-        found = {stage: space.margins(name) for stage, space in spaces.items()}
-        edges = np.linspace(*np.percentile(np.concatenate(list(found.values())), [0.5, 99.5]), 36)
-        for ax, (stage, values) in zip(axes[row], found.items(), strict=True):
-            labels = spaces[stage].labels
-            for state, (label, colour) in enumerate(STATES):
-                ax.hist(
-                    values[labels == state], edges, density=True, histtype="stepfilled", alpha=0.45,
-                    color=colour, edgecolor=colour, label=label,
-                )  # fmt: skip
+    size = (2.3 * len(spaces), 1.7 * len(names) + 0.5)
+    figure, axes = subplots(len(names), len(spaces), size, title, sharex="row")
+    for line, name in zip(axes, names, strict=True):
+        found = [space.margins(name) for space in spaces.values()]
+        edges = np.linspace(*np.percentile(np.concatenate(found), [0.5, 99.5]), 36)
+        for ax, (stage, space), values in zip(line, spaces.items(), found, strict=True):
+            kinds = [values[space.labels == label] for label in (0, 1)]
+            look = {"label": ["other patches", "patches of a defect"], "color": [NORMAL, ANOMALOUS]}
+            ax.hist(kinds, edges, density=True, histtype="stepfilled", alpha=0.45, **look)
             ax.axvline(0, color="0.3", linestyle=":", linewidth=1)
-            auroc = spaces[stage].numbers().loc[name, "auroc"]
+            auroc = space.numbers().loc[name, "auroc"]
             ax.set_title(f"{stage}, {name}: AUROC {auroc:.2f}", fontsize=9)
             ax.set_yticks([])
-            ax.tick_params(labelsize=8)
-        axes[row, 0].set_ylabel("patches", fontsize=9)
+            ax.spines["left"].set_visible(False)
+        line[0].set_ylabel("patches")
     for ax in axes[-1]:
-        ax.set_xlabel("100 (cos $t_a$ − cos $t_n$)", fontsize=9)
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, fontsize=9, loc="outside lower center", ncols=2)
-    figure.suptitle(title, fontsize=11)
-    sns.despine(figure, left=True)
+        ax.set_xlabel("100 (cos $t_a$ − cos $t_n$)")
+    legend_below(figure, axes[0, 0])
     return figure
 
 
@@ -67,67 +53,29 @@ def chance(
     trainings: pd.DataFrame, baseline: Mapping[str, float], metrics: Sequence[str], title: str
 ) -> Figure:
     """A dot per training (colour and marker: order of the images); the line is SDP, which is not trained."""
-    figure, axes = plt.subplots(
-        1, len(metrics), figsize=(2.7 * len(metrics), 2.6), squeeze=False, layout="constrained"
-    )
+    figure, axes = subplots(1, len(metrics), (2.7 * len(metrics), 2.6), title)
     looks = {"as released": (COLOURS["blue"], "o"), "shuffled": (COLOURS["orange"], "^")}
     for ax, metric in zip(axes[0], metrics, strict=True):
-        for place, (order, own) in enumerate(trainings.groupby("order", sort=False)):
-            colour, marker = looks[order]
-            shift = np.linspace(-0.15, 0.15, len(own))
-            ax.plot(place + shift, 100 * own[metric], marker, color=colour, linestyle="none")
-        ax.axhline(100 * baseline[metric], color="0.4", linestyle="--", linewidth=1)
-        ax.annotate(
-            "SDP", (1.45, 100 * baseline[metric]), ha="right", va="bottom", fontsize=8, color="0.3"
-        )
-        ax.set_xticks([0, 1], ["order as\nreleased", "shuffled"], fontsize=9)
-        ax.set(xlim=(-0.5, 1.5))
-        ax.set_title(f"{METRIC_NAMES[metric]}, percent", fontsize=10)
-        ax.tick_params(labelsize=9)
-    figure.suptitle(title, fontsize=11)
-    sns.despine(figure)
+        for place, (order, (colour, marker)) in enumerate(looks.items()):
+            own = 100 * trainings.loc[trainings["order"] == order, metric]
+            ax.plot(place + np.linspace(-0.15, 0.15, len(own)), own, marker, color=colour)
+        level = 100 * baseline[metric]
+        ax.axhline(level, color="0.4", linestyle="--", linewidth=1)
+        ax.annotate("SDP", (1.45, level), ha="right", va="bottom", fontsize=9, color="0.3")
+        ax.set_xticks([0, 1], ["order as\nreleased", "shuffled"])
+        ax.set(xlim=(-0.5, 1.5), title=f"{METRIC_NAMES[metric]}, percent")
     return figure
 
 
 def growth(
-    frames: Mapping[str, pd.DataFrame],
-    metrics: Sequence[str],
-    baseline: Mapping[str, float],
-    title: str,
+    frames: Mapping[str, pd.DataFrame], metrics: Sequence[str], baseline: Mapping, title: str
 ) -> Figure:
     """SDP+ over what grows, a panel per frame and metric: dots are trainings, the line their mean, dashed is SDP.
 
     ``frames``: title -> rows per training; the first column is the axis.
     """
-    figure, axes = plt.subplots(
-        len(metrics), len(frames), figsize=(3.9 * len(frames), 2.2 * len(metrics) + 0.4), squeeze=False,
-        sharey="row", sharex="col", layout="constrained",
-    )  # fmt: skip
-    for column, (name, frame) in enumerate(frames.items()):
-        what = frame.columns[0]
-        for row, metric in enumerate(metrics):
-            ax = axes[row, column]
-            ax.plot(
-                frame[what],
-                100 * frame[metric],
-                "o",
-                color=COLOURS["blue"],
-                alpha=0.5,
-                markersize=4,
-            )
-            means = 100 * frame.groupby(what)[metric].mean()
-            ax.plot(means.index, means, color=COLOURS["blue"])
-            ax.axhline(100 * baseline[metric], color="0.4", linestyle="--", linewidth=1)
-            axes[row, 0].set_ylabel(f"{METRIC_NAMES[metric]}, percent", fontsize=9)
-            ax.tick_params(labelsize=9)
-        axes[-1, column].set_xlabel(name, fontsize=9)
-        if what == "images":
-            axes[-1, column].set_xscale("log", base=2)
-            axes[-1, column].set_xticks(sorted(frame[what].unique()), sorted(frame[what].unique()))
-            axes[-1, column].minorticks_off()
-    figure.suptitle(title, fontsize=11)
-    sns.despine(figure)
-    return figure
+    frames = {name: frame.set_index(frame.columns[0]) for name, frame in frames.items()}
+    return figures.growth(frames, metrics, baseline, title)
 
 
 def fusion(parts: Summands, curve: pd.DataFrame, metrics: Sequence[str], title: str) -> Figure:
@@ -135,33 +83,25 @@ def fusion(parts: Summands, curve: pd.DataFrame, metrics: Sequence[str], title: 
 
     ``curve``: :meth:`Summands.weighted`, finite weights from 0 (the layers alone); 1 is SDP+ (dotted).
     """
-    figure, axes = plt.subplots(1, 3, figsize=(10, 2.9), layout="constrained")
-    masks = parts.kept.masks
-    for ax, (name, values) in zip(
-        axes, (("SDP's map", parts.sdp), ("sum of the layers' maps", parts.layers)), strict=False
-    ):
+    figure, axes = subplots(1, 3, (10, 2.9), title)
+    *others, right = axes[0]
+    masks, maps = (
+        parts.kept.masks,
+        {"SDP's map": parts.sdp, "sum of the layers' maps": parts.layers},
+    )
+    for ax, (name, values) in zip(others, maps.items(), strict=True):
         edges = np.linspace(*np.percentile(values, [0.05, 99.95]), 50)
-        for region, label, colour in (
-            (~masks, "off the defects", NORMAL),
-            (masks, "on them", ANOMALOUS),
-        ):
-            ax.hist(
-                values[region], edges, density=True, histtype="step", color=colour, linewidth=1.6,
-                label=label,
-            )  # fmt: skip
+        kinds, look = [values[~masks], values[masks]], {"color": [NORMAL, ANOMALOUS]}
+        labels = ["off the defects", "on them"]
+        ax.hist(kinds, edges, density=True, histtype="step", linewidth=1.6, label=labels, **look)
         ax.set(xlabel=name, yscale="log", ylabel="density of pixels")
-    axes[0].legend(fontsize=8)
-    places = np.arange(len(curve))
-    for (metric, name), colour in zip(
-        ((m, METRIC_NAMES[m]) for m in metrics), ("blue", "green", "purple"), strict=False
-    ):
-        axes[2].plot(
-            places, 100 * curve[metric], "o-", color=COLOURS[colour], markersize=4, label=name
-        )
-    axes[2].set_xticks(places, [f"{w:g}" for w in curve["weight"]], fontsize=8)
-    axes[2].axvline(list(curve["weight"]).index(1), color="0.5", linestyle=":")
-    axes[2].set(xlabel="weight of SDP's map (0: layers alone, 1: SDP+)", ylabel="percent")
-    axes[2].legend(fontsize=8)
-    figure.suptitle(title, fontsize=11)
-    sns.despine(figure)
+    places = range(len(curve))
+    for metric, colour in zip(metrics, ("blue", "green"), strict=True):
+        look = {"color": COLOURS[colour], "markersize": 4, "label": METRIC_NAMES[metric]}
+        right.plot(places, 100 * curve[metric], "o-", **look)
+    right.set_xticks(places, [f"{w:g}" for w in curve["weight"]])
+    right.axvline(list(curve["weight"]).index(1), color="0.5", linestyle=":")
+    right.set(xlabel="weight of SDP's map (0: layers alone, 1: SDP+)", ylabel="percent")
+    for ax in (others[0], right):
+        ax.legend()
     return figure
