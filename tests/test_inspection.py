@@ -214,7 +214,6 @@ def test_trials_keep_the_images_that_set_the_rule_out_of_the_count(products):
     table = trials.trials(detector, both, 10, 0.1, draws=4)
     assert table.groupby("category").size().tolist() == [4, 4]
     assert (table["in_sample"] >= table["false_alarms"]).mean() > 0.5
-    assert (table["checks"] >= table["false_alarms"]).all()
     assert trials.trials(detector, both, 20, 0.1, draws=1).empty  # nobody is left to count
     assert (
         trials.over_categories(table, "found").verdict(0.1) == "not measured"
@@ -251,6 +250,6 @@ def test_the_level_of_the_probability_follows_the_name(products):
     images = [detector.backbone.preprocess(read_image(s.image_path)) for s in both[0].dataset]
     features = detector.features(torch.stack(images))
     names = ["screw", "large screw", "small screw"]
-    table = trials.names_tried(detector, both[0], features, names, 0.1, draws=5)
+    table = trials.names_tried(detector, both[0], features, names, 0.1)
     assert np.ptp(table["median"]) > np.ptp(table["auroc"])
     assert table["found"].between(0, 1).all()

@@ -99,7 +99,6 @@ def picture_grid(names: Sequence[str], titles: Sequence[str], side: float, bars:
     rows, size = len(names), (side * len(titles) + 0.4, side * len(names) + 0.6)
     heights = [1] * rows + [0.05] * bars
     figure, axes = subplots(rows + bars, len(titles), size, height_ratios=heights)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
     for ax in axes[:rows].flat:
         bare(ax)
     for ax, title in zip(axes[0], titles, strict=True):

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -44,9 +45,7 @@ def images_needed(false_alarms: float) -> int:
     (19, 9)
     """
     if not 0 < false_alarms <= 0.25:
-        raise ValueError(
-            f"the false-alarm rate has to be above 0 and at most 0.25, found {false_alarms}"
-        )
+        raise ValueError(f"a false-alarm rate is above 0 and at most 0.25, found {false_alarms}")
     return max(FEWEST_FLAWLESS, math.ceil(1 / false_alarms - 1 - 1e-9))
 
 
@@ -72,23 +71,19 @@ def conformal_threshold(scores: Sequence[float], false_alarms: float) -> float:
     If all n + 1 images are scored alike, the rank of a new flawless one is uniform, so it is *above* the k-th highest
     with probability at most k / (n + 1), whatever the distribution. :class:`Rule` scores them nearly alike, so there
     it is about k / (n + 1). ValueError if k would be 0.
-
-    >>> conformal_threshold(range(19), 0.05), conformal_threshold(range(19), 0.1)
-    (18.0, 17.0)
     """
     require_enough(len(scores), false_alarms)
     return float(np.sort(scores)[-alarms_allowed(len(scores), false_alarms)])
 
 
-def rate_interval(n: int, false_alarms: float, level: float = 0.95) -> tuple[float, float]:
-    """Interval of the true false-alarm rate of *this* threshold, over draws of the n flawless images.
+def rate_interval(n: int, false_alarms: float) -> tuple[float, float]:
+    """95 % interval of the true false-alarm rate of *this* threshold, over draws of the n flawless images.
 
     The rate above the k-th highest of n independent continuous scores is Beta(k, n + 1 - k) distributed; its mean is
-    k / (n + 1). Approximate for the leave-one-out scores of :class:`Rule`, whose rates are a little lower (simulated:
-    4.3 % for 5 % and n = 19; scores in sample, on the scale of all n, would give 5.5 %).
+    k / (n + 1). Approximate for the leave-one-out scores of :class:`Rule`, whose rates are a little lower.
     """
     k = alarms_allowed(n, false_alarms)
-    low, high = beta.ppf([(1 - level) / 2, (1 + level) / 2], k, n + 1 - k)
+    low, high = beta.ppf([0.025, 0.975], k, n + 1 - k)
     return float(low), float(high)
 
 
@@ -96,9 +91,6 @@ def robust_scale(values: Sequence[float], what: str = "value") -> tuple[float, f
     """Median and 1.4826 MAD, which estimates the standard deviation of a normal distribution.
 
     ValueError where the MAD is 0: no floor is put in its place.
-
-    >>> robust_scale([1, 2, 3, 4, 100])
-    (3.0, 1.4826)
     """
     values = np.asarray(values, dtype=np.float64)
     centre = float(np.median(values))
@@ -113,14 +105,9 @@ def robust_scale(values: Sequence[float], what: str = "value") -> tuple[float, f
 
 def combined_score(logits, maxima, flawless_logits, flawless_maxima):
     """(z(l) + z(m)) / sqrt(2) on the robust scale of the flawless images; arrays or numbers."""
-    total = 0
-    for value, flawless, what in (
-        (logits, flawless_logits, "logit"),
-        (maxima, flawless_maxima, "map maximum"),
-    ):
-        centre, spread = robust_scale(flawless, what)
-        total = total + (value - centre) / spread
-    return total / math.sqrt(2)
+    centre_l, spread_l = robust_scale(flawless_logits, "logit")
+    centre_m, spread_m = robust_scale(flawless_maxima, "map maximum")
+    return ((logits - centre_l) / spread_l + (maxima - centre_m) / spread_m) / math.sqrt(2)
 
 
 @dataclass(frozen=True)
@@ -175,7 +162,7 @@ class Rule:
         n, k = len(self.logits), alarms_allowed(len(self.logits), self.false_alarms)
         low, high = rate_interval(n, self.false_alarms)
         return {
-            "bad": f"the score is above {self.threshold:.2f}, the {_ordinal(k)}highest of the {n} flawless images, "
+            "bad": f"the score is above {self.threshold:.2f}, rank {k} from the top among the {n} flawless images, "
             f"each scored as if it were new, from the other {n - 1}",
             "check": "the score is not, but a region of the map is above "
             f"{self.map_threshold:.4g}, found by the same rule",
@@ -194,13 +181,6 @@ def without_specks(heat: np.ndarray, threshold: float) -> np.ndarray:
     small = np.bincount(labels.ravel()) < SMALLEST
     small[0] = False
     return np.where(small[labels], np.asarray(threshold, heat.dtype), heat)
-
-
-def _ordinal(k: int) -> str:
-    if k == 1:
-        return ""
-    ending = "th" if 10 <= k % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(k % 10, "th")
-    return f"{k}{ending} "
 
 
 def nearest_distance(
@@ -228,21 +208,16 @@ def nearest_distance(
 
 def tile(image, tiles: int) -> list:
     """A PIL image cut into tiles x tiles pieces, row by row; the model reads each at its full size."""
-    edges = [[round(side * i / tiles) for i in range(tiles + 1)] for side in image.size]
+    columns, rows = ([round(side * i / tiles) for i in range(tiles + 1)] for side in image.size)
     return [
-        image.crop((edges[0][x], edges[1][y], edges[0][x + 1], edges[1][y + 1]))
-        for y in range(tiles)
-        for x in range(tiles)
+        image.crop((left, top, right, below))
+        for top, below in pairwise(rows)
+        for left, right in pairwise(columns)
     ]
 
 
 def stitch(maps: torch.Tensor, tiles: int) -> torch.Tensor:
-    """Maps of tiles, (B T^2) x S x S in ``tile``'s order -> B x R x R.
-
-    >>> stitch(torch.arange(4.0).view(4, 1, 1), 2)
-    tensor([[[0., 1.],
-             [2., 3.]]])
-    """
+    """Maps of tiles, (B T^2) x S x S in ``tile``'s order -> B x R x R."""
     side = maps.shape[-1]
     grid = maps.reshape(-1, tiles, tiles, side, side).transpose(2, 3)
     return grid.reshape(-1, tiles * side, tiles * side)
@@ -268,13 +243,14 @@ class Look:
     @staticmethod
     def cat(parts: Sequence[Look]) -> Look:
         """Batches put together, in their order."""
-        tokens = None
-        if parts[0].tokens is not None:
-            tokens = [torch.cat(stage) for stage in zip(*(p.tokens for p in parts), strict=True)]
-        logits, words = (
-            np.concatenate([getattr(p, n) for p in parts]) for n in ("logits", "words")
-        )
-        return Look(logits, words, tokens)
+        tokens = None if parts[0].tokens is None else _joined([p.tokens for p in parts])
+        logits = np.concatenate([p.logits for p in parts])
+        return Look(logits, np.concatenate([p.words for p in parts]), tokens)
+
+
+def _joined(parts: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Tokens of batches, per stage, put together."""
+    return [torch.cat(stage) for stage in zip(*parts, strict=True)]
 
 
 class Inspector:
@@ -324,9 +300,9 @@ class Inspector:
         words = stitch(self.detector.score_with(seen, text).maps, self.tiles).numpy()
         if not (np.isfinite(words).all() and np.isfinite(logits).all()):
             raise ValueError(f"{self.detector.name} gave a map or a logit that is not finite")
-        tokens = None
-        if self.neighbours != "no":
-            tokens = [t[:, 1:].reshape(len(images), -1, t.shape[-1]) for t in seen.ordinary]
+        if self.neighbours == "no":
+            return Look(logits, words, None)
+        tokens = [t[:, 1:].reshape(len(images), -1, t.shape[-1]) for t in seen.ordinary]
         return Look(logits, words, tokens)
 
     def _features(self, images) -> Features:
@@ -348,32 +324,26 @@ class Inspector:
             if self.neighbours == "no":
                 continue
             if sum(len(tokens[0]) for tokens in kept) < BANK:
-                kept.append(look.tokens)
+                kept.append(look.tokens)  # the bank is still growing
             else:
-                self._close_bank(kept, near)
+                self.bank = self.bank or _joined(kept)
                 near.append(self._distance_map(look.tokens))
         require_enough(sum(map(len, logits)), false_alarms)
+        maps = {"words": np.concatenate(words)}
         if self.neighbours != "no":
-            self._close_bank(kept, near)
-        maps = [np.concatenate(words)] if self.neighbours != "alone" else []
-        maps += [np.concatenate(near)] if near else []
-        if len(maps) > 1:
-            self._scales = [robust_scale(m[:, ::2, ::2], "map value") for m in maps]
-        self.flawless_maps = self._fuse(maps)
+            self.bank = self.bank or _joined(kept)
+            maps["near"] = np.concatenate([self._distance_map(self.bank, same=True), *near])
+        if self.neighbours == "added":
+            self._scales = [robust_scale(m[:, ::2, ::2], "map value") for m in maps.values()]
+        self.flawless_maps = self._fuse(**maps)
         self.rule = Rule(np.concatenate(logits), self.flawless_maps.max(axis=(1, 2)), false_alarms)
         return self
-
-    def _close_bank(self, kept, near) -> None:
-        if self.bank is None:
-            self.bank = [torch.cat(stage) for stage in zip(*kept, strict=True)]
-            near.append(self._distance_map(self.bank, same=True))
 
     def maps(self, look: Look) -> np.ndarray:
         """B x R x R, higher = more anomalous."""
         if self.neighbours == "no":
             return look.words
-        maps = [look.words] if self.neighbours == "added" else []
-        return self._fuse([*maps, self._distance_map(look.tokens)])
+        return self._fuse(look.words, self._distance_map(look.tokens))
 
     def _distance_map(self, tokens, same: bool = False) -> np.ndarray:
         values = nearest_distance(tokens, self.bank, same)
@@ -381,11 +351,12 @@ class Inspector:
         values = values.reshape(len(values) * self.tiles**2, -1)
         return stitch(similarity_map(values, size, smoothing), self.tiles).cpu().numpy()
 
-    def _fuse(self, maps):
-        if len(maps) == 1:
-            return maps[0]
-        scaled = ((m - c) / s for m, (c, s) in zip(maps, self._scales, strict=True))
-        return (sum(scaled) / math.sqrt(2)).astype(np.float32)
+    def _fuse(self, words: np.ndarray, near: np.ndarray | None = None) -> np.ndarray:
+        if self.neighbours != "added":
+            return words if near is None else near
+        (centre_w, spread_w), (centre_n, spread_n) = self._scales
+        scaled = (words - centre_w) / spread_w + (near - centre_n) / spread_n
+        return (scaled / math.sqrt(2)).astype(np.float32)
 
 
 def class_logit(image_embedding: torch.Tensor, text: torch.Tensor) -> np.ndarray:

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from scipy.special import expit
 
-from clipad.datasets import Dataset, read_image
-from clipad.detectors import Detector, Features
+from clipad.datasets import Dataset, Sample, read_image
+from clipad.detectors import Detector
 from clipad.evaluation import read_masks
 from clipad.metrics import image_metrics, pixel_metrics
 from clipad.studies.common import Interval, Kept, Scores, intervals_over_categories, score
@@ -41,6 +41,11 @@ class Product:
         """Positions of the flawless images."""
         return np.flatnonzero(self.labels == 0)
 
+    def split(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of n flawless images drawn at random, and of all other images."""
+        chosen = rng.permutation(self.flawless)[:n]
+        return chosen, np.setdiff1d(np.arange(len(self.labels)), chosen)
+
 
 def look_at(detector: Detector, dataset: Dataset, category: str, batch_size: int = 16) -> Product:
     """Run the backbone once over a category's images; everything in notebook 07 then works on what it gave."""
@@ -66,9 +71,8 @@ def decide(inspector: Inspector, product: Product, images) -> pd.DataFrame:
     rows = []
     for i, logit, heat in zip(images, look.logits, inspector.maps(look), strict=True):
         score, highest = rule.score(logit, heat.max()), float(heat.max())
-        row = {"image": i, "label": product.labels[i], "score": score, "map_max": highest}
-        rows.append(row | {"verdict": rule.verdict(score, highest)})
-    return pd.DataFrame(rows)
+        rows.append((i, product.labels[i], score, highest, rule.verdict(score, highest)))
+    return pd.DataFrame(rows, columns=["image", "label", "score", "map_max", "verdict"])
 
 
 def trials(
@@ -82,33 +86,22 @@ def trials(
 ) -> pd.DataFrame:
     """n flawless images drawn at random set the rule, all other images are judged; again and again.
 
-    A row per category and draw: ``category``, ``draw``, ``false_alarms`` (share of the other flawless images that is
-    called bad), ``in_sample`` (the same with the flawless images scored on the scale of all n, themselves among
-    them), ``checks`` (share called bad or check) and ``found`` (share of the defective images called bad).
-    Categories with no more than n flawless images are left out.
+    A row per category and draw: ``category``, ``false_alarms`` (share of the other flawless images that is called
+    bad), ``in_sample`` (the same with the flawless images scored on the scale of all n, themselves among them) and
+    ``found`` (share of the defective images called bad). Categories with no more than n flawless images are left out.
     """
     rows = []
     for c, product in enumerate(products):
-        flawless = product.flawless
-        if len(flawless) <= n:
-            continue
         rng = np.random.default_rng([seed, c])
-        for draw in range(draws):
-            chosen = rng.permutation(flawless)[:n]
+        for _ in range(draws if len(product.flawless) > n else 0):
+            chosen, rest = product.split(n, rng)
             inspector = fitted(detector, product, chosen, rate, neighbours)
-            found = decide(inspector, product, np.setdiff1d(np.arange(len(product.labels)), chosen))
-            good, bad = found[found["label"] == 0], found[found["label"] == 1]
-            rows.append(
-                {
-                    "category": product.name,
-                    "draw": draw,
-                    "false_alarms": (good["verdict"] == "bad").mean(),
-                    "in_sample": (good["score"] > in_sample_threshold(inspector.rule)).mean(),
-                    "checks": (good["verdict"] != "good").mean(),
-                    "found": (bad["verdict"] == "bad").mean(),
-                }
-            )
-    return pd.DataFrame(rows)
+            decided = decide(inspector, product, rest)
+            good, bad = (decided[decided["label"] == label] for label in (0, 1))
+            alarms, found = ((part["verdict"] == "bad").mean() for part in (good, bad))
+            in_sample = (good["score"] > in_sample_threshold(inspector.rule)).mean()
+            rows.append((product.name, alarms, in_sample, found))
+    return pd.DataFrame(rows, columns=["category", "false_alarms", "in_sample", "found"])
 
 
 def in_sample_threshold(rule: Rule) -> float:
@@ -119,7 +112,7 @@ def in_sample_threshold(rule: Rule) -> float:
 
 
 def over_categories(
-    table: pd.DataFrame, column: str, minus: pd.DataFrame | None = None, seed: int = 0
+    table: pd.DataFrame, column: str, minus: pd.DataFrame | None = None
 ) -> Interval:
     """Mean over categories of ``trials``' column (or of a paired difference), with its interval over categories.
 
@@ -132,53 +125,38 @@ def over_categories(
     if len(values) < 3:  # nothing can be said of other categories
         return Interval(values.mean() if len(values) else np.nan, np.nan, np.nan)
     drawn = np.column_stack([values, values])  # a category's own number is no draw of images
-    return intervals_over_categories(drawn, seed)[1]
+    return intervals_over_categories(drawn)[1]
 
 
 def names_tried(
-    detector: Detector,
-    product: Product,
-    features,
-    names: Sequence[str],
-    rate: float,
-    draws: int = 50,
+    detector: Detector, product: Product, features, names: Sequence[str], rate: float
 ) -> pd.DataFrame:
     """What the typed word does: a row per name with the flawless images' ``median`` probability, ``above`` (share of
     them above 0.5), the class ``auroc``, and ``found`` by the conformal threshold on the logit alone, which is set
-    anew for each name (mean over draws of half the flawless images).
+    anew for each name (mean over 50 draws of half the flawless images).
     """
     flawless, defective = product.flawless, np.flatnonzero(product.labels == 1)
     rows = []
     for name in names:
         logits = class_logit(features.image_embedding, detector.text_vectors(name))
-        probability = expit(logits)
+        probabilities = expit(logits)
         rng, found = np.random.default_rng(0), []
-        for _ in range(draws):
-            chosen = rng.permutation(flawless)[: len(flawless) // 2]
+        for _ in range(50):
+            chosen, _ = product.split(len(flawless) // 2, rng)
             k = max(1, alarms_allowed(len(chosen), rate))
             found.append((logits[defective] > np.sort(logits[chosen])[-k]).mean())
-        rows.append(
-            {
-                "name": name,
-                "median": float(np.median(probability[flawless])),
-                "above": float((probability[flawless] > 0.5).mean()),
-                "auroc": image_metrics(logits, product.labels)["auroc"],
-                "found": float(np.mean(found)) if len(defective) else np.nan,
-                "probabilities": probability,
-            }
-        )
-    return pd.DataFrame(rows)
+        own, auroc = probabilities[flawless], image_metrics(logits, product.labels)["auroc"]
+        row = (name, np.median(own), (own > 0.5).mean(), auroc, np.mean(found))
+        rows.append((*row, probabilities))
+    columns = ["name", "median", "above", "auroc", "found", "probabilities"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def promised(rates: Sequence[float], numbers: Sequence[int]) -> pd.DataFrame:
     """What n flawless images promise: a row per rate and n with ``low`` and ``high`` of the true false-alarm rate."""
-    rows = []
-    for rate in rates:
-        for n in numbers:
-            if alarms_allowed(n, rate):
-                low, high = rate_interval(n, rate)
-                rows.append({"rate": rate, "n": n, "low": low, "high": high})
-    return pd.DataFrame(rows)
+    pairs = [(rate, n) for rate in rates for n in numbers if alarms_allowed(n, rate)]
+    rows = [(rate, n, *rate_interval(n, rate)) for rate, n in pairs]
+    return pd.DataFrame(rows, columns=["rate", "n", "low", "high"])
 
 
 # Small defects in large images ----------------------------------------------------------------------------------
@@ -193,39 +171,32 @@ def trays(
     ``labels``, ``masks`` (their size).
     """
     rng = np.random.default_rng([seed, *product.name.encode()])  # other draws for each product
-    samples = product.dataset
-    size = (piece, piece)
-    images, masks, labels = [], [], []
-    for number in range(count):
+    images, masks, labels = [], [], np.arange(count) % 2
+    for label in labels:
         chosen = rng.choice(product.flawless, (side + 1, side + 1))
-        label = number % 2
         if label:
             inside = tuple(rng.integers(1, side, 2))
             chosen[inside] = rng.choice(np.flatnonzero(product.labels == 1))
-        own = [samples[i] for i in chosen.flat]
-        pictures = [read_image(s.image_path).convert("RGB").resize(size) for s in own]
-        truths = [_native_truth(s, size) for s in own]
+        pairs = [[_picture_and_truth(product.dataset[i], piece) for i in row] for row in chosen]
+        pictures, truths = ([[pair[k] for pair in row] for row in pairs] for k in (0, 1))
         y, x = rng.integers(piece, size=2)
         window = np.s_[y : y + side * piece, x : x + side * piece]
-        images.append(Image.fromarray(_grid(pictures, side + 1)[window]))
-        masks.append(_grid(truths, side + 1)[window])
-        labels.append(label)
-    return {"images": images, "labels": np.array(labels), "masks": np.stack(masks)}
+        images.append(Image.fromarray(_grid(pictures)[window]))
+        masks.append(_grid(truths)[window])
+    return {"images": images, "labels": labels, "masks": np.stack(masks)}
 
 
-def _native_truth(sample, size) -> np.ndarray:
+def _picture_and_truth(sample: Sample, side: int) -> tuple[np.ndarray, np.ndarray]:
+    picture = np.asarray(read_image(sample.image_path).convert("RGB").resize((side, side)))
     if sample.mask_path is None:
-        return np.zeros(size[::-1], bool)
-    truth = read_image(sample.mask_path).convert("L").resize(size, Image.Resampling.NEAREST)
-    return np.asarray(truth) > 0
+        return picture, np.zeros((side, side), bool)
+    truth = read_image(sample.mask_path).convert("L")
+    return picture, np.asarray(truth.resize((side, side), Image.Resampling.NEAREST)) > 0
 
 
-def _grid(pieces, side: int) -> np.ndarray:
-    rows = [
-        np.concatenate([np.asarray(p) for p in pieces[i * side : (i + 1) * side]], axis=1)
-        for i in range(side)
-    ]
-    return np.concatenate(rows)
+def _grid(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Rows of pieces as one array."""
+    return np.concatenate([np.concatenate(row, axis=1) for row in rows])
 
 
 def tiles_tried(
@@ -238,21 +209,12 @@ def tiles_tried(
         inspector = Inspector(detector, name, tiles=number)
         looks = [inspector.look(inspector.prepare(image)[None]) for image in made["images"]]
         maps = inspector.maps(Look.cat(looks))
-        large = [
-            np.asarray(Image.fromarray(m).resize(size, Image.Resampling.BILINEAR)) for m in maps
-        ]
-        pixel = pixel_metrics(np.stack(large), made["masks"])
+        large = [Image.fromarray(m).resize(size, Image.Resampling.BILINEAR) for m in maps]
+        kept[number] = np.stack([np.asarray(m) for m in large])
+        pixel = pixel_metrics(kept[number], made["masks"])
         image = image_metrics(maps.max(axis=(1, 2)), made["labels"])
-        rows.append(
-            {
-                "tiles": number,
-                "auroc": pixel["auroc"],
-                "ap": pixel["ap"],
-                "map_auroc": image["auroc"],
-            }
-        )
-        kept[number] = np.stack(large)
-    return pd.DataFrame(rows), kept
+        rows.append((number, pixel["auroc"], pixel["ap"], image["auroc"]))
+    return pd.DataFrame(rows, columns=["tiles", "auroc", "ap", "map_auroc"]), kept
 
 
 def split_for_maps(
@@ -260,11 +222,7 @@ def split_for_maps(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Per product (n flawless positions, all other positions), drawn once: what the comparison of maps uses."""
     rng = np.random.default_rng(seed)
-    parts = []
-    for product in products:
-        chosen = rng.permutation(product.flawless)[:n]
-        parts.append((chosen, np.setdiff1d(np.arange(len(product.labels)), chosen)))
-    return parts
+    return [product.split(n, rng) for product in products]
 
 
 def maps_of(
@@ -289,7 +247,7 @@ def scores_of_maps(
 ) -> Scores:
     """Metrics of several maps of the same images on the same bootstrap draws; the logit joins in the image score."""
     masks = read_masks(list(rest), size) if rest.has_masks else None
-    kept = Kept(rest, (), Features(torch.empty(0), []), np.array([s.label for s in rest]), masks)
+    kept = Kept(rest, (), None, np.array([s.label for s in rest]), masks)
     return score(maps, dict.fromkeys(maps, logits), kept, seed=seed)
 
 
@@ -304,8 +262,7 @@ def tiles_over_categories(
     """``tiles_tried`` on trays of every category: columns ``category``, ``tiles``, ``auroc``, ``ap``, ``map_auroc``."""
     tables = []
     for product in products:
-        if len(product.flawless) < len(product.labels):  # there are defective images
-            made = trays(product, 3, count, piece, seed)
-            table, _ = tiles_tried(detector, made, product.name, tiles)
-            tables.append(table.assign(category=product.name))
+        made = trays(product, 3, count, piece, seed)
+        table, _ = tiles_tried(detector, made, product.name, tiles)
+        tables.append(table.assign(category=product.name))
     return pd.concat(tables, ignore_index=True)
