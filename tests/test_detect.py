@@ -18,7 +18,7 @@ from clipad.detectors import SDP
 from clipad.files import file_name
 from clipad.tools.cli import app
 from clipad.tools.detect import detect
-from clipad.tools.photographs import find_flawless, find_photographs
+from clipad.tools.photographs import collect
 from clipad.tools.report import find_regions, region_mask
 
 
@@ -70,7 +70,8 @@ def photos(tmp_path):
 
 def run(detector, path, out, normal=None, **options):
     rate = {"false_alarms": 0.1} if normal else {}
-    return detect(detector, path, "screw", out, normal, progress=False, **rate | options)
+    images = collect(path, out, normal, options.pop("normal_folder", ""))
+    return detect(detector, images, "screw", out, progress=False, **rate | options)
 
 
 def noise(path, size=(40, 40), seed=0):
@@ -203,22 +204,25 @@ def test_images_in_both_folders_are_refused(detector, screws, flawless, tmp_path
 def test_flawless_images_come_from_folders_that_say_so(tmp_path):
     for folder in ("ok", "scratch"):
         for i in range(2):
-            noise(tmp_path / "d" / folder / f"{i}.png", seed=hash(folder) % 99 + i)
-    found, notes = find_flawless(tmp_path / "d")
-    assert {path.parent.name for path in found} == {"ok"}
-    assert "2 others not" in notes[-1]
+            noise(tmp_path / "d" / folder / f"{i}.png", seed=2 * len(folder) + i)
+
+    def flawless(name=""):
+        return collect(noise(tmp_path / "x.png", seed=9), tmp_path / "out", tmp_path / "d", name)
+
+    assert {path.parent.name for path in flawless().flawless} == {"ok"}
+    assert "2 others not" in flawless().notes[-1]
     (tmp_path / "d" / "ok").rename(tmp_path / "d" / "pass")
     with pytest.raises(ValueError, match="sub-folders pass, scratch: which of them are flawless"):
-        find_flawless(tmp_path / "d")
-    assert len(find_flawless(tmp_path / "d", "Pass")[0]) == 2
-    assert len(find_flawless(tmp_path / "d", ".")[0]) == 4
+        flawless()
+    assert len(flawless("Pass").flawless) == 2
+    assert len(flawless(".").flawless) == 4
 
 
 def test_copies_among_the_flawless_images_count_once(tmp_path):
     shutil.copy(noise(tmp_path / "d" / "a.png"), tmp_path / "d" / "b.png")
-    found, notes = find_flawless(tmp_path / "d")
-    assert len(found) == 1
-    assert "1 copies" in notes[-1]
+    found = collect(noise(tmp_path / "x.png", seed=9), tmp_path / "out", tmp_path / "d")
+    assert len(found.flawless) == 1
+    assert "1 copies" in found.notes[-1]
 
 
 def test_folders_of_other_settings_or_other_files_are_refused(detector, screws, flawless, tmp_path):
@@ -247,10 +251,10 @@ def test_maps_that_are_not_finite_are_refused(detector, screws, tmp_path, monkey
 
 def test_nothing_to_do_is_said_first(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        find_photographs(tmp_path / "nowhere")
+        collect(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "list.txt").write_text("x")
     with pytest.raises(ValueError, match=r"no images\. It holds 1 in a format .* \(list\.txt\)"):
-        find_photographs(tmp_path)
+        collect(tmp_path, tmp_path / "out")
 
 
 # --- going on ---
@@ -262,7 +266,7 @@ def test_a_stopped_run_continues_and_changed_images_are_done_again(
     whole = run(detector, screws, tmp_path / "whole", flawless)
     out = tmp_path / "out"
     run(detector, screws, out, flawless)
-    for kind, name in (("maps", "0.png.npz"), ("overlays", "1.png.jpg")):
+    for kind, name in (("maps", "0.png.npz"), ("images", "1.png.jpg"), ("overlays", "2.png.jpg")):
         (out / kind / name).unlink()
     shutil.copy(screws / "2.png", screws / "3.png")
     (screws / "5.png").unlink()
@@ -276,6 +280,7 @@ def test_a_stopped_run_continues_and_changed_images_are_done_again(
     report = run(detector, screws, out, flawless)
     assert any(note.startswith("2 of 5 ") for note in report.notes)
     assert sum(looked) == 10 + 3  # the flawless ones, 0 and 1, and 3, whose content is another
+    assert (out / "overlays" / "2.png.jpg").exists()
     after = report.scores.set_index("image")["score"]
     before = whole.scores.set_index("image")["score"]
     assert after["0.png"] == pytest.approx(before["0.png"], abs=1e-3)
@@ -426,7 +431,7 @@ def test_command(photos, tmp_path):
         (["--object", "nut", "--model", "ViT-B-32"], "needs --pretrained"),
         (["--object", "nut", "--detector", "sdp_plus"], "needs its linear layers"),
         (["--object", "nut", "--neighbours", "alone"], "need flawless images"),
-        (["--object", "nut", "--false-alarms", "0"], "above 0"),
+        (["--object", "nut", "--false-alarms", "0"], "not in the range"),
     ],
 )
 def test_wrong_usage(photos, arguments, message, tmp_path):

@@ -25,8 +25,17 @@ def test_outputs_are_sound(path):
 
 
 @each
-def test_shape(path):
-    assert stored.shape_problems(stored.read_notebook(path)) == []
+def test_code_can_be_read_at_a_glance(path):
+    """Lines of at most 100 characters, cells of at most 25 (besides the parameters, which are a list)."""
+    for cell in stored.code_cells(stored.read_notebook(path)):
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        assert max(map(len, lines), default=0) <= 100, cell.source
+        assert len(lines) <= 25 or "parameters" in cell.metadata.get("tags", []), cell.source
+
+
+@each
+def test_a_page_stays_small(path):
+    assert path.stat().st_size < stored.LARGEST
 
 
 @each

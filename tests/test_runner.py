@@ -1,7 +1,7 @@
 """The runner on small notebooks: what papermill lets through is refused or noticed."""
 
+import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -22,7 +22,8 @@ categories: list[str] = []  # which ones
 names: list = []  # of anything
 options: dict = {}  # of the method
 data_root: str = ""  # path of the data
-pretrained: str = ""  # published tag, or path of a checkpoint"""
+pretrained: str = ""  # published tag, or path of a checkpoint
+device: str = ""  # where to compute [cpu|cuda]"""
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
@@ -91,15 +92,14 @@ def test_inspect_parameters(make):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("x: str | None = None  # help", "does not see the parameter 'x' in line 1"),
-        ("x: int = 1  # at most n=3", "does not see the parameter 'x'"),
-        ("x: int = 2 * 3", "no plain value"),
-        ("x: int = 1.5", "the default of 'x' is 1.5, its type is int"),
-        ("x: Path = 'a'", "has the type Path; expected one of str, int"),
+        ("import os\nx: int = 1", "plain value in line 1 of the parameters cell, found import os"),
+        ("x: int = 2 * 3", "with a plain value"),
+        ("x: int = 1.5", "x has the type int and the default 1.5"),
+        ("x: Path = 'a'", "x has the type Path.*expected one of str, int"),
         ("x: int = 1\ny: int = (", "line 2 of the parameters cell is no Python"),
     ],
 )
-def test_parameters_that_papermill_would_miss(make, line, message):
+def test_parameters_of_another_form_are_refused(make, line, message):
     with pytest.raises(ValueError, match=message):
         runner.inspect_parameters(make("00_a", parameters=line))
 
@@ -107,9 +107,9 @@ def test_parameters_that_papermill_would_miss(make, line, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"preset_": "demo"}, "no parameter 'preset_'; did you mean 'preset'"),
+        ({"preset_": "demo"}, "unknown parameter 'preset_'; did you mean 'preset'"),
         ({"preset": "papr"}, "preset cannot be 'papr'; did you mean 'paper'"),
-        ({"preset": 3}, "preset expects str, found int 3; .*-y 'preset: \"3\"'"),
+        ({"preset": 3}, "preset expects str, found int 3; in YAML: -y 'preset: \"03\"'"),
         ({"count": "many"}, "count expects int, found str 'many'"),
         ({"count": 1.5}, "count expects int, found float"),
         ({"count": True}, "count expects int, found bool"),
@@ -118,13 +118,13 @@ def test_parameters_that_papermill_would_miss(make, line, message):
         ({"share": None}, "share expects float, found NoneType"),
         ({"flag": 1}, "flag expects bool, found int"),
         ({"flag": ""}, "flag expects bool, found str"),
-        ({"categories": "[screw,nut]"}, r"use YAML: -y 'categories: \[a, b\]'"),
+        ({"categories": "[screw,nut]"}, r"in YAML: -y 'categories: \[a, "),
         ({"categories": ["screw", 1]}, r"categories expects list\[str\]"),
-        ({"options": "{eps: 1}"}, "use YAML: -y 'options: {key: value}'"),
-        ({"options": {1: 2}}, "options expects dict"),
-        ({"names": [False]}, "names expects list.*quotes"),
-        ({"categories": [1, 2]}, "categories expects .*quotes"),
+        ({"options": "{eps: 1}"}, "in YAML: -y 'options: {key: value}'"),
+        ({"names": [False]}, "names expects list.*in YAML"),
+        ({"categories": [1, 2]}, "categories expects .*in YAML"),
         ({"preset": "x" * 10**6}, "cannot be"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"categories": "x" * 10**6}, "categories expects"),
         ({"categories": [["y"] * 1000] * 1000}, "categories expects"),
     ],
@@ -168,19 +168,15 @@ def test_paths_count_from_where_the_command_is_typed(make, tmp_path, monkeypatch
     assert check(pretrained="weights.pt") == {"pretrained": str(tmp_path / "weights.pt")}
 
 
-def test_plan_all(make):
-    first, second = (
-        make("00_a", parameters="a: int = 1"),
-        make("01_b", parameters="a: int = 1\nb: int = 2"),
-    )
-    assert runner.plan_all([first, second], {"a": 3, "b": 4}) == [
-        (first, {"a": 3}),
-        (second, {"a": 3, "b": 4}),
-    ]
-    with pytest.raises(ValueError, match="no notebook has a parameter 'c'; known: a, b"):
-        runner.plan_all([first, second], {"c": 1})
+def test_a_parameter_goes_to_the_notebooks_that_have_it(make):
+    first = make("00_a", parameters="a: int = 1")
+    second = make("01_b", parameters="a: int = 1\nb = 2")
+    found = runner.plan([first, second], {"a": 3, "b": 4})
+    assert found == [(first, {"a": 3}), (second, {"a": 3, "b": 4})]
+    with pytest.raises(ValueError, match="all notebooks: unknown parameter 'c'; known: a, b"):
+        runner.plan([first, second], {"c": 1})
     with pytest.raises(ValueError, match="b expects int"):
-        runner.plan_all([first, second], {"b": "x"})
+        runner.plan([first, second], {"b": "x"})
 
 
 def test_own_data_under_the_name_of_the_demo_is_refused(make):
@@ -246,7 +242,9 @@ def test_a_killed_kernel_fails_and_names_the_cell(make):
     assert done.status == "failed"
     assert "the kernel was killed" in done.reason
     assert "`os.kill(os.getpid(), 9)`" in done.reason
-    assert any("DeadKernelError" in p for p in stored.gate(stored.read_notebook(done.output_path)))
+    assert any(
+        "the kernel was killed" in p for p in stored.gate(stored.read_notebook(done.output_path))
+    )
 
 
 @pytest.mark.slow
@@ -284,40 +282,26 @@ def test_a_kernel_that_dies_at_its_start_fails_the_run(make, kernel):
 )
 def test_a_damaged_kernel_specification_is_named(make, kernel, text):
     kernel(text)
-    with pytest.raises(ValueError, match=r"kernel\.json.*--sys-prefix"):
+    with pytest.raises(ValueError, match=r"the kernel `python3` runs nothing.*--sys-prefix"):
         run(make("00_a"))
 
 
 @pytest.mark.slow
-def test_terminated_means_stopped_and_leaves_nothing(make, tmp_path):
+def test_terminated_means_stopped(make, tmp_path):
     started = tmp_path / "started"
     note = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid()))"
     path = make("00_wait", note, "time.sleep(600)")
     out = path.parent / "out"
-    code = f"from clipad.tools import runner; runner.run_notebook({str(path)!r}, output_dir={str(out)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", "from clipad.tools.cli import app; app()", "run", str(path)]
+    process = subprocess.Popen([*command, "--output-dir", str(out)], stderr=subprocess.DEVNULL)
     while not (started.is_file() and started.read_text()):
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
     process.wait(60)
     assert json.loads((out / "runs.json").read_text())["00_wait"]["status"] == "stopped"
-    assert not psutil.pid_exists(int(started.read_text()))
-    assert not list(out.glob(".*"))
-
-
-@pytest.mark.slow
-def test_what_killed_processes_left_is_removed(make):
-    path = make("00_a", "print(1)")
-    out = path.parent / "out" / "deeper"
-    out.mkdir(parents=True)
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    old, ours, other = (out / f".x.{name}.part" for name in (gone.pid, os.getpid(), "note"))
-    for part in (old, ours, other):
-        part.touch()
-    run(path)
-    assert [part.exists() for part in (old, ours, other)] == [False, True, True]
+    with contextlib.suppress(psutil.NoSuchProcess):  # the kernel ends, too
+        psutil.Process(int(started.read_text())).wait(60)
 
 
 @pytest.mark.slow
@@ -433,18 +417,13 @@ def test_the_gate_takes_linear_time(unit):
         assert isinstance(stored.gate(node), list)
 
 
-def test_an_output_that_nobody_can_read_is_refused():
-    for output in (text("x" * 20_000_000), html("x" * 20_000_000)):
-        assert "20 MB" in stored.gate(executed(output))[0]
-
-
 def test_gate_wants_each_cell_executed_and_a_python_kernel():
     node = executed()
     node.cells[2].execution_count = None
     node.metadata.kernelspec.name = "conda-env-x"
     problems = stored.gate(node)
     assert problems == [
-        "code cell 2 was not executed",
+        "code cell 2: was not executed",
         "the kernel is 'conda-env-x', expected 'python3'",
     ]
 
@@ -454,20 +433,6 @@ def test_gate_wants_something_static_beside_controls():
     controls = new_output("display_data", data=view)
     assert "controls without" in stored.gate(executed(controls))[0]
     assert stored.gate(executed(figure("A map"), controls)) == []
-
-
-def test_the_size_is_limited_where_a_notebook_is_stored():
-    large = executed(text("x" * 1_500_000))
-    assert "the limit is 1.5 MB" in stored.shape_problems(large)[-1]
-    assert stored.gate(large) == []  # a run on 15 categories has large galleries
-
-
-def test_shape():
-    assert stored.shape_problems(notebook("a = 1", "\n".join(["a = 1"] * 25), "#" * 100)) == []
-    long = notebook("\n".join(["a = 1"] * 26), "#" * 101)
-    assert len(stored.shape_problems(long)) == 2
-    long.cells[1].metadata.tags = []
-    assert "0 cells are tagged" in stored.shape_problems(long)[0]
 
 
 # --- stored outputs ---
@@ -520,9 +485,7 @@ def test_outputs_that_are_too_large_are_not_stored(make):
     path = make("00_a", "print('x' * 1_700_000)")
     before, done = path.read_bytes(), run(path)
     assert done.status == "ok"
-    with pytest.raises(
-        ValueError, match=r"is not stored: the file has 1\.7 MB, the limit is 1\.5 MB"
-    ):
+    with pytest.raises(ValueError, match=r"has 1\.7 MB, the limit is 1\.5 MB"):
         stored.update_stored(path, done.output_path)
     assert path.read_bytes() == before
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -9,15 +10,14 @@ import click
 
 from clipad import __version__
 
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+existing = click.Path(exists=True, path_type=Path)
 timeout_option = click.option(
-    "--timeout",
-    type=click.IntRange(min=1),
-    metavar="S",
-    help="Seconds a cell may take; no limit if left out.",
+    "--timeout", type=click.IntRange(min=1), metavar="S", help="Seconds a cell may take."
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="clipad", message="%(prog)s %(version)s")
 def app() -> None:
     """CLIP-AD (arXiv 2311.00453) step by step: run the notebooks, check data and machine.
@@ -30,31 +30,18 @@ def app() -> None:
       clipad params 00           what can be set in a notebook, and to what
       clipad detect photo.jpg --object "metal nut"
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
 
 
 @app.command(short_help="Execute a notebook, or all.")
 @click.argument("notebook", required=False)
 @click.option("--all", "every", is_flag=True, help="Run every notebook, in order.")
-@click.option(
-    "--preset",
-    help="demo: shipped model and images, minutes, offline; paper: the published protocol.",
-)
-@click.option(
-    "-p",
-    "pairs",
-    nargs=2,
-    multiple=True,
-    metavar="NAME VALUE",
-    help="A parameter: number, True, False or text.",
-)
-@click.option(
-    "-y", "texts", multiple=True, metavar="YAML", help="Parameters as YAML, for lists and mappings."
-)
+@click.option("--preset", help="demo (shipped, offline, minutes) or paper (published protocol).")
+@click.option("-p", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter.")
+@click.option("-y", "texts", multiple=True, metavar="YAML", help="Parameters: lists, mappings.")
 @click.option("-f", "files", multiple=True, metavar="FILE", help="A YAML file of parameters.")
 @timeout_option
-@click.option(
-    "--output-dir", help="Folder of the executed copy and results, not outputs/<preset>-<dataset>."
-)
+@click.option("--output-dir", help="Folder of the results, not outputs/<preset>-<dataset>.")
 def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> None:
     """Execute a notebook by papermill, strictly. NOTEBOOK: its first characters (03), its name, or a file.
 
@@ -64,7 +51,6 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
 
     \b
     Examples:
-      clipad run 00
       clipad run 00 --preset paper -p data_root ~/data/mvtec
       clipad run 00 -p dataset headct -p data_root data/headct
       clipad run 00 -y 'categories: [screw, nut]' --timeout 600
@@ -78,11 +64,10 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
     """
     from clipad.tools.parameters import read_parameters
     from clipad.tools.runner import (
-        check_parameters,
         find_notebook,
         inspect_parameters,
         notebook_paths,
-        plan_all,
+        plan,
         run_notebook,
     )
 
@@ -91,16 +76,11 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
         if every == (notebook is not None):
             raise ValueError("name one notebook, as in `clipad run 00`, or give --all")
         paths = notebook_paths() if every else [find_notebook(notebook)]
-        if not paths:
-            raise ValueError("there are no notebooks")
         values = read_parameters(pairs, texts, files)
         values |= {"preset": preset} if preset is not None else {}
         if output_dir and any("output_dir" in inspect_parameters(path) for path in paths):
             values["output_dir"] = str(Path(output_dir).expanduser().resolve())
-        plan = (
-            plan_all(paths, values) if every else [(paths[0], check_parameters(paths[0], values))]
-        )
-        for path, own in plan:
+        for path, own in plan(paths, values):
             if every:
                 click.echo(path.stem, err=True)
             runs.append(run_notebook(path, own, output_dir, timeout))
@@ -109,25 +89,21 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
         rows = [(run.notebook, run.status, f"{run.seconds / 60:.1f}", run.reason) for run in runs]
         click.echo("\n" + _table([("notebook", "status", "minutes", "reason"), *rows]))
         _write_claims(runs)
-    if any(run.status == "failed" for run in runs):
-        sys.exit(1)
+    _exit_if(any(run.status == "failed" for run in runs))
 
 
 @app.command(short_help="Find anomalies in images of your own.")
-@click.argument("path", metavar="IMAGE|FOLDER", type=click.Path(exists=True, path_type=Path))
-@click.option(
-    "--object", "object_name", required=True, help='What the images show, such as "metal nut".'
-)
+@click.argument("path", metavar="IMAGE|FOLDER", type=existing)
+@click.option("--object", "object_name", required=True, help='What they show: "metal nut".')
 @click.option(
     "--normal",
-    type=click.Path(exists=True, path_type=Path),
+    type=existing,
     help="A folder of flawless images of the same product: they give scale, threshold and verdicts.",
 )
 @click.option(
     "--false-alarms",
-    type=float,
+    type=click.FloatRange(0, 0.25, min_open=True),
     default=0.05,
-    show_default=True,
     help="About this share of flawless images is called bad, on average; 0.05 takes at least 19 of them.",
 )
 @click.option(
@@ -140,44 +116,29 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
     "--neighbours",
     type=click.Choice(["no", "alone", "added"]),
     default="no",
-    show_default=True,
     help="Maps by the nearest patch of the flawless images: instead of the detector's, or added to them.",
 )
 @click.option(
     "--tiles",
     type=click.IntRange(1, 8),
     default=1,
-    show_default=True,
     help="Cut images into N x N pieces as well, for small defects in large images.",
 )
 @click.option(
     "--detector",
     type=click.Choice(["sdp", "sdp_plus", "winclip", "clip_surgery", "direct"]),
     default="sdp",
-    show_default=True,
 )
-@click.option(
-    "--model",
-    default="demo",
-    show_default=True,
-    help="An open_clip model; demo is a toy for the shipped pictures.",
-)
+@click.option("--model", default="demo", help="An open_clip model; demo: for the shipped pictures.")
 @click.option("--pretrained", help="Its weights: an open_clip tag or a checkpoint file.")
-@click.option(
-    "--layers", type=click.Path(exists=True, path_type=Path), help="Linear layers, for sdp_plus."
-)
-@click.option(
-    "--prompts",
-    type=click.Path(exists=True, path_type=Path),
-    help="A YAML file of sentences of your own.",
-)
-@click.option("--device", help="cpu or cuda; a GPU if there is one.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("detections"), show_default=True
-)
+@click.option("--layers", type=existing, help="Linear layers, for sdp_plus.")
+@click.option("--prompts", type=existing, help="A YAML file of sentences of your own.")
+@click.option("--device", help="cpu, cuda, cuda:1, mps, xpu; a GPU if there is one.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("detections"))
 def detect(
-    path, object_name, detector, model, pretrained, layers, prompts, device, **options
-) -> None:
+    path, object_name, normal, normal_folder, detector, model, pretrained, layers, prompts, device,
+    out, false_alarms, neighbours, tiles,
+) -> None:  # fmt: skip
     """A verdict (good, check, bad), a region and a report for each image of a folder, at any depth.
 
     Writes report.html, scores.csv, scores.json, overlays/, masks/ (regions at native size), maps/ and images/ (JPEG
@@ -195,10 +156,12 @@ def detect(
     130 stopped. The same command continues: flawless images are read again, finished images are not.
     """
     with one_line_errors():
-        from clipad.tools.photographs import check_input
+        from clipad.studies.inspection import require_enough
+        from clipad.tools.photographs import collect
 
-        output = options.pop("out")
-        check_input(path, object_name, output, **options)  # before the model is loaded
+        images = collect(path, out, normal, normal_folder)
+        if normal:  # before the model is loaded
+            require_enough(len(images.flawless), false_alarms)
         if model != "demo" and not pretrained:
             raise ValueError(
                 f"--model {model} needs --pretrained: an open_clip tag or a checkpoint file"
@@ -212,27 +175,20 @@ def detect(
         backbone = load_backbone(model, pretrained, device)
         own = {"prompts": load_prompts(prompts)} if prompts else {}
         chosen = make_detector(detector, backbone, layers, **own)
-        report = run_detection(chosen, path, object_name, output, **options)
+        report = run_detection(chosen, images, object_name, out, false_alarms, neighbours, tiles)
     source = click.get_current_context().get_parameter_source("model")
     default = " (by default: name yours, --model)" if source.name == "DEFAULT" else ""
     click.echo(f"model: {backbone.name}, {backbone.pretrained}{default}")
-    for line in summary(report, output):
-        click.echo(line)
+    click.echo("\n".join(summary(report, out)))
     if report.warning:
         click.secho(report.warning, fg="red", bold=True, err=True)
-    if report.unread:
-        sys.exit(1)
+    _exit_if(report.unread)
 
 
 @app.command(short_help="Show what can be set in a notebook.")
 @click.argument("notebook")
 def params(notebook) -> None:
-    """Show what can be set in a notebook: name, type, default, meaning and allowed values.
-
-    \b
-    Example:
-      clipad params 00
-    """
+    """Show what can be set in a notebook: name, type, default, meaning and allowed values."""
     from clipad.tools.runner import find_notebook, inspect_parameters
 
     with one_line_errors():
@@ -247,13 +203,9 @@ def params(notebook) -> None:
     "--workers",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Local processes; one per core, at most 4.",
+    help="Local processes; one per GPU, or per core and at most 4.",
 )
-@click.option(
-    "--scheduler",
-    metavar="ADDRESS",
-    help="A running Dask cluster, as in tcp://10.0.0.1:8786, not local.",
-)
+@click.option("--scheduler", metavar="ADDRESS", help="A running Dask cluster, tcp://10.0.0.1:8786.")
 @click.option("--output-dir", help="Folder of the results, not outputs/sweep-<name of the file>.")
 def sweep(file, workers, scheduler, output_dir) -> None:
     """Run a grid of notebooks or evaluations; finished runs are skipped, so the same command continues.
@@ -266,30 +218,23 @@ def sweep(file, workers, scheduler, output_dir) -> None:
       parameters: {seed: [0, 1], categories: [[screw, nut]]}
 
     Everything is checked before the first run. A failed run does not stop the others and is tried again by the next
-    sweep. Results: table.csv with a row per run and number, runs/ with a folder per run.
-
-    \b
-    Examples:
-      clipad sweep notebooks/sweep_example.yaml
-      clipad sweep mine.yaml --workers 8 --output-dir ~/results/mine
-      clipad sweep mine.yaml --scheduler tcp://10.0.0.1:8786
+    sweep. Results: table.csv with a row per run and number, runs/ with a folder per run. notebooks/sweep_example.yaml
+    is one to start from.
 
     Exit code: 0 all runs ended well, 1 some failed, 2 wrong usage, 130 stopped.
     """
-    from clipad.tools import runner
-    from clipad.tools import sweep as sweeps
-
     with one_line_errors():
         if workers and scheduler:
             raise ValueError("--workers is for a local cluster: leave it out beside --scheduler")
-        folder = Path(
-            output_dir or runner.REPOSITORY / "outputs" / f"sweep-{Path(file).stem}"
-        ).expanduser()
+        from clipad.tools import runner
+        from clipad.tools import sweep as sweeps
+
+        default = runner.REPOSITORY / "outputs" / f"sweep-{Path(file).stem}"
+        folder = Path(output_dir or default).expanduser()
         records = sweeps.sweep(sweeps.plan(file), folder, workers, scheduler)
-    failed = [record for record in records if record["status"] == "failed"]
-    click.echo(f"{len(records)} runs, {len(failed)} failed; see {folder / 'table.csv'}")
-    if failed:
-        sys.exit(1)
+    failed = sum(record["status"] == "failed" for record in records)
+    click.echo(f"{len(records)} runs, {failed} failed; see {folder / 'table.csv'}")
+    _exit_if(failed)
 
 
 @app.command(short_help="What keeps the notebooks from running here, and the fix.")
@@ -305,8 +250,7 @@ def doctor() -> None:
     click.echo(environment() + "\n")
     for fault, fix in faults:
         click.echo(f"{fault}\n  fix: {fix}")
-    if faults:
-        sys.exit(1)
+    _exit_if(faults)
     click.echo("no fault found: the notebooks run here")
 
 
@@ -337,7 +281,6 @@ def check_data(name, root, normal_folder, image_size) -> None:
 
     \b
     Examples:
-      clipad data check demo
       clipad data check mvtec --root ~/data/mvtec
       clipad data check folder --root parts/ --normal-folder pass
     """
@@ -347,8 +290,7 @@ def check_data(name, root, normal_folder, image_size) -> None:
         place = Path(root).expanduser() if root else None
         report = check_dataset(name, place, image_size or 0, normal_folder)
     click.echo(str(report))
-    if not report.ok:
-        sys.exit(1)
+    _exit_if(not report.ok)
 
 
 @app.group()
@@ -363,10 +305,6 @@ def store(names, timeout) -> None:
     """Run notebooks (all when none is named) with their default parameters; store the outputs in notebooks/*.ipynb.
 
     A notebook that fails, or whose output does not pass the checks, keeps its last good outputs.
-
-    \b
-    Example:
-      clipad notebooks store 00
     """
     from clipad.tools.runner import find_notebook, notebook_paths, run_notebook
     from clipad.tools.stored import update_stored
@@ -376,11 +314,10 @@ def store(names, timeout) -> None:
         for path in [find_notebook(name) for name in names] or notebook_paths():
             done = run_notebook(path, timeout=timeout)
             _report(done)
-            failed |= done.status != "ok"
             if done.status == "ok":
                 update_stored(path, done.output_path)
-    if failed:
-        sys.exit(1)
+            failed |= done.status != "ok"
+    _exit_if(failed)
 
 
 @contextlib.contextmanager
@@ -392,11 +329,14 @@ def one_line_errors(code: int = 2):
         click.echo(f"clipad: {' '.join(str(error).split())}", err=True)
         sys.exit(1 if isinstance(error, OSError) else code)
     except KeyboardInterrupt:
-        click.echo(
-            "clipad: stopped; what was computed so far is kept, the same command continues",
-            err=True,
-        )
+        said = "stopped; what was computed so far is kept, the same command continues"
+        click.echo(f"clipad: {said}", err=True)
         sys.exit(130)
+
+
+def _exit_if(failed) -> None:
+    if failed:
+        sys.exit(1)
 
 
 def _report(run) -> None:
@@ -418,9 +358,6 @@ def _write_claims(runs) -> None:
 
 
 def _table(rows) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (map(str.ljust, row, widths) for row in rows)
+    return "\n".join("  ".join(cells).rstrip() for cells in lines)

@@ -1,18 +1,18 @@
 """``clipad detect``: from a folder of photographs, and a few flawless ones, to a verdict and a region per image.
 
-What the numbers mean stands in :mod:`clipad.studies.inspection`; here are files: which are photographs, reading ahead,
-what is kept of each image, and how a stopped run continues. Memory does not grow with the number of images.
+What the numbers mean stands in :mod:`clipad.studies.inspection`; here are files: what is kept of each image, and how a
+stopped run continues. First every image is looked at by the model and its map is kept; then maps become pictures and
+rows of the table, each once. Memory does not grow with the number of images.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from clipad.datasets import read_photograph, two_levels
 from clipad.files import (
     RESULT_MARK,
+    Scan,
     code_version,
     content_hash,
     file_name,
@@ -37,20 +38,25 @@ from clipad.metrics import image_metrics
 from clipad.published import data_dir
 from clipad.studies.common import exact_share
 from clipad.studies.inspection import Inspector, require_enough, without_specks
-from clipad.tools.photographs import find_flawless, find_photographs, labels_of, refuse_shared
-from clipad.tools.report import draw, find_regions, heat_layer, no_region, region_mask, write_report
+from clipad.tools.photographs import Images
+from clipad.tools.report import (
+    draw,
+    find_regions,
+    heat_layer,
+    no_region,
+    region_mask,
+    write_picture,
+    write_report,
+)
 
 BATCH = 16
-KEPT = ("images", "overlays", "heat", "masks", "maps")
+ENDINGS = {"images": ".jpg", "overlays": ".jpg", "heat": ".png", "masks": ".png", "maps": ".npz"}
 """folders of the results, a file per image in each (masks: where there is a region)"""
+MASK = "with at most two grey levels, so a mask or empty"
 DEMO_WARNING = (
     "These scores mean nothing: the demo model is a 96-pixel toy that was trained on rendered pictures, and these "
     "pictures are not the demo's. Name a real model, as in --model ViT-B-16-plus-240 --pretrained laion400m_e31."
 )
-
-
-class NoPhotographError(ValueError):
-    """An image that was decoded and turned out to be a mask or empty."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,11 @@ class Report:
     scores: pd.DataFrame
     unread: dict[str, str]
     skipped: list[str]
+    notes: list[str]
     settings: dict
-    rule: object = None
-    warning: str = ""
-    observed: dict[str, float] | None = None
-    notes: list[str] = field(default_factory=list)
+    rule: object
+    warning: str
+    observed: dict[str, float] | None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -81,62 +87,63 @@ class Report:
 
 def detect(
     detector,
-    path: str | Path,
+    images: Images,
     object_name: str,
     output_dir: str | Path,
-    normal: str | Path | None = None,
     false_alarms: float = 0.05,
     neighbours: str = "no",
     tiles: int = 1,
-    normal_folder: str = "",
     progress: bool = True,
 ) -> Report:
-    """Score an image or all photographs below a folder, and write report.html, scores.csv, scores.json and pictures.
+    """Score photographs, and write report.html, scores.csv, scores.json and pictures.
 
-    ``normal``: a folder of flawless images of the same product. They set the scale and the threshold, so that every
-    image gets a verdict at about the false-alarm rate asked for; without them a score (the logit) but none.
-    ``neighbours`` and ``tiles``: see :class:`clipad.studies.inspection.Inspector`. ``normal_folder``: the name of the
-    sub-folders that hold flawless images, in ``path`` (for labels) and in ``normal``; labels are never guessed.
+    ``images``: see :func:`clipad.tools.photographs.collect`. Its flawless images set the scale and the threshold, so
+    that every image gets a verdict at about the false-alarm rate asked for; without them a score (the logit) but none.
+    ``neighbours`` and ``tiles``: see :class:`clipad.studies.inspection.Inspector`.
 
     EXIF orientation is applied, so that boxes and outlines lie on the picture as a viewer shows it. A stopped call
     continues: images are finished by their content. Raises ValueError or OSError, before the first image is scored,
-    for anything that cannot work: too few flawless images, images that are in both folders, an output folder with
-    other settings or other files.
+    for anything that cannot work: too few flawless images, an output folder with other settings or other files.
     """
-    root, found = find_photographs(path, output_dir)
-    flawless, notes = find_flawless(normal, normal_folder, output_dir) if normal else ([], [])
-    labels = labels_of(found.photographs, root, normal_folder, flawless)
+    if not object_name.strip():
+        raise ValueError("the object has no name: a prompt needs one, such as 'metal nut'")
     inspector = Inspector(detector, object_name, neighbours, tiles)
     detector.text_vectors(object_name)
-    if normal:
-        refuse_shared(found.photographs, flawless)
-        require_enough(len(flawless), false_alarms)
+    if images.flawless:
+        require_enough(len(images.flawless), false_alarms)
     elif neighbours != "no":
         raise ValueError("nearest neighbours need flawless images: give a folder (--normal)")
-    warning = demo_warning(detector, found.photographs)
-
+    hashes = "".join(map(content_hash, images.flawless))
     settings = detector.settings | {
         "object": object_name,
-        "images": printable(root.name),
+        "images": printable(images.root.name),
         "neighbours": neighbours,
         "tiles": tiles,
-        "flawless": hashlib.sha256("".join(map(content_hash, flawless)).encode()).hexdigest()[:16],
-        "false_alarms": false_alarms if normal else None,
+        "flawless": hashlib.sha256(hashes.encode()).hexdigest()[:16],
+        "false_alarms": false_alarms if images.flawless else None,
         "code": code_version(),
     }
-    work = _Work(inspector, root, claim(Path(output_dir), settings), progress)
-    unused = work.fit(flawless, false_alarms) if flawless else {}
-    notes += [f"flawless, but not used: {name}: {why}" for name, why in unused.items()]
-    unread, masks = work.run(found.photographs)
-    if masks:
-        found.skipped["with at most two grey levels, so a mask or empty"] = masks
-    scores = work.table(unread, masks, labels)
-    skipped, notes = found.skipped_lines(root), notes + work.notes(scores)
+    folder = claim(Path(output_dir), settings)
+    work = _Work(inspector, images.root, folder, quiet=None if progress else True)
+    notes = images.notes + (work.fit(images.flawless, false_alarms) if images.flawless else [])
+    unread, before = work.look_at(list(images.labels))
+    masks = [path for path, why in unread.items() if why == MASK]
+    skipped = images.skipped | ({MASK: masks} if masks else {})
+    labels = {path: label for path, label in images.labels.items() if path not in unread}
+    scale = work.scale(list(labels))
+    scores = work.table(labels, scale)
     report = Report(
-        scores, unread, skipped, settings, inspector.rule, warning, _observed(scores), notes
+        scores=scores,
+        unread={work.name(path): why for path, why in unread.items() if why != MASK},
+        skipped=Scan((), skipped).skipped_lines(images.root),
+        notes=notes + before + _notes(scores, inspector),
+        settings=settings,
+        rule=inspector.rule,
+        warning=demo_warning(detector, images.labels),
+        observed=_observed(scores),
     )
-    write_report(report, work.folder, work.scale, inspector)
-    work.sweep(scores)
+    write_report(report, folder, scale, inspector)
+    work.remove_others(scores)
     return report
 
 
@@ -154,10 +161,8 @@ def summary(report: Report, output_dir: Path, shown: int = 10) -> list[str]:
         lines.append(f"{row.score:8.2f}  {row.verdict:6}{row.image}  {why}".rstrip())
     counts = ", ".join(f"{n} {verdict}" for verdict, n in report.counts.items())
     highest = f" (the {shown} highest shown)" if len(report.scores) > shown else ""
-    lines.append(
-        f"{len(report.scores)} images{f': {counts}' if report.rule else ''}{highest}; {output_dir / 'report.html'}"
-    )
-    return lines
+    said = f"{len(report.scores)} images{f': {counts}' if report.rule else ''}{highest}"
+    return [*lines, f"{said}; {output_dir / 'report.html'}"]
 
 
 def demo_warning(detector, photographs) -> str:
@@ -171,148 +176,120 @@ def demo_warning(detector, photographs) -> str:
 def claim(folder: Path, settings: dict) -> Path:
     """Make the output folder, or see that it holds results of these settings. ValueError for any other content."""
     folder = folder.expanduser().absolute()
-    path = folder / "settings.json"
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / RESULT_MARK).is_file():
-            raise ValueError(f"{folder} holds files that are not ours: choose another --out")
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise ValueError(
-                f"{path} is missing or damaged: choose another --out or remove {folder.name}"
-            ) from None
+    path, mark = folder / "settings.json", folder / RESULT_MARK
+    if mark.is_file() and path.is_file():
         now = json.loads(json.dumps(settings))
+        before = json.loads(path.read_text(encoding="utf-8"))
         require_same_settings(folder, before, now, option="--out")
         return folder
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files that are not ours: choose another --out")
     require_writable(folder)
     write_atomically(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-    write_atomically(folder / RESULT_MARK, b"")
+    write_atomically(mark, b"")
     return folder
 
 
 # --------------------------------------------------------------------------------------- the work
 
 
+@dataclass
 class _Work:
     """Images read ahead by threads, looked at in batches, and what is kept of each in the output folder."""
 
-    def __init__(self, inspector: Inspector, root: Path, folder: Path, progress: bool):
-        self.inspector, self.root, self.folder = inspector, root, folder
-        self.quiet = None if progress else True  # None: no bars where stderr is no terminal
-        self.scale: tuple[float, float] = (0.0, 1.0)
-        self.before = ""
+    inspector: Inspector
+    root: Path
+    folder: Path
+    quiet: bool | None  # None: no bars where stderr is no terminal
 
     def name(self, path: Path) -> str:
         return printable(path.relative_to(self.root).as_posix())
 
     def file(self, kind: str, path: Path) -> Path:
-        ending = {"maps": ".npz", "heat": ".png", "masks": ".png"}.get(kind, ".jpg")
-        return self.folder / kind / (file_name(path.relative_to(self.root).as_posix()) + ending)
+        name = file_name(path.relative_to(self.root).as_posix())
+        return self.folder / kind / (name + ENDINGS[kind])
 
-    def fit(self, flawless: list[Path], false_alarms: float) -> dict[str, str]:
-        """Learn from the flawless images; returns those that could not be read."""
-        unread: dict[str, str] = {}
+    def fit(self, flawless: list[Path], false_alarms: float) -> list[str]:
+        """Learn from the flawless images; returns notes on those that could not be read."""
+        notes = []
 
         def looks():
-            for paths, items in self._read(flawless, self._load_flawless, "flawless images"):
-                for path, item in zip(paths, items, strict=True):
-                    if isinstance(item, Exception):
-                        unread[printable(path.name)] = str(item)
-                good = [item for item in items if not isinstance(item, Exception)]
+            for batch in self._read(flawless, self._load_flawless, "flawless images"):
+                good = {path: item for path, item in batch if not isinstance(item, str)}
+                notes.extend(
+                    f"flawless, but not used: {printable(path.name)}: {item}"
+                    for path, item in batch
+                    if path not in good
+                )
                 if good:
-                    yield self._look(good, paths)
+                    yield self._look(good)
 
         self.inspector.fit(looks(), false_alarms)
-        rule, maps = self.inspector.rule, self.inspector.flawless_maps
-        middle = float(np.median(maps[:, ::4, ::4]))
-        self.scale = (middle, middle + 1.5 * (rule.map_threshold - middle))
-        return unread
+        return notes
 
-    def _load_flawless(self, path: Path) -> torch.Tensor:
-        return self.inspector.prepare(_photograph(path)[0])
-
-    def run(self, photographs) -> tuple[dict[str, str], list[Path]]:
-        """Score what is not finished. Returns the images that could not be read, and those that are masks."""
-        for kind in KEPT:
+    def look_at(self, photographs: list[Path]) -> tuple[dict[Path, str], list[str]]:
+        """Keep the map of every image that is not finished. Returns those not read, with why, and notes."""
+        for kind in ENDINGS:
             require_writable(self.folder / kind)
         with ThreadPoolExecutor(4) as pool:
             finished = list(pool.map(self._finished, photographs))
         todo = [path for path, done in zip(photographs, finished, strict=True) if not done]
-        if any(finished):
-            self.before = f"{sum(finished)} of {len(finished)} images were finished before, skipped"
-        if self.inspector.rule is None:
-            self.scale = self._scale_without_flawless(todo)
-        unread, masks = {}, []
-        with ThreadPoolExecutor(4) as writers:
-            pending: deque = deque()
-            for paths, items in self._read(todo, self._load, "photographs"):
-                good = []
-                for path, item in zip(paths, items, strict=True):
-                    if isinstance(item, NoPhotographError):
-                        masks.append(path)
-                    elif isinstance(item, Exception):
-                        unread[self.name(path)] = str(item).replace(f"{self.root}/", "")
-                    else:
-                        good.append((path, *item))
-                if not good:
-                    continue
-                look = self._look([item[1] for item in good], paths)
-                maps = self.inspector.maps(look)
-                for (path, _, picture, facts), logit, heat in zip(
-                    good, look.logits, maps, strict=True
-                ):
-                    facts |= {"logit": logit, "map": heat}
-                    pending.append(writers.submit(self._keep, path, picture, facts))
-                while len(pending) > BATCH:
-                    pending.popleft().result()
-            for future in pending:
-                future.result()
-        return unread, masks
+        unread = {}
+        for batch in self._read(todo, self._load, "photographs"):
+            unread |= {path: item for path, item in batch if isinstance(item, str)}
+            good = {path: item for path, item in batch if not isinstance(item, str)}
+            if not good:
+                continue
+            look = self._look({path: tensor for path, (tensor, _) in good.items()})
+            found = zip(good.items(), look.logits, self.inspector.maps(look), strict=True)
+            for (path, (_, facts)), logit, heat in found:
+                write_arrays(self.file("maps", path), facts | {"logit": logit, "map": heat})
+        before = f"{sum(finished)} of {len(finished)} images were finished before, skipped"
+        return unread, [before] if any(finished) else []
 
-    def _look(self, tensors, paths):
+    def _look(self, tensors: dict[Path, torch.Tensor]):
         try:
-            return self.inspector.look(torch.stack(tensors))
+            return self.inspector.look(torch.stack(list(tensors.values())))
         except ValueError as error:
-            names = ", ".join(printable(path.name) for path in paths[:3])
+            names = ", ".join(printable(path.name) for path in list(tensors)[:3])
             raise ValueError(f"{error}: one of {names}, ...") from error
 
-    def _read(self, paths, load, what: str) -> Iterator[tuple[list[Path], list]]:
-        """Batches of paths with what ``load`` made of them, or the exception it raised."""
-
-        def careful(path):
-            try:
-                return load(path)
-            except (OSError, ValueError, MemoryError) as error:
-                return error
-
+    def _read(self, paths: list[Path], load, what: str) -> Iterator[list[tuple]]:
+        """Batches of (path, what ``load`` made of it), while threads read the next one."""
         groups = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
+        ahead: deque = deque()
         with (
             ThreadPoolExecutor(4) as readers,
             tqdm(total=len(paths), desc=what, unit="image", disable=self.quiet) as bar,
         ):
-            ahead: deque = deque()
-            for number, group in enumerate(groups):
-                for later in groups[number + len(ahead) : number + 2]:
-                    ahead.append([readers.submit(careful, path) for path in later])
-                items = [future.result() for future in ahead.popleft()]
-                failed = [e for e in items if isinstance(e, OSError) and e.errno == 28]
-                if failed:  # a full disk is no fault of the image
-                    raise failed[0]
-                yield group, items
-                bar.update(len(group))
+            for group in [*groups, []]:
+                ahead.append([(path, readers.submit(load, path)) for path in group])
+                if len(ahead) > 1:
+                    batch = [(path, future.result()) for path, future in ahead.popleft()]
+                    yield batch
+                    bar.update(len(batch))
 
-    def _load(self, path: Path):
-        """(what the model takes, small picture, facts); writes the picture at native size on the way."""
-        image, found = _photograph(path)
-        facts = {"sha256": content_hash(path), "size": np.array(image.size)}
-        facts["remarks"] = ",".join(sorted(found))
-        tensor = self.inspector.prepare(image)
-        shown = image.copy() if max(image.size) > 65_000 else image  # JPEG's limit
-        shown.thumbnail((65_000, 65_000))
-        _write_picture(self.file("images", path), shown)
-        small = image.convert("RGB")
-        small.thumbnail((768, 768))
-        return tensor, small, facts
+    def _load_flawless(self, path: Path) -> torch.Tensor | str:
+        found = self._photograph(path)
+        return found if isinstance(found, str) else self.inspector.prepare(found[0])
+
+    def _load(self, path: Path) -> tuple[torch.Tensor, dict] | str:
+        """What the model takes, and facts; writes a copy of the picture at native size on the way."""
+        found = self._photograph(path)
+        if isinstance(found, str):
+            return found
+        image, remarks = found
+        write_picture(self.file("images", path), image)
+        facts = {"sha256": content_hash(path), "size": image.size, "remarks": ",".join(remarks)}
+        return self.inspector.prepare(image), facts
+
+    def _photograph(self, path: Path) -> tuple[Image.Image, set[str]] | str:
+        """The image with its remarks, or why there is none."""
+        try:
+            image, remarks = read_photograph(path)
+        except (OSError, ValueError, MemoryError) as error:
+            return str(error).replace(f"{self.root}/", "")
+        return MASK if two_levels(image) else (image, remarks)
 
     def _finished(self, path: Path) -> bool:
         try:
@@ -320,133 +297,90 @@ class _Work:
                 same = str(kept["sha256"]) == content_hash(path)
         except Exception:  # whatever is wrong with the file, its image is computed again
             return False
-        return same and all(
-            self.file(kind, path).is_file() for kind in ("images", "overlays", "heat")
-        )
+        return same and self.file("images", path).is_file()
 
-    def _keep(self, path: Path, picture: Image.Image, facts: dict) -> None:
-        """Write all pictures, then the map, whose presence says that the image is finished."""
-        heat, size = facts["map"], tuple(int(v) for v in facts["size"])
-        threshold = self.inspector.rule.map_threshold if self.inspector.rule else np.inf
-        regions = find_regions(heat, threshold, size)
-        pictures = {
-            "overlays": draw(picture, heat, self.scale, regions, size),
-            "heat": heat_layer(heat, self.scale),
-        }
-        if regions:
-            pictures["masks"] = region_mask(heat, threshold, size)
-        for kind, shown in pictures.items():
-            _write_picture(self.file(kind, path), shown)
-        write_arrays(self.file("maps", path), facts)
+    def scale(self, finished: list[Path]) -> tuple[float, float]:
+        """From where to where the colours of maps go: from the flawless maps; without them the 1st to the 99.9th
+        percentile over up to 32 images spread over the folder."""
+        if rule := self.inspector.rule:
+            middle = float(np.median(self.inspector.flawless_maps[:, ::4, ::4]))
+            return middle, middle + 1.5 * (rule.map_threshold - middle)
+        chosen = finished[:: max(1, len(finished) // 32)][:32]
+        maps = [np.load(self.file("maps", path))["map"] for path in chosen]
+        low, high = np.percentile(maps, [1, 99.9]) if maps else (0.0, 1.0)
+        return float(low), float(high if high > low else low + 1)
 
-    def _scale_without_flawless(self, todo) -> tuple[float, float]:
-        """1st to 99.9th percentile over up to 32 images spread over the folder; kept, so that it stays the same."""
-        path = self.folder / "scale.json"
-        if path.is_file():
-            return tuple(json.loads(path.read_text()))
-        found = []
-        chosen = todo[:: max(1, len(todo) // 32)][:32]
-        for paths, items in self._read(chosen, self._load_flawless, "scale of the maps"):
-            good = [item for item in items if not isinstance(item, Exception)]
-            if good:
-                found.append(self._look(good, paths).words)
-        low, high = np.percentile(np.concatenate(found), [1, 99.9]) if found else (0.0, 1.0)
-        if not high > low:
-            high = low + 1
-        write_atomically(path, json.dumps([float(low), float(high)]))
-        return float(low), float(high)
-
-    def table(self, unread: dict[str, str], masks: list[Path], labels: dict) -> pd.DataFrame:
-        """A row per finished image (path -> label, without those unread and masks), highest score first."""
-        rows, rule = [], self.inspector.rule
-        for path in labels:
-            if path in masks or self.name(path) in unread:
-                continue
-            with np.load(self.file("maps", path)) as kept:
-                heat, logit = kept["map"], float(kept["logit"])
-                size, said = tuple(int(v) for v in kept["size"]), str(kept["remarks"])
-            highest = float(heat.max())
-            score = rule.score(logit, highest) if rule else logit
-            regions, area = [], None
-            if rule:
-                regions = find_regions(heat, rule.map_threshold, size)
-                area = float((without_specks(heat, rule.map_threshold) > rule.map_threshold).mean())
-            rows.append(
-                {
-                    "image": self.name(path),
-                    "verdict": rule.verdict(score, highest) if rule else "",
-                    "score": score,
-                    "p_value": rule.p_value(score) if rule else None,
-                    "logit": logit,
-                    "map_max": highest,
-                    "regions": len(regions),
-                    "area": area,
-                    "boxes": [region.box for region in regions],
-                    "width": size[0],
-                    "height": size[1],
-                    "label": labels[path],
-                    "remarks": said,
-                    "outlines": [region.outline for region in regions],
-                    "file": self.file("images", path).stem,
-                }
-            )
+    def table(self, labels: dict[Path, int], scale: tuple[float, float]) -> pd.DataFrame:
+        """A row per image, highest score first; draws its pictures on the way."""
+        with ThreadPoolExecutor(4) as pool:
+            drawn = pool.map(lambda path: self._row(path, labels[path], scale), labels)
+            bar = tqdm(drawn, "report", len(labels), unit="image", disable=self.quiet)
+            rows = list(bar)
         columns = list(rows[0]) if rows else ["image", "verdict", "score", "label", "file"]
         return pd.DataFrame(rows, columns=columns).sort_values(
             "score", ascending=False, kind="stable", ignore_index=True
         )
 
-    def notes(self, scores: pd.DataFrame) -> list[str]:
-        """What was done to the images that a reader has to know."""
-        if not len(scores):
-            return []
-        notes = [self.before] if self.before else []
-        for remark, text in (
-            ("turned", "were turned as their EXIF orientation says"),
-            (
-                "twelve bit",
-                "are 16-bit files with 12-bit values, nearly black as read: multiply by 16",
-            ),
-        ):
-            count = int(scores["remarks"].str.contains(remark).sum())
-            if count:
-                notes.append(f"{count} images {text}")
-        grid = self.inspector.detector.backbone.visual.grid_size[0] * self.inspector.tiles
-        sides = [(int(w), int(h)) for w, h in zip(scores["width"], scores["height"], strict=True)]
-        (w, h), count = pd.Series(sides).mode()[0], len(set(sides))
-        notes.append(
-            f"the model reads {grid} x {grid} patches: one covers {w / grid:.0f} x {h / grid:.0f} pixels of an "
-            f"image of {w} x {h}{' (the most frequent size)' if count > 1 else ''}; much smaller defects are hardly "
-            "seen (--tiles)"
-        )
-        long = sum(max(side) > 3 * min(side) for side in sides)
-        if long:
-            notes.append(
-                f"{long} images are more than three times as long as wide: squashed to a square"
-            )
-        return notes
+    def _row(self, path: Path, label: int, scale: tuple[float, float]) -> dict:
+        rule = self.inspector.rule
+        with np.load(self.file("maps", path)) as kept:
+            heat, logit = kept["map"], float(kept["logit"])
+            size, remarks = tuple(map(int, kept["size"])), str(kept["remarks"])
+        threshold = rule.map_threshold if rule else np.inf
+        regions = find_regions(heat, threshold, size)
+        highest = float(heat.max())
+        score = rule.score(logit, highest) if rule else logit
+        overlay = draw(self.file("images", path), heat, scale, regions, size)
+        write_picture(self.file("overlays", path), overlay)
+        write_picture(self.file("heat", path), heat_layer(heat, scale))
+        if regions:
+            write_picture(self.file("masks", path), region_mask(heat, threshold, size))
+        return {
+            "image": self.name(path),
+            "verdict": rule.verdict(score, highest) if rule else "",
+            "score": score,
+            "p_value": rule.p_value(score) if rule else None,
+            "logit": logit,
+            "map_max": highest,
+            "regions": len(regions),
+            "area": float((without_specks(heat, threshold) > threshold).mean()) if rule else None,
+            "boxes": [region.box for region in regions],
+            "width": size[0],
+            "height": size[1],
+            "label": label,
+            "remarks": remarks,
+            "outlines": [region.outline for region in regions],
+            "file": self.file("images", path).stem,
+        }
 
-    def sweep(self, scores: pd.DataFrame) -> None:
+    def remove_others(self, scores: pd.DataFrame) -> None:
         """Remove what is left of images that are gone, and of regions that are none any more."""
         present = set(scores["file"])
         regions = set(scores["file"][scores["regions"] > 0]) if len(scores) else set()
-        for kind in KEPT:
+        for kind in ENDINGS:
             for path in (self.folder / kind).iterdir():
                 if path.stem not in (regions if kind == "masks" else present):
                     path.unlink()
 
 
-def _write_picture(path: Path, picture: Image.Image) -> None:
-    """As the name's ending says, .png or .jpg."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG" if path.suffix == ".png" else "JPEG", quality=88)
-    write_atomically(path, buffer.getvalue())
-
-
-def _photograph(path: Path) -> tuple[Image.Image, set[str]]:
-    image, found = read_photograph(path)
-    if two_levels(image):
-        raise NoPhotographError(f"{path} has at most two grey levels: a mask or an empty picture")
-    return image, found
+def _notes(scores: pd.DataFrame, inspector: Inspector) -> list[str]:
+    """What was done to the images that a reader has to know."""
+    if not len(scores):
+        return []
+    turned = int(scores["remarks"].str.contains("turned").sum())
+    twelve = int(scores["remarks"].str.contains("twelve bit").sum())
+    sides = scores[["width", "height"]]
+    long = int((sides.max(axis=1) > 3 * sides.min(axis=1)).sum())
+    grid = inspector.detector.backbone.visual.grid_size[0] * inspector.tiles
+    width, height = sides.value_counts().index[0]
+    said = {
+        f"{turned} images were turned as their EXIF orientation says": turned,
+        f"{twelve} images are 16-bit files with 12-bit values, nearly black as read: multiply by 16": twelve,
+        f"{long} images are more than three times as long as wide: squashed to a square": long,
+        f"the model reads {grid} x {grid} patches: one covers {width / grid:.0f} x {height / grid:.0f} pixels of an "
+        f"image of {width} x {height} (the most frequent size); much smaller defects are hardly seen (--tiles)": True,
+    }
+    return [note for note, holds in said.items() if holds]
 
 
 def _observed(scores: pd.DataFrame) -> dict[str, float] | None:

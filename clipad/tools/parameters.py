@@ -3,9 +3,9 @@
 papermill warns of unknown names and guesses types; here both are refused before a kernel starts. The cell says one
 parameter a line, ``name: type = default  # help``:
 
-* type: ``str int float bool list dict``, also ``list[str]``, ``dict[str, float]`` and the like;
+* type: ``str int float bool list list[str] dict``; the default's own if left out;
 * the end of the help may limit the values: ``[mean|pca|kde]`` (choices), ``[1..16]``, ``[0..]``, ``[..1]`` (ranges,
-  ends included). No ``=`` in the help: papermill does not see such a line;
+  ends included);
 * a ``str`` parameter whose help starts with "path" is a path: a relative value counts from where the command was
   typed. With "path" later in the help ("tag, or path of a file") it is one only if such a file exists;
 * empty values (``""``, ``0``, ``[]``, ``{}``) mean "what the preset says" and are never out of range.
@@ -20,8 +20,18 @@ import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
-TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
-EMPTY = {"str": "", "int": 0, "float": 0.0, "list": [], "dict": {}}
+TYPES = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "list": list,
+    "list[str]": list,
+    "dict": dict,
+}
+EMPTY = {"str": "", "int": 0, "float": 0.0, "list": [], "list[str]": [], "dict": {}}
+IN_YAML = {"str": '"03"', "list": '[3, "no"]', "list[str]": '[a, "03"]', "dict": "{key: value}"}
+"""how values are written that ``-p`` would read as something else, or cannot say"""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
@@ -47,6 +57,13 @@ def nearest(name: str, known) -> str:
     return f"{hint}known: {', '.join(known) or 'none'}"
 
 
+def require_known(names, known, what: str) -> None:
+    """ValueError for the first of the names that is not known."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{what}: unknown parameter {shown(name)}; {nearest(name, known)}")
+
+
 # --- what a notebook declares ---------------------------------------------------------------------------------------
 
 
@@ -62,70 +79,60 @@ class Parameter:
     low: float = -math.inf
     high: float = math.inf
 
-    def is_path(self, value: str) -> bool:
+    def is_path(self, value) -> bool:
         """Whether the value names a file or folder; see the docstring of the module."""
-        found = re.search(r"\bpath\b", self.help) if self.type == "str" else None
-        return found is not None and (found.start() == 0 or Path(value).expanduser().exists())
+        if self.type != "str" or not value or "path" not in self.help.split():
+            return False
+        return self.help.startswith("path") or Path(value).expanduser().exists()
 
 
-def declared(notebook, name: str) -> dict[str, Parameter]:
-    """The parameters of a notebook node, by name, as papermill's ``inspect_notebook`` sees them.
+def declared(source: str, name: str) -> dict[str, Parameter]:
+    """The parameters in the source of a cell, by name; ``name``: what errors call it.
 
-    ``name``: what errors call the notebook. Raises ValueError for a parameter that papermill does not see, that has a
-    type not listed above or a default that does not fit its type.
+    Raises ValueError for a line of another form, an unknown type, or a default that does not fit its type.
     """
-    from papermill import inspect_notebook
-
-    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    if len(cells) != 1:
-        raise ValueError(f"{name}: expected one cell tagged `parameters`, found {len(cells)}")
     try:
-        statements = ast.parse(cells[0].source).body
+        statements = ast.parse(source).body
     except SyntaxError as error:
         place = f"line {error.lineno} of the parameters cell"
         raise ValueError(f"{name}: {place} is no Python: {error.msg}") from None
-    seen = {key: _parameter(line, name) for key, line in inspect_notebook(notebook).items()}
-    for statement in statements:
-        for target in getattr(statement, "targets", [getattr(statement, "target", None)]):
-            if isinstance(target, ast.Name) and target.id not in seen:
-                raise ValueError(
-                    f"{name}: papermill does not see the parameter {target.id!r} in line {statement.lineno} of the "
-                    "parameters cell; write `name: type = default  # help`, a plain type, one `=` (ranges: [0..])"
-                )
-    return seen
+    lines = source.splitlines()
+    found = [
+        _parameter(statement, lines[statement.end_lineno - 1], name) for statement in statements
+    ]
+    return {parameter.name: parameter for parameter in found}
 
 
-def _parameter(found: dict, notebook: str) -> Parameter:
-    name, help_text = found["name"], found["help"]
+def _parameter(statement: ast.stmt, line: str, notebook: str) -> Parameter:
     try:
-        default = ast.literal_eval(found["default"])
-    except (ValueError, SyntaxError):
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+        name, default = target.id, ast.literal_eval(statement.value)
+    except (AttributeError, ValueError):
         raise ValueError(
-            f"{notebook}: the default of {name!r} is no plain value: {found['default']}"
+            f"{notebook}: expected `name: type = default  # help` with a plain value in line "
+            f"{statement.lineno} of the parameters cell, found {ast.unparse(statement)}"
         ) from None
-    kind = found["inferred_type_name"].replace(" ", "")
-    if kind == "None":
-        kind = type(default).__name__
-    if kind.partition("[")[0] not in TYPES or not set(re.findall(r"\w+", kind)) <= set(TYPES):
+    annotation = getattr(statement, "annotation", None)
+    kind = ast.unparse(annotation) if annotation else type(default).__name__
+    if kind not in TYPES or not _fits(default, kind):
         raise ValueError(
-            f"{notebook}: {name!r} has the type {kind}; expected one of {', '.join(TYPES)}"
+            f"{notebook}: {name} has the type {kind} and the default {shown(default)}; "
+            f"expected one of {', '.join(TYPES)}, and a default of that type"
         )
-    if not _fits(default, kind):
-        raise ValueError(f"{notebook}: the default of {name!r} is {default!r}, its type is {kind}")
-    return Parameter(name, kind, default, help_text, **_limits(help_text))
+    end = len(line.encode()[: statement.end_col_offset].decode())
+    help_text = line[end:].partition("#")[2].strip()
+    return Parameter(name, kind, default, help_text, **_limits(name, help_text))
 
 
-def _limits(help_text: str) -> dict:
+def _limits(name: str, help_text: str) -> dict:
     """``choices``, or ``low`` and ``high``, from the brackets that end a help."""
     bracket = re.search(r"\[([^\[\]]+)\]$", help_text)
-    if not bracket:
+    if not bracket or name == "device":  # which devices there are, `find_device` knows
         return {}
-    if ends := re.fullmatch(r"(-?[\d.]*\d)?\.\.(-?[\d.]*\d)?", bracket[1].replace(" ", "")):
+    if ends := re.fullmatch(r"(-?[\d.]*\d)?\.\.(-?[\d.]*\d)?", bracket[1]):
         pairs = zip(("low", "high"), ends.groups(), strict=True)
         return {end: float(number) for end, number in pairs if number}
-    if "|" in bracket[1]:
-        return {"choices": tuple(choice.strip() for choice in bracket[1].split("|"))}
-    return {}
+    return {"choices": tuple(bracket[1].split("|"))}
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -135,15 +142,15 @@ def checked(parameter: Parameter, value):
     """The value as the notebook may get it: right type, allowed, a path made absolute; else ValueError."""
     name, kind = parameter.name, parameter.type
     if kind != "bool" and not isinstance(value, bool) and value in ("", 0):
-        return EMPTY[kind.partition("[")[0]]
+        return EMPTY[kind]
     if not _fits(value, kind):
-        found = f"found {type(value).__name__} {shown(value)}"
-        raise ValueError(f"{name} expects {kind}, {found}{_advice(name, kind, value)}")
+        advice = f"; in YAML: -y '{name}: {IN_YAML[kind]}'" if kind in IN_YAML else ""
+        raise ValueError(
+            f"{name} expects {kind}, found {type(value).__name__} {shown(value)}{advice}"
+        )
     for item in value if isinstance(value, list) else [value]:
         _require_allowed(parameter, item)
-    if value and parameter.is_path(value):
-        return str(Path(value).expanduser().resolve())
-    return value
+    return str(Path(value).expanduser().resolve()) if parameter.is_path(value) else value
 
 
 def _require_allowed(parameter: Parameter, item) -> None:
@@ -158,39 +165,15 @@ def _require_allowed(parameter: Parameter, item) -> None:
 
 
 def _fits(value, kind: str) -> bool:
-    """Whether ``value`` has the type that is written ``kind``: "float" takes an int, "int" takes no bool.
-
-    Items of a bare ``list`` are text and numbers (YAML reads ``[no, on]`` as booleans), or lists of these.
-    """
-    outer, _, inner = kind.partition("[")
+    """Whether ``value`` has the type that is written ``kind``: "float" takes an int, "int" takes no bool; items of a
+    list are no bools (YAML reads ``[no, on]`` as such)."""
     if isinstance(value, bool):
-        return outer == "bool"
-    if not isinstance(value, TYPES[outer]):
-        return False
-    if outer == "list" and not inner:
-        return all(any(_fits(item, k) for k in ("str", "float", "list")) for item in value)
-    if outer == "list":
-        return all(_fits(item, inner[:-1]) for item in value)
-    if outer == "dict":
-        key, _, item = inner[:-1].partition(",")
-        return all(
-            _fits(k, key or "str") and (not item or _fits(v, item)) for k, v in value.items()
-        )
-    return True
-
-
-def _advice(name: str, kind: str, value) -> str:
-    if kind.startswith("dict"):
-        return f"; -p cannot say this, use YAML: -y '{name}: {{key: value}}'"
-    if kind.startswith("list") and isinstance(value, list):
-        return (
-            f'; text that looks like a number, yes or no needs quotes: -y \'{name}: ["01", "no"]\''
-        )
-    if kind.startswith("list"):
-        return f"; -p cannot say this, use YAML: -y '{name}: [a, b]'"
-    if kind == "str" and isinstance(value, int | float):
-        return f"; for text that looks like a number or True/False use YAML: -y '{name}: \"{shown(value)}\"'"
-    return ""
+        return kind == "bool"
+    if kind == "list[str]":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind == "list":
+        return isinstance(value, list) and not any(isinstance(item, bool) for item in value)
+    return isinstance(value, TYPES[kind])
 
 
 # --- from the command line ------------------------------------------------------------------------------------------
@@ -201,53 +184,31 @@ def read_parameters(pairs, texts, files) -> dict:
 
     Raises ValueError for what is no mapping of names to plain values, OSError for a file that cannot be read.
     """
+    found = [(name, read_yaml(Path(name).expanduser())) for name in files]
+    found += [(f"-y {shown(text)}", parse_yaml(text, f"-y {shown(text)}")) for text in texts]
     values = {}
-    for name in files:
-        values |= _mapping(read_yaml(Path(name).expanduser()), f"the file {name}")
-    for text in texts:
-        values |= _mapping(parse_yaml(text, f"-y {shown(text)}"), f"-y {shown(text)}")
+    for place, mapping in found:
+        if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping):
+            raise ValueError(f"{place} holds {shown(mapping)}, expected `name: value`")
+        values |= mapping
     return values | {name: guess_type(value) for name, value in pairs}
-
-
-def _mapping(found, place: str) -> dict:
-    if not isinstance(found, dict):
-        raise ValueError(f"{place} holds {type(found).__name__}, expected `name: value`")
-    for name in found:
-        if not isinstance(name, str):
-            raise ValueError(f"{place}: the name {shown(name)} is no text")
-    return found
 
 
 def read_yaml(path: Path):
     """What a YAML file holds; ValueError that names it for what is no YAML in UTF-8, OSError if it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no YAML in UTF-8: {error}") from None
-    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, place: str):
-    """Plain values of YAML: dates stay text; no references (a few lines of them stand for gigabytes), no name twice."""
+    """Plain values of YAML; dates stay text."""
     import yaml
     from papermill.iorw import NoDatesSafeLoader
 
-    class Loader(NoDatesSafeLoader):
-        def compose_node(self, parent, index):
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("references (*name) are not read: write the value itself")
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node, deep=False):
-            found = super().construct_mapping(node, deep)
-            if len(found) < len(node.value):
-                raise yaml.YAMLError(f"a name stands twice, known so far: {shown(list(found))}")
-            return found
-
     try:
-        return yaml.load(text, Loader)
-    except RecursionError:
-        raise ValueError(f"{place} is nested too deeply") from None
+        return yaml.load(text, NoDatesSafeLoader)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{place} is no YAML: {str(error)[:300]}") from None
 

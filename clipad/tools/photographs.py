@@ -2,38 +2,59 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from clipad.datasets import NORMAL_NAMES
-from clipad.files import Scan, content_hash, printable, scan
-from clipad.studies.inspection import images_needed, require_enough
+from clipad.files import Scan, content_hash, nfc, printable, scan
 
 
-def check_input(
-    path, object_name, output_dir, normal=None, false_alarms=0.05, normal_folder="", **_
-) -> None:
-    """All of ``detect``'s refusals that need no model."""
-    if not object_name.strip():
-        raise ValueError("the object has no name: a prompt needs one, such as 'metal nut'")
-    images_needed(false_alarms)
-    root, found = find_photographs(path, output_dir)
-    flawless, _ = find_flawless(normal, normal_folder, output_dir) if normal else ([], [])
-    labels_of(found.photographs, root, normal_folder, flawless)
-    if normal:
-        refuse_shared(found.photographs, flawless)
-        require_enough(len(flawless), false_alarms)
+@dataclass(frozen=True)
+class Images:
+    """What `detect` is given. ``labels``: photograph -> 1, 0 (flawless), or -1 if not known; names count from
+    ``root``. ``flawless``: photographs that set scale and threshold. ``skipped``: reason -> files that are no
+    photographs. ``notes``: lines on what was left out of the flawless ones."""
+
+    root: Path
+    labels: dict[Path, int]
+    flawless: list[Path]
+    skipped: dict[str, list[Path]]
+    notes: list[str]
 
 
-def find_photographs(path: str | Path, output_dir: str | Path | None = None) -> tuple[Path, Scan]:
-    """The folder that names are relative to, and what lies in it (or the one image). Results of clipad are left out.
+def collect(path, output_dir, normal=None, normal_folder: str = "") -> Images:
+    """The photographs below a folder (or the one image) and the flawless ones of ``normal``. Nothing is decoded.
 
-    Raises FileNotFoundError or ValueError if there is no photograph.
+    ``normal_folder``: sub-folders of this name hold flawless images, in ``path`` (for labels, which are never guessed)
+    and in ``normal``. Results of clipad are no photographs.
+
+    Raises FileNotFoundError or ValueError for a folder without photographs, for images that are in both, and where it
+    is not clear which are flawless.
     """
+    root, found = _photographs(path, output_dir)
+    flawless, notes = _flawless(normal, output_dir, normal_folder) if normal else ([], [])
+    labels = dict.fromkeys(found.photographs, -1)
+    if normal_folder not in ("", "."):
+        named = {p: int(not _below(p, root, normal_folder)) for p in found.photographs}
+        if 0 in named.values():
+            labels = named
+        elif not any(_below(p, Path(p.anchor), normal_folder) for p in flawless):
+            raise ValueError(f"no folder is called {normal_folder!r}; found {_folders(labels)}")
+    known = set(map(content_hash, flawless))
+    shared = [path for path in labels if content_hash(path) in known]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} images are among the flawless ones as well ({printable(shared[0].name)}, ...): their "
+            "scores would look better than those of new images. Take them out of one of the two folders"
+        )
+    return Images(root, labels, flawless, found.skipped, notes)
+
+
+def _photographs(path, output_dir) -> tuple[Path, Scan]:
+    """The folder that names are relative to, and what lies in it (or the one image)."""
     path = Path(path).expanduser()
     path = path.resolve() if ".." in path.parts else path.absolute()
-    out = Path(output_dir).expanduser().resolve() if output_dir is not None else None
+    out = Path(output_dir).expanduser().resolve()
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: expected an image or a folder of images")
     if path.is_file():
@@ -47,62 +68,34 @@ def find_photographs(path: str | Path, output_dir: str | Path | None = None) -> 
     return path, found
 
 
-def find_flawless(
-    folder: str | Path, normal_folder: str = "", output_dir: str | Path | None = None
-) -> tuple[list[Path], list[str]]:
+def _flawless(folder, output_dir, normal_folder: str) -> tuple[list[Path], list[str]]:
     """The flawless images of a folder, each content once, and notes on what was left out.
 
     Images directly in the folder all count. With sub-folders, those called ``normal_folder`` do ("." for all), or, if
     none is given, those called good, normal or ok, if only one of these names occurs. Anything else is a ValueError.
     """
-    root, found = find_photographs(folder, output_dir)
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is one image: flawless images are given as a folder")
-    photographs = found.photographs
-    names = sorted({_folded(p.parent.name) for p in photographs if p.parent != root})
-    if normal_folder and normal_folder != ".":
-        within = [p for p in photographs if _below(p, root, normal_folder)]
-        photographs = within or ([] if names else photographs)
-    elif names and not normal_folder:
-        known = [name for name in names if name.lower() in NORMAL_NAMES]
-        flat = any(p.parent == root for p in photographs)
-        photographs = (
-            [p for p in photographs if _folded(p.parent.name) == known[0]]
-            if len(known) == 1 and not flat
-            else []
-        )
-    if not photographs:
+    root, found = _photographs(folder, output_dir)
+    chosen = found.photographs
+    deep = [path for path in chosen if path.parent != root]
+    if deep and normal_folder != ".":
+        usual = {path.parent.name for path in deep if path.parent.name.lower() in NORMAL_NAMES}
+        if not normal_folder and len(usual) == 1 and len(deep) == len(chosen):
+            normal_folder = usual.pop()
+        chosen = [path for path in deep if normal_folder and _below(path, root, normal_folder)]
+    if not chosen:
         raise ValueError(
-            f"{root} has images in the sub-folders {', '.join(names)}: which of them are flawless? "
+            f"{root} has images in the sub-folders {_folders(deep)}: which of them are flawless? "
             "Give the folder that holds only these, or its name (--normal-folder NAME; . for all)"
         )
-    once = list({content_hash(path): path for path in reversed(photographs)}.values())[::-1]
+    once = list({content_hash(path): path for path in reversed(chosen)}.values())[::-1]
     notes = [f"beside the flawless images: {line}" for line in found.skipped_lines(root)]
-    if len(photographs) < len(found.photographs):
-        notes.append(
-            f"flawless: the {len(photographs)} images in folders called {printable(photographs[0].parent.name)}; "
-            f"{len(found.photographs) - len(photographs)} others not"
-        )
-    if len(once) < len(photographs):
-        notes.append(
-            f"flawless: {len(photographs) - len(once)} copies of another flawless image count once"
-        )
+    others = len(found.photographs) - len(chosen)
+    if others:
+        notes.append(f"flawless: the {len(chosen)} images in {normal_folder}; {others} others not")
+    if len(once) < len(chosen):
+        copies = len(chosen) - len(once)
+        notes.append(f"flawless: {copies} copies of another flawless image count once")
     return once, notes
-
-
-def labels_of(
-    photographs: Sequence[Path], root: Path, normal_folder: str, flawless: Sequence[Path]
-) -> dict[Path, int]:
-    """0 and 1 by the sub-folder that the user named; -1 where none was."""
-    if not normal_folder or normal_folder == ".":
-        return dict.fromkeys(photographs, -1)
-    labels = {path: int(not _below(path, root, normal_folder)) for path in photographs}
-    if 0 in labels.values():
-        return labels
-    if not any(_folded(normal_folder) in map(_folded, path.parts) for path in flawless):
-        names = sorted({printable(p.parent.name) for p in photographs})
-        raise ValueError(f"no folder is called {normal_folder!r}; found {', '.join(names[:20])}")
-    return dict.fromkeys(photographs, -1)
 
 
 def _below(path: Path, root: Path, name: str) -> bool:
@@ -110,15 +103,8 @@ def _below(path: Path, root: Path, name: str) -> bool:
 
 
 def _folded(name: str) -> str:
-    return unicodedata.normalize("NFC", printable(name)).casefold()
+    return nfc(printable(name)).casefold()
 
 
-def refuse_shared(photographs: Sequence[Path], flawless: Sequence[Path]) -> None:
-    """ValueError if an image is in both, by content."""
-    known = {content_hash(path): path for path in flawless}
-    shared = [path for path in photographs if content_hash(path) in known]
-    if shared:
-        raise ValueError(
-            f"{len(shared)} images are among the flawless ones as well ({printable(shared[0].name)}, ...): their "
-            "scores would look better than those of new images. Take them out of one of the two folders"
-        )
+def _folders(paths) -> str:
+    return ", ".join(sorted({printable(path.parent.name) for path in paths})[:20])

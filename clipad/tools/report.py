@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -14,6 +12,7 @@ import contourpy
 import jinja2
 import matplotlib
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
@@ -81,11 +80,13 @@ def heat_layer(heat: np.ndarray, scale: tuple[float, float]) -> Image.Image:
     return Image.fromarray((255 * colours).round().astype(np.uint8), "RGBA")
 
 
-def draw(picture, heat, scale, regions: list[Region], size: tuple[int, int]) -> Image.Image:
-    """The image with its map and the outlines of its regions, 384 to 768 pixels along its longer side."""
-    factor = max(1.0, 384 / max(picture.size))
-    width, height = (max(1, round(side * factor)) for side in picture.size)
-    shown = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+def draw(picture: Path, heat, scale, regions: list[Region], size: tuple[int, int]) -> Image.Image:
+    """The image in a file with its map and the outlines of its regions, 384 to 768 pixels along its longer side."""
+    with Image.open(picture) as image:
+        image.thumbnail((768, 768))
+        factor = max(1.0, 384 / max(image.size))
+        width, height = (max(1, round(side * factor)) for side in image.size)
+        shown = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     layer = heat_layer(heat, scale).resize((width, height), Image.Resampling.BILINEAR)
     layer.putalpha(layer.getchannel("A").point(lambda value: round(0.6 * value)))
     shown.paste(layer, mask=layer.getchannel("A"))
@@ -98,14 +99,20 @@ def draw(picture, heat, scale, regions: list[Region], size: tuple[int, int]) -> 
     return shown
 
 
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """As the name's ending says, .png or .jpg."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG" if path.suffix == ".png" else "JPEG", quality=88)
+    write_atomically(path, buffer.getvalue())
+
+
 # ------------------------------------------------------------------------------------------- files
 
 
 def write_report(report, folder: Path, scale: tuple[float, float], inspector) -> None:
     """report.html, scores.csv and scores.json; the report opens offline and can be moved with its folder."""
     write_atomically(folder / "scores.csv", scores_csv(report))
-    hidden = ["outlines", "remarks"] + ([] if has_labels(report) else ["label"])
-    rows = report.scores.drop(columns=hidden, errors="ignore")
+    rows = report.scores.drop(columns=hidden(report), errors="ignore")
     content = {
         "warning": report.warning,
         "rule": report.rule.words() if report.rule else None,
@@ -126,6 +133,11 @@ def write_report(report, folder: Path, scale: tuple[float, float], inspector) ->
     write_atomically(folder / "report.html", report_html(report, scale, inspector))
 
 
+def hidden(report) -> list[str]:
+    """Columns that only the page needs, and labels that nobody gave."""
+    return ["outlines", "remarks"] + ([] if has_labels(report) else ["label"])
+
+
 def has_labels(report) -> bool:
     """Whether the user said which images are flawless."""
     return bool(len(report.scores)) and bool((report.scores["label"] >= 0).all())
@@ -133,18 +145,13 @@ def has_labels(report) -> bool:
 
 def scores_csv(report) -> str:
     """A row per image. A text that a spreadsheet would take for a formula gets an apostrophe before it."""
-    columns = ["image", "verdict", "score", "p_value", "logit", "map_max"]
-    columns += ["regions", "area", "boxes", "width", "height"]
-    columns += ["label"] if has_labels(report) else []
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*columns, *(["warning"] if report.warning else [])])
-    for row in report.scores.to_dict(orient="records"):
-        row["boxes"] = "; ".join(" ".join(map(str, box)) for box in row["boxes"])
-        cells = ["" if row[c] is None else row[c] for c in columns]
-        cells = [harmless(c) if isinstance(c, str) else c for c in cells]
-        writer.writerow([*cells, *([report.warning] if report.warning else [])])
-    return out.getvalue()
+    scores = report.scores.drop(columns=["file", *hidden(report)], errors="ignore")
+    if len(scores):
+        boxes = ["; ".join(" ".join(map(str, box)) for box in boxes) for boxes in scores["boxes"]]
+        scores = scores.assign(image=scores["image"].map(harmless), boxes=boxes)
+    if report.warning:
+        scores = scores.assign(warning=report.warning)
+    return scores.to_csv(index=False)
 
 
 def harmless(text: str) -> str:
@@ -199,89 +206,74 @@ def _svg_path(line) -> str:
     return "M" + "L".join(f"{x:g} {y:g}" for x, y in line) + "Z"
 
 
-def method_in_words(report, inspector) -> list[tuple[str, str]]:
-    """Pairs of a setting and what it was."""
+def method_in_words(report, inspector) -> dict[str, str]:
+    """The settings of a report, each with what it was."""
     backbone, settings = inspector.detector.backbone, report.settings
+    distance = "distance of each patch to the nearest patch of the flawless images"
     near = {
         "no": "the detector's own",
-        "alone": "distance of each patch to the nearest patch of the flawless images",
-        "added": "the detector's, plus the distance of each patch to the nearest patch of the flawless images, each on "
-        "the robust scale of the flawless images",
-    }[inspector.neighbours]
-    flawless = len(report.rule.logits) if report.rule else 0
+        "alone": distance,
+        "added": f"the detector's, plus the {distance}, each on the robust scale of the flawless images",
+    }
     score = (
         "(z(logit) + z(map maximum)) / √2, z = distance from the median of the flawless images in units of 1.4826 MAD"
         if report.rule
         else "the logit, 100 × (cosine with the anomalous text − cosine with the normal text); no flawless images were "
         "given, so there is no verdict (--normal)"
     )
-    return [
-        ("object", settings["object"]),
-        (
-            "model",
-            f"{backbone.name}, {backbone.pretrained}, reads {backbone.image_size} × {backbone.image_size} pixels",
-        ),
-        ("detector", settings["detector"]),
-        ("map", near),
-        ("tiles", "none" if inspector.tiles == 1 else f"{inspector.tiles} × {inspector.tiles}"),
-        ("score", score),
-        ("flawless images", str(flawless) if flawless else "none"),
-        ("weights and sources", f"{settings['weights']}, clipad {settings['code']}"),
-    ]
+    return {
+        "object": settings["object"],
+        "model": f"{backbone.name}, {backbone.pretrained}, reads {backbone.image_size} × {backbone.image_size} pixels",
+        "detector": settings["detector"],
+        "map": near[inspector.neighbours],
+        "tiles": "none" if inspector.tiles == 1 else f"{inspector.tiles} × {inspector.tiles}",
+        "score": score,
+        "flawless images": str(len(report.rule.logits)) if report.rule else "none",
+        "weights and sources": f"{settings['weights']}, clipad {settings['code']}",
+    }
 
 
-@dataclass(frozen=True)
-class Histogram:
-    """Bars of flawless and new scores on one axis, for the report's drawing (0 to 100 across)."""
+def histogram(report) -> dict | None:
+    """Flawless and new scores on one axis, which is 100 long, for the page's drawing; None without scores.
 
-    bars: dict[str, list[tuple[float, float, int]]]
-    """name -> (left, width, count)"""
-    highest: int
-    ticks: list[tuple[float, str]]
-    threshold: float | None
-    words: str
-
-
-def histogram(report) -> Histogram | None:
-    """None without scores."""
+    ``bars``: name -> (left, width, count); ``highest`` count; ``ticks``: (place, text); place of the ``threshold``, or
+    None; the same in ``words``.
+    """
     new = report.scores["score"].to_numpy(dtype=float)
     if not len(new):
         return None
     flawless = report.rule.scores if report.rule else np.array([])
     both = np.concatenate([new, flawless])
-    # Beyond a range in which the threshold can be seen, the rest goes into the last bar.
     low, high = float(both.min()), float(both.max())
-    if report.rule:
-        high = min(high, report.rule.threshold + 4 * (report.rule.threshold - low))
-        high = max(high, report.rule.threshold + 0.05 * (report.rule.threshold - low))
-    high = high if high > low else low + 1
-    edges = np.linspace(low, high, 31)
-    place = lambda value: 100 * (value - low) / (high - low)  # noqa: E731
-    bars, highest = {}, 1
-    for name, values in (("flawless", flawless), ("new", new)):
-        counts = np.histogram(np.clip(values, low, high), edges)[0]
-        highest = max(highest, int(counts.max()))
-        bars[name] = [
-            (place(edge), 100 / 30, int(count))
-            for edge, count in zip(edges, counts, strict=False)
-            if count
-        ]
-    step = 10 ** math.floor(math.log10((high - low) / 2))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 8)
-    ticks = np.arange(math.ceil(low / step) * step, high + step / 1e6, step)
-    beyond = int((new > high).sum())
-    threshold = report.rule.threshold if report.rule else None
     words = f"{len(new)} new images between {new.min():.2f} and {new.max():.2f}"
+    threshold = report.rule.threshold if report.rule else None
     if threshold is not None:
+        # A range in which the threshold can be seen; what is beyond goes into the last bar.
+        above = np.clip(high - threshold, 0.05 * (threshold - low), 4 * (threshold - low))
+        high = threshold + above
         words += (
-            f", {int((new > threshold).sum())} of them above the threshold {threshold:.2f}; "
-            f"{len(flawless)} flawless images between {flawless.min():.2f} and {flawless.max():.2f}"
+            f", {int((new > threshold).sum())} of them above the threshold {threshold:.2f}; {len(flawless)} flawless "
+            f"images between {flawless.min():.2f} and {flawless.max():.2f}"
         )
-    words += f"; {beyond} scores beyond the axis are in its last bar" if beyond else ""
-    return Histogram(
-        bars,
-        highest,
-        [(place(tick), f"{tick:g}") for tick in ticks],
-        None if threshold is None else place(threshold),
-        words,
-    )
+    if beyond := int((new > high).sum()):
+        words += f"; {beyond} scores beyond the axis are in its last bar"
+    high = high if high > low else low + 1
+    counts = {
+        name: np.histogram(np.clip(values, low, high), 30, (low, high))[0]
+        for name, values in (("flawless", flawless), ("new", new))
+    }
+
+    def place(value):
+        return 100 * (value - low) / (high - low)
+
+    ticks = MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(low, high)
+    return {
+        "bars": {
+            name: [(100 * i / 30, 100 / 30, int(n)) for i, n in enumerate(found) if n]
+            for name, found in counts.items()
+        },
+        "highest": max(1, *(int(found.max()) for found in counts.values())),
+        "ticks": [(place(tick), f"{tick:g}") for tick in ticks if low <= tick <= high],
+        "threshold": None if threshold is None else place(threshold),
+        "words": words,
+    }

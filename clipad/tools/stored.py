@@ -16,8 +16,8 @@ from clipad.files import write_atomically
 REPOSITORY = Path(__file__).resolve().parents[2]
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-LARGEST_OUTPUT = 10_000_000
-"""characters of one output that are looked into; more is a fault of its own"""
+LARGEST = 1_500_000
+"""bytes of a stored notebook"""
 
 
 # --- the gate -------------------------------------------------------------------------------------------------------
@@ -29,58 +29,28 @@ def gate(notebook) -> list[str]:
     No ``error`` output in cells or in widgets, every code cell executed, alt text for each figure, a static output
     beside widgets, no path of this machine, no Python warning outside cells tagged ``warns``, kernel ``python3``.
     """
-    problems = []
-    skipped = False
-    before = []
+    problems, skipped, before = [], False, []
     for number, cell in enumerate(code_cells(notebook), 1):
+        found = []
         if cell.source.strip() and cell.execution_count is None and not skipped:
-            problems.append(f"code cell {number} was not executed")
-        tags = cell.metadata.get("tags", [])
+            found.append("was not executed")
         for output in cell.outputs:
-            problems += [
-                f"code cell {number}: {p}" for p in _output_problems(output, notebook, tags)
-            ]
+            found += _output_problems(output, notebook, cell.metadata.get("tags", []))
         shown = [output for output in cell.outputs if WIDGET_VIEW not in output.get("data", {})]
         if len(shown) < len(cell.outputs) and not shown and not before:
-            problems.append(
-                f"code cell {number}: controls without a static figure or text before them"
-            )
+            found.append("controls without a static figure or text before them")
         before = shown
-        skipped = skipped or any(_is_clean_exit(output) for output in cell.outputs)
-    for model in _widget_models(notebook).values():
-        state = dict(model.get("state", {}))
-        for output in state.pop("outputs", ()):
-            problems += [f"in a widget: {p}" for p in _output_problems(output, notebook, [])]
-        problems += [f"in a widget: {p}" for p in _path_problems(json.dumps(state), notebook)]
+        skipped = skipped or any(map(_is_clean_exit, cell.outputs))
+        problems += [f"code cell {number}: {problem}" for problem in found]
+    widgets = notebook.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
+    for state in (dict(model.get("state", {})) for model in widgets.values()):
+        found = [p for o in state.pop("outputs", ()) for p in _output_problems(o, notebook, [])]
+        found += _path_problems(json.dumps(state), notebook)
+        problems += [f"in a widget: {problem}" for problem in found]
     kernel = notebook.metadata.get("kernelspec", {}).get("name")
     if kernel != "python3":
         problems.append(f"the kernel is {kernel!r}, expected 'python3'")
     return list(dict.fromkeys(problems))
-
-
-def shape_problems(notebook) -> list[str]:
-    """Where a stored notebook is hard to read: code lines above 100 characters, cells above 25 lines (besides the
-    parameters, which are a list), not one parameters cell, a file above 1.5 MB."""
-    problems = []
-    tagged = ["parameters" in cell.metadata.get("tags", []) for cell in code_cells(notebook)]
-    if sum(tagged) != 1:
-        problems.append(f"{sum(tagged)} cells are tagged `parameters`, expected 1")
-    for number, (cell, listed) in enumerate(zip(code_cells(notebook), tagged, strict=True), 1):
-        lines = cell.source.splitlines()
-        longest = max(map(len, lines), default=0)
-        if longest > 100:
-            problems.append(
-                f"code cell {number} has a line of {longest} characters, the limit is 100"
-            )
-        count = sum(bool(line.strip()) for line in lines)
-        if count > 25 and not listed:
-            problems.append(f"code cell {number} has {count} lines, the limit is 25")
-    return problems + _too_large(notebook)
-
-
-def _too_large(notebook) -> list[str]:
-    size = len(_as_text(notebook).encode())
-    return [f"the file has {size / 1e6:.1f} MB, the limit is 1.5 MB"] if size >= 1_500_000 else []
 
 
 def _output_problems(output, notebook, tags) -> list[str]:
@@ -90,20 +60,19 @@ def _output_problems(output, notebook, tags) -> list[str]:
         return [f"{output['ename']}: {output['evalue']}"]
     if output["output_type"] == "stream":
         return _stream_problems(output, notebook, tags)
-    problems, texts = [], [json.dumps(output.get("metadata", {}), ensure_ascii=False)]
+    metadata = output.get("metadata", {})
+    problems, texts = [], [json.dumps(metadata, ensure_ascii=False)]
     for kind, content in output["data"].items():
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-        if len(text) > LARGEST_OUTPUT:
-            return [f"an output ({kind}) of {len(text) / 1e6:.0f} MB"]
+        alts = []
         if kind.startswith("image/"):
-            alt = output.get("metadata", {}).get(kind, {}).get("alt", "").strip()
-            # "<Figure size 640x480 ...>" describes nothing
-            if not alt or (alt.startswith("<") and alt.endswith(">")):
-                problems.append(f"a figure ({kind}) without alt text")
-        elif kind == "text/html" and any(
-            not re.search(r"\balt=[\"'][^\"']", tag) for tag in re.findall(r"<img\b[^>]*", text)
-        ):
-            problems.append("an <img> in HTML without alt text")
+            alts = [metadata.get(kind, {}).get("alt", "").strip()]
+        elif kind == "text/html":
+            tags = re.findall(r"<img\b[^>]*", text)
+            alts = ["".join(re.findall(r"\balt=[\"']([^\"']+)", tag)) for tag in tags]
+        # "<Figure size 640x480 ...>" describes nothing
+        if any(not alt or alt.startswith("<") for alt in alts):
+            problems.append(f"a figure ({kind}) without alt text")
         if not kind.startswith("image/") or kind == "image/svg+xml":
             texts.append(re.sub(r"data:image/[\w+]+;base64,[\w+/=\s]+", "", text))
     return problems + _path_problems("\n".join(texts), notebook)
@@ -111,13 +80,12 @@ def _output_problems(output, notebook, tags) -> list[str]:
 
 def _stream_problems(output, notebook, tags) -> list[str]:
     text = output["text"]
-    if len(text) > LARGEST_OUTPUT:
-        return [f"{len(text) / 1e6:.0f} MB of text on {output['name']}"]
-    if output["name"] == "stderr" and "To exit: use 'exit'" in text:
-        return []  # IPython's advice after every SystemExit
-    warnings = [line for line in text.splitlines() if "Warning:" in line]
-    if output["name"] == "stderr" and warnings and "warns" not in tags:
-        return [f"a warning: {warnings[0].strip()[:200]}"]
+    if output["name"] == "stderr":
+        if "To exit: use 'exit'" in text:
+            return []  # IPython's advice after every SystemExit
+        warnings = [line for line in text.splitlines() if "Warning:" in line]
+        if warnings and "warns" not in tags:
+            return [f"a warning: {warnings[0].strip()[:200]}"]
     return _path_problems(_without_places(text), notebook)
 
 
@@ -126,8 +94,7 @@ def _without_places(text: str) -> str:
     lines = text.splitlines(keepends=True)
     for number, line in enumerate(lines):
         if found := re.search(r":\d+: \w*Warning:", line):
-            place, rest = line[: found.start()], line[found.start() :]
-            lines[number] = place.rpartition("/")[2] + rest
+            lines[number] = line[: found.start()].rpartition("/")[2] + line[found.start() :]
     return "".join(lines)
 
 
@@ -138,9 +105,7 @@ def _path_problems(text: str, notebook) -> list[str]:
     for value in sorted(paths, key=len, reverse=True):
         text = text.replace(value, "")
     here = (Path.home(), Path.cwd(), REPOSITORY, Path(sys.prefix), Path(tempfile.gettempdir()))
-    names = "|".join(
-        sorted(re.escape(str(place)) + r"(?![\w.-])" for place in here if len(place.parts) > 1)
-    )
+    names = "|".join(re.escape(str(place)) + r"(?![\w.-])" for place in here if place.name)
     usual = r"/(?:home|Users|root|tmp|var|opt|mnt|usr|private)/[\w.~-]|[A-Z]:\\+Users\\"
     found = re.search(rf"(?<![\w.:/~<-])(?:{names}|{usual})\S*|\b(?:site|dist)-packages\S*", text)
     return [f"an absolute path of this machine: {found[0][:100]}"] if found else []
@@ -148,30 +113,19 @@ def _path_problems(text: str, notebook) -> list[str]:
 
 def _is_clean_exit(output) -> bool:
     """``raise SystemExit(0)``: the supported way to leave a notebook early; papermill accepts it, too."""
-    return (
-        output["output_type"] == "error"
-        and output["ename"] == "SystemExit"
-        and output["evalue"] in ("", "0")
-    )
+    return output.get("ename") == "SystemExit" and output["evalue"] in ("", "0")
 
 
 def code_cells(notebook) -> list:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def _widget_models(notebook) -> dict:
-    return notebook.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
-
-
 def skip_reason(notebook) -> str | None:
     """What the notebook printed before its ``raise SystemExit(0)``; None when it ran to its end."""
     for cell in code_cells(notebook):
-        if any(_is_clean_exit(output) for output in cell.outputs):
-            return " ".join(
-                " ".join(o.text.split())
-                for o in cell.outputs
-                if o.output_type == "stream" and o.name == "stdout"
-            )
+        if any(map(_is_clean_exit, cell.outputs)):
+            printed = [output.text for output in cell.outputs if output.get("name") == "stdout"]
+            return " ".join(" ".join(printed).split())
     return None
 
 
@@ -184,23 +138,16 @@ def merge_streams(notebook):
         merged = []
         for is_text, outputs in groupby(cell.outputs, lambda o: o.output_type == "stream"):
             outputs = list(outputs)
-            if not is_text:
-                merged += outputs
-                continue
-            # in this order, because the two streams are not in step
-            for name in ("stdout", "stderr"):
-                if same := [output for output in outputs if output.name == name]:
-                    lines = "".join(output.text for output in same).split("\n")
-                    same[0].text = "\n".join(map(_last_written, lines))
-                    merged.append(same[0])
+            if is_text:
+                # in this order, because the two streams are not in step
+                by_name = [[o for o in outputs if o.name == name] for name in ("stdout", "stderr")]
+                outputs = [same[0] for same in by_name if same]
+                for output, same in zip(outputs, filter(None, by_name), strict=True):
+                    lines = "".join(piece.text for piece in same).split("\n")
+                    output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
+            merged += outputs
         cell.outputs = merged
     return notebook
-
-
-def _last_written(line: str) -> str:
-    """What stays on a line after its carriage returns."""
-    end = "\r" if line.endswith("\r") else ""
-    return line.removesuffix("\r").rpartition("\r")[2] + end
 
 
 # --- stored outputs -------------------------------------------------------------------------------------------------
@@ -244,9 +191,9 @@ def stored_in_step(path) -> bool:
 def update_stored(path, executed_path) -> None:
     """Writes the outputs of an executed copy into the stored notebook; nothing of when, where or how long stays.
 
-    The copy has to come from the present sources with default parameters, and the file to stay under 1.5 MB
-    (ValueError otherwise, and the last good outputs stay). Cell ids stay,
-    execution counts become 1..n, progress bars go, and so does what only a kernel can show.
+    The copy has to come from the present sources with default parameters, and the file to stay under `LARGEST`
+    (ValueError otherwise, and the last good outputs stay). Cell ids stay, execution counts become 1..n, progress bars
+    go, and so does what only a kernel can show.
     """
     path = Path(path)
     stored, executed = read_notebook(path), read_notebook(executed_path)
@@ -272,8 +219,9 @@ def update_stored(path, executed_path) -> None:
     stored.metadata.get("language_info", {}).pop("version", None)
     stored.metadata.clipad = {"source_hash": source_hash(stored)}
     without_kernel(stored)
-    if problems := _too_large(stored):
-        raise ValueError(f"{path.name} is not stored: {problems[0]}")
+    size = len(_as_text(stored).encode())
+    if size > LARGEST:
+        raise ValueError(f"{path.name} has {size / 1e6:.1f} MB, the limit is {LARGEST / 1e6:g} MB")
     write_notebook(stored, path)
 
 
@@ -283,19 +231,14 @@ def _own_cells(notebook) -> list:
 
 
 def _tidy(output):
-    """The output without what differs between any two runs: lines of tqdm, folders of files that warn, addresses.
-
-    None when nothing is left.
-    """
+    """The output without what differs between any two runs (lines of tqdm, folders of files that warn, addresses);
+    None when nothing is left."""
     if plain := output.get("data", {}).get("text/plain"):
         output.data["text/plain"] = re.sub(r" at 0x[0-9a-f]+>", ">", plain)
     if output.output_type != "stream" or output.name != "stderr":
         return output
-    lines = [
-        line
-        for line in re.split(r"(?<=[\n\r])", output.text)
-        if not re.search(r"%\||\dit \[", line)
-    ]
+    lines = re.split(r"(?<=[\n\r])", output.text)
+    lines = [line for line in lines if not re.search(r"%\||\dit \[", line)]
     output.text = _without_places("".join(lines))
     return output if output.text.strip() else None
 
