@@ -28,6 +28,9 @@ from clipad.files import address, cached, did_you_mean
 from clipad.prompts import words
 from clipad.published import data_dir
 
+TEXT_BATCH = 512
+"""sentences that are encoded at once"""
+
 
 class Backbone:
     """A frozen CLIP: ``visual`` (open_clip's ViT), pre-processing and the text encoder.
@@ -99,7 +102,7 @@ class Backbone:
             self._cast = (self.visual, tower)
         return self._cast[1]
 
-    def encode_text(self, sentences: Sequence[str], batch_size: int = 512) -> torch.Tensor:
+    def encode_text(self, sentences: Sequence[str]) -> torch.Tensor:
         """Sentences -> M x C float32 embeddings on the CPU, not normalised.
 
         They are kept on disk under the hash of the weights and of the sentences, so that a category is encoded
@@ -125,7 +128,7 @@ class Backbone:
             with torch.inference_mode():
                 parts = [
                     self._encode_tokens(part.to(self.device)).float().cpu()
-                    for part in tokens.split(batch_size)
+                    for part in tokens.split(TEXT_BATCH)
                 ]
             return {"embeddings": torch.cat(parts).numpy()}
 
@@ -199,17 +202,18 @@ def load_backbone(
     vision["image_size"] = image_size or vision["image_size"]
     words_file = data_dir() / "demo" / "model" / "words.txt" if name == "demo" else None
     path, source, own = _find_weights(name, pretrained, seed)
-    checkpoint = None
-    if path is not None:
-        with _naming(name, pretrained or path):
-            checkpoint = read_checkpoint(path)
-        config["quick_gelu"] = _quick_gelu(name, path, config, own, checkpoint)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = open_clip.CLIP(**config)
-    if checkpoint is not None:
-        with _naming(name, pretrained or path):
+    try:
+        checkpoint = read_checkpoint(path) if path else None
+        if checkpoint:
+            config["quick_gelu"] = _quick_gelu(name, path, config, own, checkpoint)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = open_clip.CLIP(**config)
+        if checkpoint:
             load_weights(model, checkpoint.state, resize=bool(image_size))
+    except ValueError as error:
+        which = repr(str(pretrained or path))
+        raise ValueError(f"the weights {which} cannot be loaded into {name}: {error}") from error
     return Backbone(
         model.to(device),
         _tokenizer(name, config),
@@ -318,17 +322,6 @@ def _quick_gelu(name: str, path: Path, config: dict, own: dict, checkpoint: Chec
             stacklevel=3,
         )
     return named or checkpoint.openai
-
-
-@contextlib.contextmanager
-def _naming(name: str, pretrained: str | Path):
-    """Puts before an error which weights and which model it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(
-            f"the weights {str(pretrained)!r} cannot be loaded into {name}: {error}"
-        ) from error
 
 
 def _tokenizer(name: str, config: dict):

@@ -317,11 +317,6 @@ class Dataset:
         return bool(anomalous) and all(s.mask_path for s in anomalous)
 
     @property
-    def has_object_masks(self) -> bool:
-        """Whether every image has a mask of the object."""
-        return bool(self.samples) and all(s.object_mask_path for s in self.samples)
-
-    @property
     def has_image_labels(self) -> bool:
         """Whether every image is labelled and both classes are present, so that image-level metrics exist."""
         return {s.label for s in self.samples} == {0, 1}

@@ -32,17 +32,19 @@ from clipad.files import (
     require_writable,
     write_atomically,
 )
-from clipad.metrics import image_metrics, pixel_metrics, resampled_metrics
+from clipad.metrics import METRICS, image_metrics, pixel_metrics, resampled_metrics
 
 COLUMNS = [
-    *(f"image_{m}" for m in ("auroc", "f1_max", "ap")),
-    *(f"class_{m}" for m in ("auroc", "f1_max", "ap")),
-    *(f"pixel_{m}" for m in ("auroc", "f1_max", "ap", "pro")),
+    *(f"image_{metric}" for metric in METRICS[:3]),
+    *(f"class_{metric}" for metric in METRICS[:3]),
+    *(f"pixel_{metric}" for metric in METRICS),
 ]
 PART = 64
 """images in one part on disk: what a killed run loses at most"""
 _AHEAD = 2
 """batches that are read from disk while the device computes"""
+WORKERS = 4
+"""threads that read"""
 
 
 @dataclass
@@ -85,13 +87,12 @@ def evaluate(
     dataset: Dataset,
     output_dir: str | Path | None = None,
     batch_size: int = 16,
-    workers: int = 4,
     progress: bool = True,
 ) -> Result:
     """Run a detector over a data set.
 
     ``output_dir``: where parts and results are kept, None for memory only; ``batch_size``: halved by itself where a
-    GPU runs out of memory; ``workers``: threads that read images ahead.
+    GPU runs out of memory.
 
     Raises ValueError for an empty data set, a mask of another size than its image, maps that are not finite, and an
     ``output_dir`` that holds results of other settings; OSError if it cannot be written (noticed before the work
@@ -99,11 +100,9 @@ def evaluate(
     """
     if not len(dataset):
         raise ValueError(f"the data set {dataset.name} has no images")
-    if batch_size < 1 or workers < 1:
-        raise ValueError(
-            f"batch_size and workers have to be 1 or more, found {batch_size} and {workers}"
-        )
-    _check_masks(dataset, workers)
+    if batch_size < 1:
+        raise ValueError(f"batch_size has to be 1 or more, found {batch_size}")
+    _check_masks(dataset)
     settings = detector.settings | {"dataset": dataset.name, "samples": fingerprint(dataset)}
     folder = _claim(Path(output_dir), settings) if output_dir is not None else None
 
@@ -113,9 +112,7 @@ def evaluate(
         for category in dataset.categories:
             samples = [sample for sample in dataset if sample.category == category]
             place = folder and folder / "categories" / f"{file_name(category)}.npz"
-            found = cached(
-                place, lambda: _run_category(detector, samples, folder, batch_size, workers, bar)
-            )
+            found = cached(place, lambda: _run_category(detector, samples, folder, batch_size, bar))
             if folder is not None:
                 shutil.rmtree(folder / "parts", ignore_errors=True)
             frames.append(_frame(dataset, samples, found))
@@ -132,7 +129,7 @@ def evaluate(
     return result
 
 
-def _check_masks(dataset: Dataset, workers: int) -> None:
+def _check_masks(dataset: Dataset) -> None:
     """Every mask is as large as its image: from the headers, so that a wrong one stops the run before it starts."""
 
     def check(sample: Sample) -> None:
@@ -141,7 +138,7 @@ def _check_masks(dataset: Dataset, workers: int) -> None:
             name = sample.image_path.name
             raise MaskSizeError(f"{sample.mask_path} is {mask}, its image {name} is {image}")
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(check, [s for s in dataset if s.mask_path is not None]))
 
 
@@ -161,7 +158,7 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def load_images(
-    samples: list[Sample], preprocess, batch_size: int, workers: int = 4, pin: bool = False
+    samples: list[Sample], preprocess, batch_size: int, workers: int = WORKERS, pin: bool = False
 ) -> Iterator[torch.Tensor]:
     """Batches of pre-processed images, B x 3 x S x S, decoded by threads while the caller computes."""
 
@@ -215,13 +212,13 @@ def category_metrics(
 
 
 def batches(
-    backbone, samples: Iterable[Sample], batch_size: int = 16, workers: int = 4
+    backbone, samples: Iterable[Sample], batch_size: int = 16
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(category, images B x 3 x S x S on the backbone's device) in the order of the samples; a batch never mixes
     categories."""
     pin = backbone.device.type == "cuda"
     for category, group in groupby(samples, key=lambda sample: sample.category):
-        for images in load_images(list(group), backbone.preprocess, batch_size, workers, pin):
+        for images in load_images(list(group), backbone.preprocess, batch_size, pin=pin):
             yield category, images.to(backbone.device, non_blocking=True)
 
 
@@ -250,7 +247,7 @@ def predict_halving(detector, images: torch.Tensor, category: str) -> tuple[torc
     return torch.cat([p.maps for p in parts]), torch.cat([p.probabilities for p in parts])
 
 
-def _run_category(detector, samples, folder, batch_size, workers, bar) -> Arrays:
+def _run_category(detector, samples, folder, batch_size, bar) -> Arrays:
     """``metrics`` in the order of ``COLUMNS``, and the numbers of each image."""
     masked = any(s.mask_path is not None for s in samples) and all(s.label >= 0 for s in samples)
     maps, probabilities, maxima = None, [], []
@@ -259,7 +256,7 @@ def _run_category(detector, samples, folder, batch_size, workers, bar) -> Arrays
         name = f"{file_name(samples[0].category)}-{start // PART:04d}.npz"
         part = cached(
             folder / "parts" / name if folder and len(samples) > PART else None,
-            lambda: _run_part(detector, group, masked, batch_size, workers, bar),
+            lambda: _run_part(detector, group, masked, batch_size, bar),
         )
         if maps is None:  # once for the category: to put parts together later would hold them twice
             maps = np.empty((len(samples), *part["maps"].shape[1:]), dtype=np.float32)
@@ -269,7 +266,7 @@ def _run_category(detector, samples, folder, batch_size, workers, bar) -> Arrays
 
     probabilities, maxima = np.concatenate(probabilities), np.concatenate(maxima)
     labels = np.array([s.label for s in samples])
-    masks = read_masks(samples, maps.shape[-1], workers) if masked else None
+    masks = read_masks(samples, maps.shape[-1]) if masked else None
     with_map = detector.map_in_image_score
     metrics = category_metrics(maps, masks, probabilities, labels, with_map)
     return {
@@ -280,10 +277,10 @@ def _run_category(detector, samples, folder, batch_size, workers, bar) -> Arrays
     }
 
 
-def _run_part(detector, samples, keep_maps, batch_size, workers, bar) -> Arrays:
+def _run_part(detector, samples, keep_maps, batch_size, bar) -> Arrays:
     """Class probabilities, maxima of the maps, and the maps: only their maxima, N x 1 x 1, if they are not kept."""
     maps, probabilities, maxima = [], [], []
-    for category, images in batches(detector.backbone, samples, batch_size, workers):
+    for category, images in batches(detector.backbone, samples, batch_size):
         found, p = predict_halving(detector, images, category)
         if not (torch.isfinite(found).all() and torch.isfinite(p).all()):
             raise ValueError(
@@ -310,7 +307,7 @@ def _frame(dataset: Dataset, samples: list[Sample], found: Arrays) -> pd.DataFra
     return pd.DataFrame(columns | {k: found[k] for k in ("probability", "map_max", "image_score")})
 
 
-def read_masks(samples: list[Sample], image_size: int, workers: int = 4) -> np.ndarray:
+def read_masks(samples: list[Sample], image_size: int) -> np.ndarray:
     """Ground truth of samples as bool, N x S x S; a sample without a mask (a normal image) is all False."""
     masks = np.zeros((len(samples), image_size, image_size), dtype=bool)
 
@@ -318,7 +315,7 @@ def read_masks(samples: list[Sample], image_size: int, workers: int = 4) -> np.n
         size = native_size(samples[i].image_path)
         masks[i] = read_mask(samples[i].mask_path, image_size, size)
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(read, [i for i, s in enumerate(samples) if s.mask_path is not None]))
     return masks
 

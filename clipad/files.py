@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import io
@@ -50,24 +51,18 @@ def cached(path: Path | None, compute: Callable[[], Arrays], required: bool = Tr
     computed again; one that may not be read or written raises OSError, unless it is not ``required``: then it costs
     time only. Without a path nothing is kept.
     """
-    try:
-        if path is not None:
-            with np.load(path, allow_pickle=False) as stored:
-                return dict(stored)
-    except FileNotFoundError:
-        pass
-    except OSError:
-        if required:
-            raise
-    except (ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile):
-        pass  # damaged
+    if path is None:
+        return compute()
+    tolerated = () if required else (OSError,)
+    damaged = (ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile)
+    with (
+        contextlib.suppress(FileNotFoundError, *damaged, *tolerated),
+        np.load(path, allow_pickle=False) as stored,
+    ):
+        return dict(stored)
     arrays = compute()
-    if path is not None:
-        try:
-            write_arrays(path, arrays)
-        except OSError:
-            if required:
-                raise
+    with contextlib.suppress(*tolerated):
+        write_arrays(path, arrays)
     return arrays
 
 
@@ -106,9 +101,8 @@ def code_version() -> str:
     root = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        digest.update(
-            path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
-        )
+        name = path.relative_to(root).as_posix()
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
@@ -124,19 +118,19 @@ def _content_hash(path: Path, *status: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_name(name: str, taken: Iterable[str] = ()) -> str:
+def file_name(name: str) -> str:
     """Any name, such as a category's or a path's, as one file name: unique, short, of printable characters.
 
-    A name that is no such file name already, or is ``taken`` by something else, gets six digits of its hash.
+    A name that is no such file name already gets six digits of its hash.
 
-    >>> file_name("a_b c.png"), file_name("a/b c.png"), file_name("table", taken=["table"])
-    ('a_b c.png', 'a_b c.png-65036e', 'table-0d4fc4')
+    >>> file_name("a_b c.png"), file_name("a/b c.png")
+    ('a_b c.png', 'a_b c.png-65036e')
     """
     raw = os.fsencode(name)
     shown = raw.decode("utf-8", "replace")
     safe = "".join(c if c.isprintable() and c not in '/\\:*?"<>|%#[]' else "_" for c in shown)
     short = safe.encode()[:140].decode("utf-8", "ignore")
-    if short == name and name not in taken and not name.startswith("."):
+    if short == name and not name.startswith("."):
         return name
     return f"{short}-{hashlib.sha256(raw).hexdigest()[:6]}"
 
@@ -167,12 +161,12 @@ class Scan:
     photographs: tuple[Path, ...]
     skipped: dict[str, list[Path]]
 
-    def skipped_lines(self, root: Path, shown: int = 3) -> list[str]:
-        """A line per reason: how many, and the first of them."""
+    def skipped_lines(self, root: Path) -> list[str]:
+        """A line per reason: how many, and the first three of them."""
         lines = []
         for reason, paths in sorted(self.skipped.items()):
-            names = ", ".join(printable(os.path.relpath(path, root)) for path in paths[:shown])
-            lines.append(f"{len(paths)} {reason} ({names}{', ...' if len(paths) > shown else ''})")
+            names = ", ".join(printable(os.path.relpath(path, root)) for path in paths[:3])
+            lines.append(f"{len(paths)} {reason} ({names}{', ...' if len(paths) > 3 else ''})")
         return lines
 
 

@@ -7,7 +7,6 @@ Prompts are data: the ones of CLIP-AD and of WinCLIP stand below, and a user's o
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,8 +123,8 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
         templates: ["a photo of a {}."]
         object_names: {brain_mri: "brain scan"}
 
-    A list that is left out is the paper's. Raises ValueError (naming the file, the line and what was expected)
-    if an entry has not exactly one ``{}``, stands twice, or if a key is unknown.
+    A list that is left out is the paper's. Raises ValueError (naming the file and what was expected) if an entry has
+    not exactly one ``{}``, stands twice, or if a key is unknown.
     """
     if path is None:
         return CLIP_AD
@@ -133,39 +132,30 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not a YAML file in UTF-8 ({reason})") from None
+    lists = {key: getattr(CLIP_AD, key) for key in ("normal", "anomalous", "templates")}
+    keys = [*lists, "object_names"]
+    if not isinstance(found, dict) or not found or not set(found) <= set(keys):
+        what = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
         raise ValueError(
-            f"{path}: not a YAML file in UTF-8 ({str(error).splitlines()[0]})"
-        ) from None
-    keys = {"normal", "anomalous", "templates", "object_names"}
-    if not isinstance(found, dict) or not set(found) <= keys or not found:
-        what = sorted(found) if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"{path}: expected a mapping with the keys {sorted(keys)}, found {what}")
-    lists = {}
-    for key in ("normal", "anomalous", "templates"):
-        entries = found.get(key, getattr(CLIP_AD, key))
-        if (
-            isinstance(entries, str)
-            or not entries
-            or not all(isinstance(entry, str) for entry in entries)
-        ):
-            raise ValueError(
-                f"{path}: '{key}' has to be a list of at least one text, found {entries!r}"
-            )
+            f"{path}: expected a mapping with the keys {', '.join(keys)}, found {what}"
+        )
+    names = found.pop("object_names", None) or {}
+    for key, entries in found.items():
+        if not isinstance(entries, list) or not entries:
+            raise ValueError(f"{path}: '{key}' has to be a list of texts, found {entries!r}")
         for entry in entries:
-            if entry.count("{}") != 1 or entry.count("{") != 1 or entry.count("}") != 1:
-                raise ValueError(
-                    f"{path}: '{key}' needs exactly one {{}} in each entry, found {entry!r}"
-                )
-        twice = [entry for entry, count in Counter(entries).items() if count > 1]
-        if twice:
-            raise ValueError(f"{path}: '{key}' lists {twice[0]!r} more than once")
+            places = re.findall("{}|[{}]", entry) if isinstance(entry, str) else []
+            if places != ["{}"] or entries.count(entry) > 1:
+                reason = "needs texts with exactly one {}, none of them twice"
+                raise ValueError(f"{path}: '{key}' {reason}; found {entry!r}")
         lists[key] = tuple(entries)
     both = set(lists["normal"]) & set(lists["anomalous"])
     if both:
         raise ValueError(f"{path}: {min(both)!r} is listed as normal and as anomalous")
-    names = found.get("object_names") or {}
     if not isinstance(names, dict) or not all(
-        isinstance(x, str) and x.strip() for kv in names.items() for x in kv
+        isinstance(text, str) and text.strip() for pair in names.items() for text in pair
     ):
         raise ValueError(f"{path}: 'object_names' has to map categories to words, found {names!r}")
     return Prompts(**lists, object_names=names)

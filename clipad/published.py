@@ -81,11 +81,10 @@ def protocol(dataset: str) -> Protocol:
     )
 
 
-def published_results(method: str | None = None, dataset: str | None = None) -> pd.DataFrame:
+def published_results(dataset: str | None = None) -> pd.DataFrame:
     """The published numbers that could be found, from ``data/published_results.csv``; one row for each number.
 
     Args:
-        method: only this method, spelled as in the column ``method`` ("WinCLIP", "SDP", "SDP+", ...).
         dataset: only this data set ("mvtec", "visa", ...).
 
     Returns:
@@ -94,7 +93,7 @@ def published_results(method: str | None = None, dataset: str | None = None) -> 
         others") and source. No rows where nothing is known: the full tables of the paper could not be obtained.
 
     Raises:
-        ValueError: no data set, or no method in the table, has this name.
+        ValueError: no data set has this name.
         FileNotFoundError: see ``data_dir``.
     """
     if dataset is not None:
@@ -102,11 +101,6 @@ def published_results(method: str | None = None, dataset: str | None = None) -> 
     table = pd.read_csv(data_dir() / "published_results.csv")
     table["percent"] = (table["percent"] / 100).round(6)  # rounded: 0.918, not 0.9179999999999999
     table = table.rename(columns={"percent": "value"})
-    if method is not None:
-        known = table["method"].unique()
-        if method not in known:
-            raise ValueError(f"nothing is published here of {method!r}, only of {', '.join(known)}")
-        table = table[table["method"] == method]
     if dataset is not None:
         table = table[table["dataset"] == dataset]
     return table.reset_index(drop=True)

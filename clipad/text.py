@@ -25,18 +25,12 @@ def _pca(e):
     """Leading eigenvector u of the M x M scatter matrix of the e_i, each centred by its own scalar mean."""
     centred = e - e.mean(dim=1, keepdim=True)
     u = torch.linalg.eigh(centred @ centred.T).eigenvectors[:, -1]
-    vector = u @ centred
-    return (
-        vector if vector @ e.mean(dim=0) >= 0 else -vector
-    )  # the sign of an eigenvector is arbitrary
+    vector = u @ centred  # up to its sign
+    return vector if vector @ e.mean(dim=0) >= 0 else -vector
 
 
 def _kde(e, bandwidth: float = 0.3):
-    density = (
-        KernelDensity(bandwidth=bandwidth, kernel="gaussian")
-        .fit(e.numpy())
-        .score_samples(e.numpy())
-    )
+    density = KernelDensity(bandwidth=bandwidth).fit(e.numpy()).score_samples(e.numpy())
     # Only ratios of the weights count; subtracting the maximum keeps exp() from overflowing.
     weights = torch.from_numpy(density - density.max()).exp()
     return weights @ e / weights.sum()
@@ -55,9 +49,7 @@ def _dbscan(e, eps: float = 0.5, min_samples: int = 15):
 
 
 def _mean_shift(e, bandwidth: float = 2.0):
-    return _largest_cluster(
-        e, MeanShift(bandwidth=bandwidth, bin_seeding=False).fit_predict(e.numpy())
-    )
+    return _largest_cluster(e, MeanShift(bandwidth=bandwidth).fit_predict(e.numpy()))
 
 
 METHODS = {"mean": _mean, "pca": _pca, "kde": _kde, "dbscan": _dbscan, "mean_shift": _mean_shift}
@@ -114,12 +106,8 @@ def representative_vectors(
     backbone, category: str, prompts: Prompts = CLIP_AD, method: str = "dbscan", **options
 ) -> torch.Tensor:
     """The text side of every detector: C x 2 unit columns, normal and anomalous, for one category."""
-    columns = [
-        representative_vector(
-            backbone.encode_text(sentences), method, what=f"{category!r} ({state})", **options
-        )
-        for state, sentences in zip(
-            ("normal", "anomalous"), prompts.sentences(category), strict=True
-        )
-    ]
+    columns = []
+    for state, sentences in zip(("normal", "anomalous"), prompts.sentences(category), strict=True):
+        embeddings, what = backbone.encode_text(sentences), f"{category!r} ({state})"
+        columns.append(representative_vector(embeddings, method, what=what, **options))
     return torch.stack(columns, dim=1)

@@ -53,9 +53,7 @@ class WinCLIP(Detector):
         """``image_embedding`` B x C, and as ``tokens`` the embeddings of the windows, per size B x W x C."""
         visual = self.backbone.tower
         grid = visual.grid_size[0]
-        sets = [
-            windows(grid, k) for k in (grid, *SIZES)
-        ]  # the image is the window that holds all patches
+        sets = [windows(grid, k) for k in (grid, *SIZES)]  # the first holds all patches
         whole, *per_size = window_embeddings(visual, embed_patches(visual, images), sets)
         return Features(whole[:, 0], per_size)
 
@@ -158,10 +156,9 @@ def _class_token(block, x: torch.Tensor) -> torch.Tensor:
     plus a constant, which softmax drops; and as the weights sum to 1, W_v can project the weighted mean of the tokens.
     """
     n, attention = block.ln_1(x), block.attn
-    w_q, w_k, w_v = attention.in_proj_weight.unflatten(
-        0, (3, attention.num_heads, -1)
-    )  # heads x d x D each
-    b_q, _, b_v = attention.in_proj_bias.unflatten(0, (3, attention.num_heads, -1))
+    of_heads = (3, attention.num_heads, -1)
+    w_q, w_k, w_v = attention.in_proj_weight.unflatten(0, of_heads)  # heads x d x D each
+    b_q, _, b_v = attention.in_proj_bias.unflatten(0, of_heads)
     q = torch.einsum("bn,hdn->bhd", n[:, 0], w_q) + b_q
     q = torch.einsum("bhd,hdn->bhn", q, w_k)
     means = F.scaled_dot_product_attention(q, n, n, scale=w_k.shape[1] ** -0.5)

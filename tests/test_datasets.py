@@ -76,7 +76,7 @@ def test_stand_in_is_listed_as_written(stand_ins, name):
         assert (labels.count(0), labels.count(1)) == (normal, anomalous)
     assert dataset.has_masks == (name not in ("headct", "brainmri"))
     assert dataset.has_image_labels == (name not in ("isic", "clinicdb"))
-    assert not dataset.has_object_masks
+    assert not any(s.object_mask_path for s in dataset)
     assert all((s.defect == "good") == (s.label == 0) for s in dataset)
     assert not any(
         "litter" in str(s.image_path) or s.image_path.name.startswith(".") for s in dataset
@@ -331,7 +331,7 @@ def test_folder_in_mvtec_layout_takes_any_category(tmp_path):
     dataset = load_dataset("folder", root, categories=[name])
     assert dataset.categories == (name,)
     assert dataset.has_masks
-    assert dataset.has_object_masks
+    assert all(s.object_mask_path for s in dataset)
     assert dataset.has_image_labels
     assert read_mask(next(s.mask_path for s in dataset if s.label), 4).all()
 
@@ -819,7 +819,7 @@ def test_check_looks_at_the_masks(mvtec):
 def test_shipped_collections(name):
     dataset = load_dataset(name)
     assert dataset.has_masks
-    assert dataset.has_object_masks
+    assert all(s.object_mask_path for s in dataset)
     assert dataset.has_image_labels
     report = check_dataset(name)
     assert report.ok, report.problems
