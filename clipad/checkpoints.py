@@ -19,13 +19,7 @@ from typing import ClassVar
 
 import open_clip
 import torch
-from huggingface_hub import (
-    get_hf_file_metadata,
-    hf_hub_download,
-    hf_hub_url,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
 from open_clip.model import resize_pos_embed
 from safetensors.torch import load_file
 
@@ -65,7 +59,7 @@ def download(name: str, tag: str, published: Mapping) -> Path:
         if not repository:
             return Path(open_clip.download_pretrained(published))
         # One question first: the download itself asks again and again for half a minute where nobody answers.
-        file = files[0] if _offered(repository, files[0]) else files[-1]
+        file = files[0] if file_exists(repository, files[0]) else files[-1]
         path = hf_hub_download(repository, file)
     except Exception as error:  # of the network, of the server's answer, of the disk
         where = repository or published.get("url", "")
@@ -74,14 +68,6 @@ def download(name: str, tag: str, published: Mapping) -> Path:
             f"Without a network, fetch {files[0]} of {where} on another machine and give its path as pretrained"
         ) from error
     return _whole(Path(path))
-
-
-def _offered(repository: str, file: str) -> bool:
-    try:
-        get_hf_file_metadata(hf_hub_url(repository, file))
-    except EntryNotFoundError:
-        return False
-    return True
 
 
 def _whole(path: Path) -> Path:

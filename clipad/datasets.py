@@ -621,10 +621,12 @@ def _folder_category(folder: Path, normal_folder: str) -> list[Group | Exception
 
 def _normal_name(names: list[str], given: str) -> str | None:
     """Which of the sub-folders holds normal images, in lower case: "" for none of them, None if that is not known."""
-    lower = [nfc(name).lower() for name in names]
-    if given.lower() == "none" and names:
+    lower, wanted = [nfc(name).lower() for name in names], nfc(given).lower()
+    if wanted == "none" and names:
         return ""
-    known = [name for name in lower if name in ([nfc(given).lower()] if given else NORMAL_NAMES)]
+    if wanted:
+        return wanted if wanted in lower else None
+    known = [name for name in lower if name in NORMAL_NAMES]
     return known[0] if len(known) == 1 else None
 
 
