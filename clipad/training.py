@@ -191,9 +191,9 @@ class FrozenTokens:
             yield which, [torch.cat(stage) for stage in zip(*found, strict=True)]
 
     def _encode(self, images: torch.Tensor) -> list[torch.Tensor]:
-        with torch.no_grad(), self.backbone.autocast():
-            found = staged_features(self.backbone.tower, images, self.stages, self.as_released)
-        return [tokens[:, 1:].float() for tokens in found.ordinary]
+        with torch.no_grad():  # float32 on a GPU, too: training then ends near where a CPU's does
+            found = staged_features(self.backbone.visual, images, self.stages, self.as_released)
+        return [tokens[:, 1:] for tokens in found.ordinary]
 
 
 def _require_trainable(

@@ -62,6 +62,13 @@ class Experiment:
             "rvs_options": self.protocol.rvs_options,
         }
 
+    @property
+    def tolerance(self) -> float:
+        """How near a map that a notebook computes in float32 has to be to a detector's, in half precision on a GPU."""
+        with self.backbone.autocast():
+            half = torch.is_autocast_enabled(self.backbone.device.type)
+        return 0.02 if half else 1e-4
+
     def record(self, name: str, value: Any) -> None:
         """Keep a result (number, mapping or DataFrame) for the record of the run."""
         self.results[name] = _plain(value)
