@@ -165,17 +165,17 @@ def test_doctor_says_faults_with_their_fix(monkeypatch, tmp_path):
     assert "PyTorch version" in done.output
     monkeypatch.setenv("CLIPAD_DATA", str(tmp_path))  # no model, no images
     faults = list(doctor.diagnose())
-    assert len(faults) == 3
+    assert len(faults) == 2
     assert all("restore data/demo" in fix for _, fix in faults)
     done = invoke("doctor")
     assert done.exit_code == 1
-    assert done.output.count("fix:") == 3
+    assert done.output.count("fix:") == 2
 
 
 def test_doctor_speaks_where_torch_is_broken(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)  # its import fails
     faults = list(doctor.diagnose())
-    assert any(fault.startswith("torchvision") and "install" in fix for fault, fix in faults)
+    assert any("torchvision" in fault and "install" in fix for fault, fix in faults)
 
 
 def test_another_python_behind_the_kernel_is_noticed(monkeypatch, tmp_path):

@@ -247,13 +247,6 @@ def test_a_killed_kernel_fails_and_names_the_cell(make):
     )
 
 
-@pytest.mark.slow
-def test_a_timeout_fails_and_names_the_cell(make):
-    done = run(make("00_slow", "import time", "time.sleep(600)"), timeout=2)
-    assert done.status == "failed"
-    assert "the time limit of 2 s in the cell `time.sleep(600)`" in done.reason
-
-
 @pytest.fixture
 def kernel(tmp_path, monkeypatch):
     """Puts another kernel `python3` in front of the environment's own."""

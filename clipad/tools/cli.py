@@ -12,9 +12,9 @@ from clipad import __version__
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 existing = click.Path(exists=True, path_type=Path)
-timeout_option = click.option(
-    "--timeout", type=click.IntRange(min=1), metavar="S", help="Seconds a cell may take."
-)
+rate = click.FloatRange(0, 0.25, min_open=True)
+neighbours = click.Choice(["no", "alone", "added"])
+detectors = click.Choice(["sdp", "sdp_plus", "winclip", "clip_surgery", "direct"])
 
 
 @click.group(context_settings=CONTEXT)
@@ -40,9 +40,8 @@ def app() -> None:
 @click.option("-p", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter.")
 @click.option("-y", "texts", multiple=True, metavar="YAML", help="Parameters: lists, mappings.")
 @click.option("-f", "files", multiple=True, metavar="FILE", help="A YAML file of parameters.")
-@timeout_option
 @click.option("--output-dir", help="Folder of the results, not outputs/<preset>-<dataset>.")
-def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> None:
+def run(notebook, every, preset, pairs, texts, files, output_dir) -> None:
     """Execute a notebook by papermill, strictly. NOTEBOOK: its first characters (03), its name, or a file.
 
     Unknown parameters, wrong types and values out of range are refused before a kernel starts. The executed copy goes
@@ -53,7 +52,7 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
     Examples:
       clipad run 00 --preset paper -p data_root ~/data/mvtec
       clipad run 00 -p dataset headct -p data_root data/headct
-      clipad run 00 -y 'categories: [screw, nut]' --timeout 600
+      clipad run 00 -y 'categories: [screw, nut]'
       clipad run --all -f my_settings.yaml
 
     With --all a parameter goes to the notebooks that have it, a failure does not stop the others, and all claims come
@@ -83,7 +82,7 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
         for path, own in plan(paths, values):
             if every:
                 click.echo(path.stem, err=True)
-            runs.append(run_notebook(path, own, output_dir, timeout))
+            runs.append(run_notebook(path, own, output_dir))
             _report(runs[-1])
     if every:
         rows = [(run.notebook, run.status, f"{run.seconds / 60:.1f}", run.reason) for run in runs]
@@ -95,40 +94,14 @@ def run(notebook, every, preset, pairs, texts, files, timeout, output_dir) -> No
 @app.command(short_help="Find anomalies in images of your own.")
 @click.argument("path", metavar="IMAGE|FOLDER", type=existing)
 @click.option("--object", "object_name", required=True, help='What they show: "metal nut".')
+@click.option("--normal", type=existing, help="A folder of flawless images of the same product.")
 @click.option(
-    "--normal",
-    type=existing,
-    help="A folder of flawless images of the same product: they give scale, threshold and verdicts.",
+    "--false-alarms", type=rate, default=0.05, help="Share of flawless images called bad."
 )
-@click.option(
-    "--false-alarms",
-    type=click.FloatRange(0, 0.25, min_open=True),
-    default=0.05,
-    help="About this share of flawless images is called bad, on average; 0.05 takes at least 19 of them.",
-)
-@click.option(
-    "--normal-folder",
-    default="",
-    metavar="NAME",
-    help="Sub-folders of this name hold flawless images; labels are never guessed. In --normal: . for all.",
-)
-@click.option(
-    "--neighbours",
-    type=click.Choice(["no", "alone", "added"]),
-    default="no",
-    help="Maps by the nearest patch of the flawless images: instead of the detector's, or added to them.",
-)
-@click.option(
-    "--tiles",
-    type=click.IntRange(1, 8),
-    default=1,
-    help="Cut images into N x N pieces as well, for small defects in large images.",
-)
-@click.option(
-    "--detector",
-    type=click.Choice(["sdp", "sdp_plus", "winclip", "clip_surgery", "direct"]),
-    default="sdp",
-)
+@click.option("--normal-folder", help="Sub-folders of this name hold flawless images.")
+@click.option("--neighbours", type=neighbours, default="no", help="Maps by nearest flawless patch.")
+@click.option("--tiles", type=click.IntRange(1, 8), default=1, help="N: also in N x N pieces.")
+@click.option("--detector", type=detectors, default="sdp")
 @click.option("--model", default="demo", help="An open_clip model; demo: for the shipped pictures.")
 @click.option("--pretrained", help="Its weights: an open_clip tag or a checkpoint file.")
 @click.option("--layers", type=existing, help="Linear layers, for sdp_plus.")
@@ -142,8 +115,13 @@ def detect(
     """A verdict (good, check, bad), a region and a report for each image of a folder, at any depth.
 
     Writes report.html, scores.csv, scores.json, overlays/, masks/ (regions at native size), maps/ and images/ (JPEG
-    copies for the report) to --out. Without --normal images are ranked by the logit and there is no verdict. The rule
-    of the threshold stands in the report.
+    copies for the report) to --out. Flawless images (--normal) give scale, threshold and verdicts: on average about the
+    share --false-alarms of such images is called bad; 0.05 takes at least 19 of them. Without them images are ranked
+    by the logit and there is no verdict. The rule of the threshold stands in the report.
+
+    --normal-folder names sub-folders that hold flawless images, in the folder (for labels, which are never guessed) and
+    in --normal (there . stands for all). --neighbours puts the distance to the nearest patch of the flawless images in
+    place of the detector's map (alone), or adds it (added). --tiles finds small defects in large images.
 
     \b
     Examples:
@@ -159,7 +137,7 @@ def detect(
         from clipad.studies.inspection import require_enough
         from clipad.tools.photographs import collect
 
-        images = collect(path, out, normal, normal_folder)
+        images = collect(path, out, normal, normal_folder or "")
         if normal:  # before the model is loaded
             require_enough(len(images.flawless), false_alarms)
         if model != "demo" and not pretrained:
@@ -199,12 +177,7 @@ def params(notebook) -> None:
 
 @app.command(short_help="Run a grid of notebooks or evaluations on Dask.")
 @click.argument("file", metavar="SWEEP.YAML")
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Local processes; one per GPU, or per core and at most 4.",
-)
+@click.option("--workers", type=click.IntRange(min=1), help="Local processes.")
 @click.option("--scheduler", metavar="ADDRESS", help="A running Dask cluster, tcp://10.0.0.1:8786.")
 @click.option("--output-dir", help="Folder of the results, not outputs/sweep-<name of the file>.")
 def sweep(file, workers, scheduler, output_dir) -> None:
@@ -218,8 +191,8 @@ def sweep(file, workers, scheduler, output_dir) -> None:
       parameters: {seed: [0, 1], categories: [[screw, nut]]}
 
     Everything is checked before the first run. A failed run does not stop the others and is tried again by the next
-    sweep. Results: table.csv with a row per run and number, runs/ with a folder per run. notebooks/sweep_example.yaml
-    is one to start from.
+    sweep. Results: table.csv with a row per run and number, runs/ with a folder per run. Local processes: one on each
+    GPU that the runs may use, else one per core and at most 4, if --workers does not say another number.
 
     Exit code: 0 all runs ended well, 1 some failed, 2 wrong usage, 130 stopped.
     """
@@ -262,22 +235,14 @@ def data() -> None:
 @data.command("check", short_help="Read every file of a data set; report what is wrong.")
 @click.argument("name")
 @click.option("--root", help="The folder of the data set; demo and demo_aux need none.")
-@click.option(
-    "--normal-folder",
-    default="",
-    metavar="NAME",
-    help="For folder: sub-folders of this name hold normal images; none if there are none.",
-)
-@click.option(
-    "--image-size",
-    type=click.IntRange(min=1),
-    help="Side at which thin masks may vanish; 240, or 96 for the demo, if left out.",
-)
+@click.option("--normal-folder", help="For folder: name of the normal sub-folders.")
+@click.option("--image-size", type=click.IntRange(min=1), help="Side at which masks are checked.")
 def check_data(name, root, normal_folder, image_size) -> None:
     """Read every image and mask of a data set: layout, counts, unreadable files, masks that miss or look wrong.
 
     NAME: mvtec, visa, isic, clinicdb, headct, brainmri, folder, demo or demo_aux. Files that are no photographs are
-    counted and named. Ends with exit code 1 when there are problems.
+    counted and named. --normal-folder none: there are no normal images. --image-size: 240, or 96 for the demo, if left
+    out; thin masks may vanish at it. Ends with exit code 1 when there are problems.
 
     \b
     Examples:
@@ -288,7 +253,7 @@ def check_data(name, root, normal_folder, image_size) -> None:
 
     with one_line_errors(code=1):
         place = Path(root).expanduser() if root else None
-        report = check_dataset(name, place, image_size or 0, normal_folder)
+        report = check_dataset(name, place, image_size or 0, normal_folder or "")
     click.echo(str(report))
     _exit_if(not report.ok)
 
@@ -300,8 +265,7 @@ def notebooks() -> None:
 
 @notebooks.command(short_help="Run with default parameters and store the outputs.")
 @click.argument("names", nargs=-1, metavar="[NOTEBOOK]...")
-@timeout_option
-def store(names, timeout) -> None:
+def store(names) -> None:
     """Run notebooks (all when none is named) with their default parameters; store the outputs in notebooks/*.ipynb.
 
     A notebook that fails, or whose output does not pass the checks, keeps its last good outputs.
@@ -312,7 +276,7 @@ def store(names, timeout) -> None:
     failed = False
     with one_line_errors():
         for path in [find_notebook(name) for name in names] or notebook_paths():
-            done = run_notebook(path, timeout=timeout)
+            done = run_notebook(path)
             _report(done)
             if done.status == "ok":
                 update_stored(path, done.output_path)

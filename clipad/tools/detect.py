@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from clipad.datasets import read_photograph, two_levels
@@ -37,7 +36,7 @@ from clipad.files import (
 from clipad.metrics import image_metrics
 from clipad.published import data_dir
 from clipad.studies.common import exact_share
-from clipad.studies.inspection import Inspector, require_enough, without_specks
+from clipad.studies.inspection import Inspector, Look, require_enough, without_specks
 from clipad.tools.photographs import Images
 from clipad.tools.report import (
     draw,
@@ -211,21 +210,11 @@ class _Work:
 
     def fit(self, flawless: list[Path], false_alarms: float) -> list[str]:
         """Learn from the flawless images; returns notes on those that could not be read."""
-        notes = []
-
-        def looks():
-            for batch in self._read(flawless, self._load_flawless, "flawless images"):
-                good = {path: item for path, item in batch if not isinstance(item, str)}
-                notes.extend(
-                    f"flawless, but not used: {printable(path.name)}: {item}"
-                    for path, item in batch
-                    if path not in good
-                )
-                if good:
-                    yield self._look(good)
-
-        self.inspector.fit(looks(), false_alarms)
-        return notes
+        unread: dict[Path, str] = {}
+        looks = self._looks(flawless, unread, "flawless images", copy=False)
+        self.inspector.fit((look for look, _ in looks), false_alarms)
+        said = "flawless, but not used"
+        return [f"{said}: {printable(path.name)}: {why}" for path, why in unread.items()]
 
     def look_at(self, photographs: list[Path]) -> tuple[dict[Path, str], list[str]]:
         """Keep the map of every image that is not finished. Returns those not read, with why, and notes."""
@@ -234,28 +223,19 @@ class _Work:
         with ThreadPoolExecutor(4) as pool:
             finished = list(pool.map(self._finished, photographs))
         todo = [path for path, done in zip(photographs, finished, strict=True) if not done]
-        unread = {}
-        for batch in self._read(todo, self._load, "photographs"):
-            unread |= {path: item for path, item in batch if isinstance(item, str)}
-            good = {path: item for path, item in batch if not isinstance(item, str)}
-            if not good:
-                continue
-            look = self._look({path: tensor for path, (tensor, _) in good.items()})
-            found = zip(good.items(), look.logits, self.inspector.maps(look), strict=True)
-            for (path, (_, facts)), logit, heat in found:
-                write_arrays(self.file("maps", path), facts | {"logit": logit, "map": heat})
+        unread: dict[Path, str] = {}
+        for look, facts in self._looks(todo, unread, "photographs"):
+            maps = self.inspector.maps(look)
+            for (path, known), logit, heat in zip(facts.items(), look.logits, maps, strict=True):
+                write_arrays(self.file("maps", path), known | {"logit": logit, "map": heat})
         before = f"{sum(finished)} of {len(finished)} images were finished before, skipped"
         return unread, [before] if any(finished) else []
 
-    def _look(self, tensors: dict[Path, torch.Tensor]):
-        try:
-            return self.inspector.look(torch.stack(list(tensors.values())))
-        except ValueError as error:
-            names = ", ".join(printable(path.name) for path in list(tensors)[:3])
-            raise ValueError(f"{error}: one of {names}, ...") from error
-
-    def _read(self, paths: list[Path], load, what: str) -> Iterator[list[tuple]]:
-        """Batches of (path, what ``load`` made of it), while threads read the next one."""
+    def _looks(
+        self, paths: list[Path], unread: dict[Path, str], what: str, copy: bool = True
+    ) -> Iterator[tuple[Look, dict[Path, dict]]]:
+        """Batches of images as the model sees them, with facts of each, while threads read the next batch. Images that
+        cannot be read go to ``unread``, with the reason."""
         groups = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
         ahead: deque = deque()
         with (
@@ -263,33 +243,36 @@ class _Work:
             tqdm(total=len(paths), desc=what, unit="image", disable=self.quiet) as bar,
         ):
             for group in [*groups, []]:
-                ahead.append([(path, readers.submit(load, path)) for path in group])
-                if len(ahead) > 1:
-                    batch = [(path, future.result()) for path, future in ahead.popleft()]
-                    yield batch
-                    bar.update(len(batch))
+                ahead.append({path: readers.submit(self._load, path, copy) for path in group})
+                if len(ahead) == 1:
+                    continue
+                found = {path: future.result() for path, future in ahead.popleft().items()}
+                unread |= {path: why for path, why in found.items() if isinstance(why, str)}
+                good = {path: item for path, item in found.items() if path not in unread}
+                if good:
+                    look = self._look({path: tensor for path, (tensor, _) in good.items()})
+                    yield look, {path: facts for path, (_, facts) in good.items()}
+                bar.update(len(found))
 
-    def _load_flawless(self, path: Path) -> torch.Tensor | str:
-        found = self._photograph(path)
-        return found if isinstance(found, str) else self.inspector.prepare(found[0])
+    def _look(self, tensors: dict[Path, torch.Tensor]) -> Look:
+        try:
+            return self.inspector.look(torch.stack(list(tensors.values())))
+        except ValueError as error:
+            names = ", ".join(printable(path.name) for path in list(tensors)[:3])
+            raise ValueError(f"{error}: one of {names}, ...") from error
 
-    def _load(self, path: Path) -> tuple[torch.Tensor, dict] | str:
-        """What the model takes, and facts; writes a copy of the picture at native size on the way."""
-        found = self._photograph(path)
-        if isinstance(found, str):
-            return found
-        image, remarks = found
-        write_picture(self.file("images", path), image)
-        facts = {"sha256": content_hash(path), "size": image.size, "remarks": ",".join(remarks)}
-        return self.inspector.prepare(image), facts
-
-    def _photograph(self, path: Path) -> tuple[Image.Image, set[str]] | str:
-        """The image with its remarks, or why there is none."""
+    def _load(self, path: Path, copy: bool) -> tuple[torch.Tensor, dict] | str:
+        """What the model takes of an image, and facts; or why there is none. Writes the report's copy, if asked."""
         try:
             image, remarks = read_photograph(path)
         except (OSError, ValueError, MemoryError) as error:
             return str(error).replace(f"{self.root}/", "")
-        return MASK if two_levels(image) else (image, remarks)
+        if two_levels(image):
+            return MASK
+        if copy:
+            write_picture(self.file("images", path), image)
+        facts = {"sha256": content_hash(path), "size": image.size, "remarks": ",".join(remarks)}
+        return self.inspector.prepare(image), facts
 
     def _finished(self, path: Path) -> bool:
         try:

@@ -3,67 +3,62 @@ fix. Nothing heavy is imported before it is asked for, so that it answers where 
 """
 
 import importlib
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 
 from clipad.tools.runner import REPOSITORY, notebook_paths, require_own_kernel
 
+PIP = f"{sys.executable} -m pip"
+RESTORE = f"git -C {REPOSITORY} restore"
+
 
 def diagnose() -> Iterator[tuple[str, str]]:
     """Faults that keep the notebooks from running, as (fault, fix); nothing where there are none."""
-    pip = [sys.executable, "-m", "pip"]
-    checked = subprocess.run([*pip, "check"], capture_output=True, text=True, check=False)
-    if checked.returncode:
-        fix = f"make install, or {' '.join(pip)} install -c constraints.txt -e '{REPOSITORY}[dev]'"
-        yield checked.stdout.strip() or checked.stderr.strip(), fix
-    for name in ("torch", "torchvision", "open_clip"):
+    checks = (
+        (_packages, f"make install, or {PIP} install -c constraints.txt -e '{REPOSITORY}[dev]'"),
+        (_torch, f"{PIP} install --upgrade torch torchvision open_clip_torch"),
+        (_demo_model, f"{RESTORE} data/demo/model"),
+        (_demo_images, f"{RESTORE} data/demo/collections"),
+        (notebook_paths, f"{RESTORE} notebooks"),
+        (require_own_kernel, f"{sys.executable} -m ipykernel install --sys-prefix"),
+    )
+    for check, fix in checks:
         try:
-            importlib.import_module(name)
-        except Exception as error:  # a wrong CUDA library, another torch's torchvision
-            fix = f"{' '.join(pip)} install --upgrade torch torchvision open_clip_torch"
-            yield f"{name}: {_line(error)}", fix
-            return  # what follows needs it
-    yield from _files()
-    try:
-        require_own_kernel()
-    except ValueError as error:
-        fault, _, fix = str(error).partition("; fix: ")
-        yield fault, fix
+            check()
+        except Exception as error:  # also a wrong CUDA library, another torch's torchvision
+            name = check.__name__.replace("_", " ").strip()
+            yield f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", fix
 
 
-def _files() -> Iterator[tuple[str, str]]:
+def _packages() -> None:
+    pip = [sys.executable, "-m", "pip", "check"]
+    done = subprocess.run(pip, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(done.stdout or done.stderr)
+
+
+def _torch() -> None:
+    for name in ("torch", "torchvision", "open_clip"):
+        importlib.import_module(name)
+
+
+def _demo_model() -> None:
     from clipad.backbone import load_backbone
+
+    load_backbone("demo", device="cpu")
+
+
+def _demo_images() -> None:
     from clipad.tools.check_data import check_dataset
 
-    restore = f"git -C {REPOSITORY} restore"
-    try:
-        load_backbone("demo", device="cpu")
-    except Exception as error:
-        yield f"demo model: {_line(error)}", f"{restore} data/demo/model"
     for name in ("demo", "demo_aux"):
-        try:
-            problems = check_dataset(name).problems
-        except Exception as error:
-            problems = [_line(error)]
-        if problems:
-            yield f"{name}: {problems[0]}", f"{restore} data/demo/collections"
-    try:
-        if not notebook_paths():
-            raise ValueError("the folder notebooks/ is empty")
-    except ValueError as error:
-        yield str(error), f"{restore} notebooks"
+        if problems := check_dataset(name).problems:
+            raise ValueError(f"{name}: {problems[0]}")
 
 
 def environment() -> str:
     """What a report of a fault should contain: PyTorch's own account of system, devices and packages."""
     command = [sys.executable, "-m", "torch.utils.collect_env"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    shown = os.environ.get("MPLBACKEND")
-    hidden = f"\nMPLBACKEND={shown}: JupyterLab shows no figures; unset it" if shown else ""
-    return (done.stdout or done.stderr).strip() + hidden
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return (done.stdout or done.stderr).strip()

@@ -144,12 +144,12 @@ class Run:
     output_path: Path
 
 
-def run_notebook(path, parameters=None, output_dir=None, timeout=None, progress_bar=True) -> Run:
+def run_notebook(path, parameters=None, output_dir=None, progress_bar=True) -> Run:
     """Executes a notebook in a fresh kernel of this Python, in the notebook's folder.
 
     Writes the executed copy ``output_dir/<name>.ipynb`` cell by cell (also when it fails) and the run's end in
-    ``output_dir/runs.json``. ``timeout``: seconds a cell may take. Wrong parameters and a wrong kernel raise
-    ValueError before anything starts; what goes wrong inside the notebook is told by the returned `Run`.
+    ``output_dir/runs.json``. Wrong parameters and a wrong kernel raise ValueError before anything starts; what goes
+    wrong inside the notebook is told by the returned `Run`.
     """
     path = Path(path).resolve()
     values = check_parameters(path, parameters or {})
@@ -164,7 +164,7 @@ def run_notebook(path, parameters=None, output_dir=None, timeout=None, progress_
     start, status, reason = time.perf_counter(), "failed", ""
     try:
         with _neutral_environment():
-            status, reason = _execute(path, output_path, values, timeout, progress_bar)
+            status, reason = _execute(path, output_path, values, progress_bar)
     except KeyboardInterrupt:
         status, reason = "stopped", "stopped by the user"
         raise
@@ -174,9 +174,9 @@ def run_notebook(path, parameters=None, output_dir=None, timeout=None, progress_
     return Run(path.stem, status, reason, seconds, output_path)
 
 
-def _execute(path, output_path, values, timeout, progress_bar) -> tuple[str, str]:
+def _execute(path, output_path, values, progress_bar) -> tuple[str, str]:
     """Status and reason."""
-    fault = _papermill(path, output_path, values, timeout, progress_bar)
+    fault = _papermill(path, output_path, values, progress_bar)
     executed = merge_streams(read_notebook(output_path))
     write_notebook(executed, output_path)
     if fault:
@@ -187,10 +187,10 @@ def _execute(path, output_path, values, timeout, progress_bar) -> tuple[str, str
     return ("ok", "") if skipped is None else ("skipped", skipped)
 
 
-def _papermill(path, output_path, values, timeout, progress_bar) -> str:
+def _papermill(path, output_path, values, progress_bar) -> str:
     """What stopped the run, "" if nothing did."""
     import papermill
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from nbclient.exceptions import DeadKernelError
 
     try:
         papermill.execute_notebook(
@@ -201,7 +201,6 @@ def _papermill(path, output_path, values, timeout, progress_bar) -> str:
             kernel_name="python3",
             cwd=path.parent,
             progress_bar=progress_bar,
-            execution_timeout=timeout,
             iopub_timeout=60,  # nbclient's 4 s are short for a large figure on a busy machine
             extra_arguments=["--log-level=50"],  # the kernel's remarks about its own shutdown
             shutdown_kernel="immediate",  # a stop shall not wait for a cell to end
@@ -209,9 +208,7 @@ def _papermill(path, output_path, values, timeout, progress_bar) -> str:
     except papermill.PapermillExecutionError as error:
         return f"{_cell_text(error.source)} raised {error.ename}: {error.evalue}".strip()
     except DeadKernelError:
-        return _mark_stop(output_path, "the kernel was killed (often: out of memory) in")
-    except CellTimeoutError:
-        return _mark_stop(output_path, f"no end after the time limit of {timeout} s in")
+        return _mark_killed(output_path)
     except Exception as error:  # a kernel that does not start; other notebooks run all the same
         return f"{type(error).__name__}: {error}"
     return ""
@@ -237,15 +234,15 @@ def _cell_text(source: str) -> str:
     return f"the cell `{first}{' ...' if len(lines) > 1 else ''}`"
 
 
-def _mark_stop(output_path: Path, message: str) -> str:
+def _mark_killed(output_path: Path) -> str:
     """papermill calls every cell of a killed kernel "completed": put the error where a reader looks for it."""
     from nbformat.v4 import new_output
 
     notebook = read_notebook(output_path)
     cells = code_cells(notebook)
     started = [c for c in cells if c.metadata.get("papermill", {}).get("start_time")] or cells[:1]
-    reason = f"{message} {_cell_text(started[-1].source)}"
-    started[-1].outputs.append(new_output("error", ename="Stopped", evalue=reason, traceback=[]))
+    reason = f"the kernel was killed (often: out of memory) in {_cell_text(started[-1].source)}"
+    started[-1].outputs.append(new_output("error", ename="Killed", evalue=reason, traceback=[]))
     write_notebook(notebook, output_path)
     return reason
 

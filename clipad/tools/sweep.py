@@ -64,6 +64,8 @@ prompts: str = ""  # path of a YAML file with prompts
 seed: int = 0  # seed of random weights [0..]
 device: str = ""  # where to compute, a GPU if there is one
 """
+DONE = ("ok", "skipped")
+"""how a run ends that is not tried again"""
 
 
 @dataclass(frozen=True)
@@ -219,8 +221,8 @@ def run_one(run: Run, output_dir: str, gpus: list[str]) -> dict:
         raise FileNotFoundError(
             f"the worker does not see {output_dir}: it needs the sweep's file system"
         )
-    if finished(run, output_dir):  # by an attempt whose worker was lost
-        return read_record(run, output_dir)
+    if (done := read_record(run, output_dir))["status"] in DONE:  # by a worker that was lost
+        return done
     start = time.perf_counter()
     try:
         with _one_at_a_time:
@@ -260,16 +262,10 @@ def _write_record(run: Run, output_dir, found: dict) -> dict:
     return record
 
 
-def read_record(run: Run, output_dir) -> dict | None:
-    """The record of a run that ended; None of another."""
+def read_record(run: Run, output_dir) -> dict:
+    """The record of a run that ended; of another one only that it has not."""
     path = _folder(run, output_dir) / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def finished(run: Run, output_dir) -> bool:
-    """Whether a run ended, and well."""
-    record = read_record(run, output_dir)
-    return record is not None and record["status"] != "failed"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"status": ""}
 
 
 def _run_evaluation(run: Run, values: dict, folder: Path) -> dict:
@@ -316,13 +312,14 @@ def sweep(
     """
     output_dir = Path(output_dir).expanduser().resolve()
     (output_dir / "runs").mkdir(parents=True, exist_ok=True)
-    todo = [run for run in runs if not finished(run, output_dir)]
+    todo = [run for run in runs if read_record(run, output_dir)["status"] not in DONE]
     try:
         if todo:
             _compute(todo, len(runs), output_dir, workers, scheduler)
     finally:
         # from the disk: a run may have ended right before the interruption, when nobody looked any more
-        records = [record for run in runs if (record := read_record(run, output_dir))]
+        found = [read_record(run, output_dir) for run in runs]
+        records = [record for record in found if record["status"]]
         write_table(records, output_dir / "table.csv")
     return records
 
