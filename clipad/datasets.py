@@ -337,15 +337,10 @@ def load_dataset(
     categories : None or empty for all that are present.
     normal_folder : for data set "folder", the name of the sub-folders that hold normal images, or "none".
 
-    Data set "folder" takes images of any origin, by what the root contains:
-
-    * ``meta.json``, a list as many programs of the field write it: its test images.
-    * ``test/<defect>/...`` (MVTec AD's layout, one category, named after the root); masks are optional:
-      ``ground_truth/<defect>/<stem>_mask.png`` or ``<stem>.png``. Where a category has a folder ``ground_truth``,
-      every anomalous image needs its mask. MVTec AD 2's ``test_public/`` is read, too.
-    * sub-folders of images, one of them with normal images: one category, the other sub-folders are anomalous.
-    * images: one category of unlabelled images (label -1).
-    * anything else: each sub-folder is a category by these same rules.
+    Data set "folder" takes images of any origin: MVTec AD's layout with or without masks (where a category has a folder
+    ``ground_truth``, every anomalous image needs its mask; MVTec AD 2's ``test_public/`` is read, too), sub-folders of
+    which one holds normal images, images alone (one category, label -1), sub-folders of these kinds as categories, or
+    ``meta.json``, a list as many programs of the field write it. A single category is named after the root.
 
     Labels are never guessed: normal are the images in ``normal_folder``, or, without it, in the one sub-folder called
     good, normal or ok. Where there is none, or two, the sub-folders are named and the answer is asked for.

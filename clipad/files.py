@@ -207,11 +207,8 @@ def scan(root: Path, used: Iterable[Path | None] = (), without: Path | None = No
             else:
                 images.append(path)
         masks = masks_beside(images)
-        for path in images:
-            if path in masks:
-                skipped["beside a photograph of the same name, so a mask or copy"].append(path)
-            else:
-                photographs.append(path)
+        skipped["beside a photograph of the same name, so a mask or copy"].extend(masks)
+        photographs.extend(path for path in images if path not in masks)
 
     visit(root)
     used = set(used)
@@ -249,7 +246,7 @@ def _no_image(path: Path) -> str:
         return "broken link"
     if not path.is_file():
         return "no file but a pipe or device"
-    suffix = path.suffix.lower()
+    suffix = path.suffix.lower() or "no suffix"
     return "" if suffix in IMAGE_SUFFIXES else f"in a format that is not read ({suffix})"
 
 

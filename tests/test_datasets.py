@@ -408,6 +408,14 @@ def test_a_folder_without_defects_or_without_flawless_images(tmp_path):
     assert [(s.label, s.category) for s in dataset] == [(1, "b")]
 
 
+def test_a_category_without_the_named_normal_folder_is_anomalous(tmp_path):
+    for folder in ("a/test/flawless", "a/test/bent", "b/test/cut"):
+        png(tmp_path / folder / "0.png")
+    dataset = load_dataset("folder", tmp_path, normal_folder="Flawless")
+    found = {(s.category, s.defect): s.label for s in dataset}
+    assert found == {("a", "good"): 0, ("a", "bent"): 1, ("b", "cut"): 1}
+
+
 def test_masks_among_the_images_are_left_out(tmp_path):
     png(tmp_path / "good" / "0.jpg")
     png(tmp_path / "bent" / "1.jpg")
@@ -796,6 +804,14 @@ def test_check_notes_what_is_read_by_a_rule(tmp_path):
     assert "values stay below 4096" in notes
     assert f"'a flawless {tmp_path.name}'" in notes
     assert report.table["unlabelled"].tolist() == [3]
+
+
+def test_check_of_data_without_a_usable_image(tmp_path):
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "0.png").symlink_to(tmp_path / "gone.png")
+    report = check_dataset("folder", tmp_path, progress=False)
+    assert len(report.table) == 0
+    assert "broken link" in str(report)
 
 
 def test_check_looks_at_the_masks(mvtec):

@@ -13,7 +13,7 @@ def lines(paths) -> int:
 
 
 def test_method_and_what_it_runs_on():
-    assert lines(CLIPAD.glob("*.py")) <= 4130, WHY
+    assert lines(CLIPAD.glob("*.py")) <= 4120, WHY
 
 
 def test_package():
