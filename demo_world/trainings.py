@@ -1,4 +1,5 @@
-"""Every method and the main ablations on one training of the demo model, as rows of ``data/demo/trainings.csv``.
+"""Every method and the main ablations on one training of the demo model, as rows of ``data/demo/trainings.csv``, and
+the methods of notebook 08 as rows of ``data/demo/after_clip_ad.csv``.
 
 ``python -m demo_world.trainings --weights FILE`` takes ``model.safetensors`` with its ``training.json`` beside it, or
 ``state.pt`` of a training that still runs. Some minutes on one core; what is stored is not computed again.
@@ -24,9 +25,18 @@ from clipad.evaluation import evaluate
 from clipad.files import content_hash, write_atomically
 from clipad.linear_layers import LinearLayers
 from clipad.published import protocol
+from clipad.studies import after_clip_ad
 from clipad.studies.common import keep
 from clipad.studies.opposite_predictions import count_phenomena, ground_truth
-from clipad.studies.trainings import COLUMNS, METRICS, RATES, read_trainings, trainings_file
+from clipad.studies.sdp_plus_fine_tuning import LayersAlone
+from clipad.studies.trainings import (
+    COLUMNS,
+    METRICS,
+    RATES,
+    after_file,
+    read_trainings,
+    trainings_file,
+)
 from clipad.surgery import cosine
 from clipad.training import train
 from clipad.winclip import WinCLIP
@@ -132,24 +142,53 @@ def measured(detector: Detector, dataset: Dataset, rates: bool) -> pd.DataFrame:
     return table.rename_axis("category").reset_index()
 
 
-def append_rows(weights: Path, seed: int, steps: int, file: Path) -> None:
-    """Every detector of which `file` holds no row for these weights; the file is complete after each.
+def measured_after(backbone: Backbone) -> pd.DataFrame:
+    """The methods of notebook 08 and their changed lines: a row per method and category."""
+    published = protocol("demo")
+    text = {"rvs": published.rvs, "rvs_options": published.rvs_options}
+    layers, sdp = trained_layers(backbone), SDP(backbone, **text)
+    plus, alone = (kind(backbone, layers, **text) for kind in (SDPPlus, LayersAlone))
+    kept_aux = keep(plus, load_dataset(published.trained_on))
+    test = after_clip_ad.split(keep(plus, load_dataset("demo")))
+    memory = after_clip_ad.remember(kept_aux)
+    chosen = after_clip_ad.choose(sdp, after_clip_ad.split(kept_aux), memory)
+    maps = after_clip_ad.every_map(sdp, plus, alone, test, memory, chosen)
+    maps |= after_clip_ad.changed_lines(sdp, test)
+    scores = after_clip_ad.compared(maps, sdp, test.tested, resamples=20)
+    tables = {name: scores.table(name).drop(index="mean")[list(METRICS)] for name in maps}
+    return pd.concat(tables, names=["method", "category"]).reset_index()
+
+
+def append_rows(weights: Path, seed: int, steps: int, file: Path, after: Path) -> None:
+    """Every detector of which `file` holds no row for these weights; the file is complete after each. `after`: the
+    same for the methods of notebook 08.
 
     A row's `weights` are the first 16 digits of the SHA-256 of ``model.safetensors``, as ``sha256sum`` prints it.
     """
     backbone = load_backbone("demo", pretrained=weights, device="cpu")
-    digest = content_hash(weights)[:16]
+    about = {"seed": seed, "steps": steps, "weights": content_hash(weights)[:16]}
     dataset = load_dataset("demo")
     for name, make in (bar := tqdm(detectors(backbone).items())):
         bar.set_description(name)
-        table = read_trainings(file) if file.exists() else pd.DataFrame(columns=COLUMNS)
-        if ((table["weights"] == digest) & (table["method"] == name)).any():
-            continue
-        rows = measured(make(), dataset, rates=name in ("Direct", "SDP"))
-        rows = rows.assign(seed=seed, steps=steps, weights=digest, method=name)
-        table = pd.concat([table, rows.reindex(columns=COLUMNS)] if len(table) else [rows])
-        table = table.sort_values(["seed", "steps"], kind="stable")[list(COLUMNS)]
-        write_atomically(file, table.to_csv(index=False, float_format="%.4f"))
+        if not _has(file, about["weights"], name):
+            rows = measured(make(), dataset, rates=name in ("Direct", "SDP"))
+            _append(file, rows.assign(method=name, **about))
+    if not _has(after, about["weights"], "SDP"):
+        _append(after, measured_after(backbone).assign(**about))
+
+
+def _has(file: Path, weights: str, method: str) -> bool:
+    if not file.exists():
+        return False
+    table = read_trainings(file)
+    return bool(((table["weights"] == weights) & (table["method"] == method)).any())
+
+
+def _append(file: Path, rows: pd.DataFrame) -> None:
+    rows = rows.reindex(columns=COLUMNS)
+    table = pd.concat([read_trainings(file), rows]) if file.exists() else rows
+    table = table.sort_values(["seed", "steps"], kind="stable")
+    write_atomically(file, table.to_csv(index=False, float_format="%.4f"))
 
 
 def exported(path: Path, folder: Path) -> tuple[Path, int, int]:
@@ -186,7 +225,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             weights, seed, steps = exported(arguments.weights, Path(folder))
-            append_rows(weights, seed, steps, arguments.output)
+            after = arguments.output.with_name(after_file().name)
+            append_rows(weights, seed, steps, arguments.output, after)
         except ValueError as error:
             parser.error(str(error))
 

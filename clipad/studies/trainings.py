@@ -58,6 +58,11 @@ def trainings_file() -> Path:
     return data_dir() / "demo" / "trainings.csv"
 
 
+def after_file() -> Path:
+    """``data/demo/after_clip_ad.csv``: the same for the methods of notebook 08."""
+    return trainings_file().with_name("after_clip_ad.csv")
+
+
 def read_trainings(file: str | Path | None = None) -> pd.DataFrame:
     """The table with `COLUMNS`. ValueError for a file of another form."""
     file = Path(file or trainings_file())
