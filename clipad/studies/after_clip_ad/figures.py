@@ -75,8 +75,10 @@ def choices(tried: pd.DataFrame) -> Figure:
         best = rows.loc[rows["pro"].idxmax()]
         ax.plot(rows["value"], 100 * rows["pro"], "o-", color=COLOURS["blue"], markersize=4)
         ax.plot(best["value"], 100 * best["pro"], "o", color=COLOURS["red"], mfc="none", ms=11)
-        if what != "variance":
+        if what.startswith("weight"):
             ax.set_xscale("log")
+        else:
+            ax.set_xticks(rows["value"])
         ax.set_title(f"{what}: {best['value']:g}", fontsize=10)
         ax.tick_params(labelsize=9)
         sns.despine(ax=ax)

@@ -1,0 +1,153 @@
+"""Notebook 08's ideas against plain double loops on toys, and who is a reference, tested or remembered."""
+
+import numpy as np
+import pytest
+import torch
+
+import clipad
+from clipad.studies import after_clip_ad as study
+from clipad.studies.common import keep, thinned
+
+
+@pytest.fixture
+def toy():
+    """Tokens of five images with 3 x 3 patches of width 4, and of three references."""
+    generator = torch.manual_seed(0)
+    return torch.randn(5, 9, 4, generator=generator), torch.randn(3, 9, 4, generator=generator)
+
+
+def standardised(image):
+    return (image - image.mean()) / (image.var(correction=0) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("unit_length", [False, True])
+def test_nearest_distance_is_a_double_loop(toy, unit_length):
+    tokens, bank = toy
+    if unit_length:
+        scaled, known = (x / x.norm(dim=-1, keepdim=True) for x in toy)
+    else:
+        scaled, known = (torch.stack([standardised(image) for image in x]) for x in toy)
+    expected = torch.empty(5, 9)
+    for i in range(5):
+        for n in range(9):
+            expected[i, n] = min((scaled[i, n] - p).norm() for image in known for p in image)
+    found = study.nearest_distance(tokens, bank, unit_length)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 64])
+def test_batch_distance_is_a_double_loop(toy, at_once):
+    tokens, _ = toy
+    expected = torch.empty(5, 9)
+    for i in range(5):
+        for n in range(9):
+            others = [min((tokens[i, n] - p).norm() for p in tokens[j]) for j in range(5) if j != i]
+            lowest = sorted(others)[:2]  # half of four
+            expected[i, n] = sum(lowest) / 2
+    found = study.batch_distance(tokens, share=0.5, images_at_once=at_once)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_copy_in_the_batch_is_no_distance(toy):
+    tokens = toy[0].clone()
+    tokens[1] = tokens[0]
+    found = study.batch_distance(tokens, share=0.3)
+    assert found[:2].max() < 1e-2 < found[2:].min()
+
+
+def test_neighbourhoods_are_means_with_zeros_outside(toy):
+    image = toy[0][:1]
+    found = study.neighbourhood_means(image, 3)
+    torch.testing.assert_close(found[0, 4], image[0].mean(dim=0))  # the middle one sees all nine
+    torch.testing.assert_close(found[0, 0], image[0][[0, 1, 3, 4]].sum(dim=0) / 9)
+    torch.testing.assert_close(study.neighbourhood_means(image, 1), image)
+
+
+def test_subspace_residual_is_pca(toy):
+    from sklearn.decomposition import PCA
+
+    tokens, bank = (torch.stack([standardised(i) for i in x]).double() for x in toy)
+    fitted = PCA(n_components=0.8, svd_solver="full").fit(bank.flatten(0, 1).numpy())
+    flat = tokens.flatten(0, 1).numpy()
+    rest = flat - fitted.inverse_transform(fitted.transform(flat))
+    expected = torch.from_numpy((rest**2).sum(axis=1)).reshape(5, 9).float()
+    found = study.subspace_residual(*toy, variance=0.8)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_retrieved_is_a_double_loop(toy):
+    tokens, keys = toy[0], toy[1].flatten(0, 1)
+    labels = (torch.arange(27) % 3 == 0).float()
+    expected = torch.empty(5, 9)
+    for i in range(5):
+        for n in range(9):
+            weights = [
+                torch.exp(torch.cosine_similarity(tokens[i, n], k, dim=0) / 0.1) for k in keys
+            ]
+            expected[i, n] = sum(w * y for w, y in zip(weights, labels, strict=True)) / sum(weights)
+    torch.testing.assert_close(study.retrieved(tokens, keys, labels, 0.1), expected)
+
+
+def test_learned_directions_find_what_separates():
+    generator = torch.manual_seed(0)
+    keys = torch.randn(200, 4, generator=generator)
+    labels = (keys[:, 0] > 0).float()
+    found = study.learned_directions(keys, labels)(keys[None])[0]
+    assert ((found > 0.5) == labels.bool()).float().mean() > 0.95
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """SDP+'s features of two demo products, untrained layers."""
+    backbone = clipad.load_backbone("demo")
+    dataset = clipad.load_dataset("demo_aux", categories=["carpet", "pill"])
+    layers = clipad.linear_layers.LinearLayers(*backbone.visual.proj.shape, 4, 0)
+    plus = clipad.SDPPlus(backbone, layers, rvs="mean")
+    return clipad.SDP(backbone, rvs="mean"), keep(plus, thinned(dataset, 24))
+
+
+def test_references_are_flawless_and_never_tested(kept):
+    _, features = kept
+    test = study.split(features, references=5, seed=3)
+    assert [len(bank[0]) for bank in test.bank.values()] == [5, 5]
+    assert len(test.tested.dataset) == len(features.dataset) - 10
+    tested = test.tokens[0]
+    for category, bank in test.bank.items():
+        for token in bank[0][:, 0]:
+            assert not (tested[:, 0] == token).all(dim=1).any(), category
+    assert (test.tested.labels == 1).sum() == (features.labels == 1).sum()
+    again = study.split(features, references=5, seed=3)
+    assert torch.equal(again.bank["pill"][0], test.bank["pill"][0])
+
+
+def test_few_flawless_images_are_refused(kept):
+    features = kept[1]
+    few = np.flatnonzero((features.labels == 1) | (np.arange(len(features.labels)) % 4 == 0))
+    with pytest.raises(ValueError, match="flawless"):
+        study.split(study.subset(features, few))
+
+
+def test_memory_is_balanced_and_forgets_a_category(kept):
+    memory = study.remember(kept[1])
+    assert memory.labels.mean() == 0.5
+    rest = memory.without("pill")
+    assert set(rest.categories) == {"carpet"}
+    assert len(rest.keys[0]) == len(rest.labels) < len(memory.labels)
+
+
+def test_values_come_in_the_order_of_the_data_set(kept):
+    test = study.split(kept[1])
+    shown = test.values(lambda c, stages: stages[0][..., 0])
+    torch.testing.assert_close(shown, test.tokens[0][..., 0])
+
+
+@pytest.mark.slow
+def test_the_free_numbers_come_from_what_was_tried(kept):
+    sdp, features = kept
+    memory = study.remember(features)
+    chosen = study.choose(sdp, study.split(features), memory)
+    best = chosen.tried.loc[chosen.tried.groupby("what")["pro"].idxmax()].set_index("what")["value"]
+    assert best["variance"] == chosen.variance
+    assert best["temperature"] == chosen.temperature
+    assert best["weight of nearest"] == chosen.nearest_weight
+    assert best["weight of the batch"] == chosen.batch_weight
