@@ -9,11 +9,9 @@ Shapes: S pixels a side, N = G x G patches, T = 1 + N tokens (class token first)
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,11 +23,13 @@ from PIL import Image
 
 from clipad.datasets import read_image, read_mask
 from clipad.detectors import Detector, Features
-from clipad.dual_path import attention_weights, default_stages, embed_patches
+from clipad.dual_path import default_stages
+from clipad.files import did_you_mean
 from clipad.linear_layers import LinearLayers, require_separate
 from clipad.prompts import WINCLIP, Prompts
 from clipad.studies.experiments import DETECTORS, Experiment
 from clipad.studies.explorer.settings import Settings, list_images, phrases
+from clipad.studies.opposite_predictions import attention_by_block
 from clipad.surgery import cosine, similarity_map, smooth
 from clipad.text import check_method, representative_vectors
 from clipad.winclip import SIZES, WinCLIP, windows
@@ -122,9 +122,8 @@ class Explorer:
         self.protocol, self.prompts = run.protocol, run.prompts
         self.layers = layers
         root = run.dataset.root
-        self.samples = {
-            Path(os.path.relpath(s.image_path, root)).as_posix(): s for s in run.dataset
-        }
+        paths = [Path(os.path.relpath(s.image_path, root)).as_posix() for s in run.dataset]
+        self.samples = dict(zip(paths, run.dataset, strict=True))
         self.size = self.backbone.image_size
         self.grid = self.backbone.visual.grid_size[0]
         self.depth = len(self.backbone.visual.transformer.resblocks)
@@ -145,33 +144,22 @@ class Explorer:
         :meth:`check` raises.
         """
         known = [field.name for field in fields(Settings)]
-        for name in values:
-            if name not in known:
-                near = get_close_matches(name, known, n=1)
-                raise ValueError(
-                    f"no setting {name!r}" + (f"; {near[0]}?" if near else f": {', '.join(known)}")
-                )
+        for name in set(values) - set(known):
+            raise ValueError(f"no setting {name!r}{did_you_mean(name, known)}")
+        if values.get("smoothing", -1) < 0:
+            plus, rule = values.get("detector") == "sdp_plus", self.protocol
+            side = rule.smoothing_240_sdp_plus if plus else rule.smoothing_240
+            values["smoothing"] = round(side / 240 * self.size, 1)
         image = values.get("image") or self.example(label=1)
-        detector = values.get("detector") or "sdp"
-        plus = detector == "sdp_plus"
-        side = self.protocol.smoothing_240_sdp_plus if plus else self.protocol.smoothing_240
-        smoothing = values.get("smoothing", -1)
-        chosen = Settings(
-            image=image,
-            object_name=values.get("object_name") or self.category(image),
-            detector=detector,
-            rvs=values.get("rvs") or self.protocol.rvs,
-            normal_words=values.get("normal_words") or "",
-            anomalous_words=values.get("anomalous_words") or "",
-            flawless=values.get("flawless") or "",
-            stages=tuple(values.get("stages") or self.stages),
-            surgery=values.get("surgery", True),
-            smoothing=round(side / 240 * self.size, 1) if smoothing < 0 else smoothing,
-            false_alarms=values.get("false_alarms", 5.0),
-            look=tuple(values.get("look") or (1, 1, self.depth)),
-        )
+        given = {
+            k: v for k, v in values.items() if v or k in ("surgery", "smoothing", "false_alarms")
+        }
+        published = {"object_name": self.category(image), "rvs": self.protocol.rvs}
+        published |= {"stages": self.stages, "look": (1, 1, self.depth)}
+        chosen = Settings(**published | given | {"image": image})
+        chosen = replace(chosen, stages=tuple(chosen.stages), look=tuple(chosen.look))
         self.check(chosen)
-        if not values.get("look"):
+        if "look" not in given:
             chosen = replace(chosen, look=(*self.highest_patch(chosen), self.depth))
         return chosen
 
@@ -199,37 +187,34 @@ class Explorer:
     def check(self, s: Settings) -> None:
         """ValueError, or OSError for an image that cannot be read, if a user's settings cannot be shown; says why."""
         if s.image not in self.samples and not Path(s.image).is_file():
-            near = get_close_matches(s.image, self.samples, n=1)
-            raise ValueError(
-                f"{s.image!r} is neither an image of {self.dataset.name} nor a file"
-                + (f"; {near[0]}?" if near else "")
-            )
+            place = f"neither an image of {self.dataset.name} nor a file"
+            raise ValueError(f"{s.image!r} is {place}{did_you_mean(s.image, self.samples)}")
         self.picture(s.image)
-        if not s.object_name.strip():
-            raise ValueError("the object has no name: a sentence needs one, such as 'metal nut'")
-        if s.detector not in self.detectors:
-            why = "; it needs trained layers, see notebook 04" if s.detector == "sdp_plus" else ""
-            raise ValueError(f"detector {s.detector!r}{why}; there are {', '.join(self.detectors)}")
         check_method(s.rvs, {})
         self._words(s.normal_words, s.anomalous_words, self.prompts)
         if s.flawless:
             list_images(s.flawless)
-        if not s.stages or list(s.stages) != [b for b in self.stages if b in s.stages]:
-            raise ValueError(
-                f"choose one or more stages, rising, of {list(self.stages)}; found {list(s.stages)}"
-            )
-        if not 0 <= s.smoothing <= self.size:
-            raise ValueError(
-                f"smoothing is a sigma in pixels, 0 to {self.size}; found {s.smoothing}"
-            )
-        if not 0 <= s.false_alarms <= 100:
-            raise ValueError(f"false_alarms is a percentage, 0 to 100; found {s.false_alarms}")
         row, column, block = s.look if len(s.look) == 3 else (0, 0, 0)
-        if not (1 <= row <= self.grid and 1 <= column <= self.grid and block in self.stages):
-            raise ValueError(
-                f"look is a row and a column in 1..{self.grid} and a block of {list(self.stages)}, "
-                f"found {list(s.look)}"
-            )
+        square = 1 <= row <= self.grid and 1 <= column <= self.grid
+        rising = [b for b in self.stages if b in s.stages]
+        stages, detectors = list(self.stages), ", ".join(self.detectors)
+        rules = {
+            "object_name": (bool(s.object_name.strip()), "a name, such as 'metal nut'"),
+            "detector": (
+                s.detector in self.detectors,
+                f"{detectors} (sdp_plus with trained layers)",
+            ),
+            "stages": (s.stages and list(s.stages) == rising, f"one or more of {stages}, rising"),
+            "smoothing": (0 <= s.smoothing <= self.size, f"a sigma in pixels, 0 to {self.size}"),
+            "false_alarms": (0 <= s.false_alarms <= 100, "a percentage, 0 to 100"),
+            "look": (
+                square and block in stages,
+                f"a row and a column in 1..{self.grid} and a block of {stages}",
+            ),
+        }
+        for name, (fits, expected) in rules.items():
+            if not fits:
+                raise ValueError(f"{name} has to be {expected}; found {getattr(s, name)!r}")
         if s.detector == "sdp_plus":
             require_separate(self.layers.settings.get("categories", ()), [s.object_name])
 
@@ -239,37 +224,31 @@ class Explorer:
         """Everything that is shown of settings. Raises what :meth:`check` raises."""
         self.check(settings)
         s, answer = settings, self.answer(settings)
+        own, flawless = answer.z[None], answer.references
         if answer.maps is None:
-            used = [i for i, b in enumerate(self.stages) if b in s.stages][: len(answer.rows)]
+            used = [i for i, b in enumerate(self.stages) if b in s.stages]
             used = used if s.detector == "sdp" else [0]
-            values, flawless = (
-                patch_values(z[..., used, :, :], s.surgery)
-                for z in (answer.z[None], answer.references)
-            )
+            own, flawless = (patch_values(z[..., used, :, :], s.surgery) for z in (own, flawless))
         else:
-            values, flawless = answer.maps[None], answer.references
+            own = answer.maps[None]
         sigma = 0.0 if s.detector == "winclip" else s.smoothing
-        found = smooth_maps(values, self.size, sigma)[0]
-        flawless = smooth_maps(flawless, self.size, sigma)
-        maxima = flawless.max(axis=(1, 2))
-        middle, low = maxima.max(), float(np.median(flawless))
+        own, flawless = (smooth_maps(values, self.size, sigma) for values in (own, flawless))
+        maxima, low = flawless.max(axis=(1, 2)), float(np.median(flawless))
         row, column, block = s.look
         patch = (row - 1) * self.grid + column - 1
         q_k, v_v = self.attention(s.image)[:, self.stages.index(block), patch]
         picture, mask = self.picture(s.image)
-        cosines = [*answer.z[:, 1 + patch], answer.whole]
+        cosines = np.array([*answer.z[:, 1 + patch], answer.whole])
         return Shown(
             settings=s,
             image=picture,
             mask=mask,
-            map=found,
+            map=own[0],
             maxima=maxima,
             threshold=float(np.quantile(maxima, 1 - s.false_alarms / 100)),
-            limits=(low, float(2 * middle - low)),
+            limits=(low, float(2 * maxima.max() - low)),
             probability=answer.probability,
-            cosines=pd.DataFrame(
-                np.array(cosines), [*answer.rows, "whole image"], ["normal", "anomalous"]
-            ),
+            cosines=pd.DataFrame(cosines, [*answer.rows, "whole image"], ["normal", "anomalous"]),
             attention={"q-k": q_k, "v-v": v_v},
             notes=answer.notes,
         )
@@ -278,9 +257,8 @@ class Explorer:
     def answer(self, s: Settings) -> Answer:
         """What only the model can say; stages, surgery, smoothing, threshold and patch do not matter."""
         names, notes = self.references(s)
-        text, said = self._text(
-            s.detector == "winclip", s.object_name, s.normal_words, s.anomalous_words, s.rvs
-        )
+        asked = (s.object_name, s.normal_words, s.anomalous_words, s.rvs)
+        text, said = self._text(s.detector == "winclip", *asked)
         text = text.to(self.backbone.device)
         detector = self._detector(s.detector)
         one = self._features((s.image,), s.detector)
@@ -295,33 +273,29 @@ class Explorer:
             maps = prediction.maps[0].numpy()
             references = detector.score_with(many, text).maps.numpy()
         whole = cosine(one.image_embedding[:, None], text)[0, 0].tolist()
-        return Answer(
-            rows=rows,
-            z=z[0],
-            maps=maps,
-            references=references,
-            whole=tuple(whole),
-            probability=float(prediction.probabilities[0]),
-            notes=(*said, *notes),
-        )
+        probability, notes = float(prediction.probabilities[0]), (*said, *notes)
+        return Answer(rows, z[0], maps, references, tuple(whole), probability, notes)
 
     def references(self, s: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of flawless images, evenly spread (the shown one is left out later); and what is to be said of them."""
+        names, note = [], ()
         if s.flawless:
-            names, note = list_images(s.flawless), ""
+            names = list_images(s.flawless)
         else:
             known = s.image in self.samples or s.object_name in self.dataset.categories
             category = self.category(s.image) if s.image in self.samples else s.object_name
-            names = [n for n, x in self.samples.items() if not known or x.category == category]
-            good = [n for n in names if self.samples[n].label == 0]
-            note = ""
+            own = [n for n, x in self.samples.items() if not known or x.category == category]
+            names = [n for n in own if self.samples[n].label == 0] or own
             if not known:
-                note = "threshold and colours come from flawless images of other objects: name a folder of your own"
-            elif not good:
-                note = "no image is known to be flawless: threshold and colours come from other images of the category"
-            names = good or names
+                note = (
+                    "threshold and colours come from flawless images of other objects: name a folder of your own",
+                )
+            elif self.samples[names[0]].label != 0:
+                note = (
+                    "no image is known to be flawless: threshold and colours come from other images of the category",
+                )
         places = np.linspace(0, len(names) - 1, min(REFERENCES, len(names))).round().astype(int)
-        return tuple(names[i] for i in places), (note,) if note else ()
+        return tuple(names[i] for i in places), note
 
     def picture(self, image: str) -> tuple[Image.Image, np.ndarray | None]:
         """An image as it is, RGB, and its true mask S x S if one is known. Raises OSError if it cannot be read."""
@@ -333,17 +307,11 @@ class Explorer:
     @torch.no_grad()
     def attention(self, image: str) -> np.ndarray:
         """2 x J x N x T: q-k and v-v weights of every patch in the stages' last blocks, ordinary path."""
-        found = []
         with self.backbone.autocast():
-            visual = self.backbone.tower
-            pixels = self.backbone.preprocess(self.picture(image)[0])[None]
-            x = visual.ln_pre(embed_patches(visual, pixels.to(self.backbone.device)))
-            for number, block in enumerate(visual.transformer.resblocks, start=1):
-                if number in self.stages:
-                    weights = attention_weights(block, x)
-                    found.append(torch.stack([kind[0, 1:].float().cpu() for kind in weights]))
-                x = block(x)
-        return torch.stack(found, dim=1).numpy()
+            pixels = self.backbone.preprocess(self.picture(image)[0])[None].to(self.backbone.device)
+            found = list(attention_by_block(self.backbone.tower, pixels))
+        last = [found[stage - 1] for stage in self.stages]
+        return np.stack([[pair[kind][0, 1:] for pair in last] for kind in (0, 1)])
 
     def speaking(self, s: Settings, patch: bool = False) -> pd.DataFrame:
         """Which phrase speaks: a row per sentence, columns ``state``, ``sentence``, ``cosine``, highest first.
@@ -357,15 +325,11 @@ class Explorer:
         if patch:
             stage = self.stages.index(s.stages[-1])
             token = features.tokens[stage][0, 1 + (row - 1) * self.grid + column - 1]
-        states = dict(
-            zip(("normal", "anomalous"), prompts.sentences(s.object_name), strict=True)
-        )  # fmt: skip
-        found = []
-        for state, sentences in states.items():
-            vectors = F.normalize(self.backbone.encode_text(sentences), dim=-1)
-            values = (vectors @ F.normalize(token.cpu(), dim=0)).tolist()
-            found += [(state, *pair) for pair in zip(sentences, values, strict=True)]
-        table = pd.DataFrame(found, columns=["state", "sentence", "cosine"])
+        normal, anomalous = prompts.sentences(s.object_name)
+        vectors = F.normalize(self.backbone.encode_text([*normal, *anomalous]), dim=-1)
+        table = pd.DataFrame({"sentence": [*normal, *anomalous]})
+        table.insert(0, "state", ["normal"] * len(normal) + ["anomalous"] * len(anomalous))
+        table["cosine"] = (vectors @ F.normalize(token.cpu(), dim=0)).tolist()
         return table.sort_values("cosine", ascending=False, kind="stable", ignore_index=True)
 
     def _detector(self, name: str) -> Detector:
@@ -377,10 +341,9 @@ class Explorer:
     def _features(self, images: tuple[str, ...], detector: str) -> Features:
         detector, found = self._detector(detector), []
         for start in range(0, len(images), _BATCH):
-            pixels = [
-                self.backbone.preprocess(self.picture(n)[0]) for n in images[start : start + _BATCH]
-            ]
-            found.append(detector.features(torch.stack(pixels)))
+            pictures = [self.picture(name)[0] for name in images[start : start + _BATCH]]
+            pixels = torch.stack([self.backbone.preprocess(picture) for picture in pictures])
+            found.append(detector.features(pixels))
         return Features.cat(found)
 
     def _cosines(
@@ -405,8 +368,9 @@ class Explorer:
     def _words(self, normal: str, anomalous: str, ensemble: Prompts) -> Prompts:
         """The ensemble with the user's states in place of its own."""
         own = {"normal": normal, "anomalous": anomalous}
-        own = {key: phrases(text) for key, text in own.items() if text.strip()}
-        prompts = replace(ensemble, **own)
+        prompts = replace(
+            ensemble, **{key: phrases(text) for key, text in own.items() if text.strip()}
+        )
         if both := set(prompts.normal) & set(prompts.anomalous):
             raise ValueError(f"{min(both)!r} is given for the normal and for the anomalous state")
         return prompts
@@ -414,9 +378,8 @@ class Explorer:
     def _text(self, winclip: bool, object_name: str, normal: str, anomalous: str, rvs: str):
         """C x 2 unit columns, and what is to be said about them."""
         prompts = self._words(normal, anomalous, WINCLIP if winclip else self.prompts)
-        unknown = self.backbone.unknown_words(
-            [x for state in prompts.sentences(object_name) for x in state]
-        )
+        both = [x for state in prompts.sentences(object_name) for x in state]
+        unknown = self.backbone.unknown_words(both)
         self.backbone.expect_words(unknown)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -428,11 +391,10 @@ class Explorer:
                     self.backbone, object_name, prompts, rvs, **options
                 )
         notes = [str(warning.message) for warning in caught]
-        strange = re.findall(r"[^\W\d_]*[^\x00-\x7f\W\d_][^\W\d_]*", object_name)
-        if self.backbone.known_words is None:
-            strange = []
-        if unknown or strange:
-            named = ", ".join(sorted({*unknown, *strange}))
+        if self.backbone.known_words is not None:  # other alphabets are no words for the demo model
+            unknown = {*unknown, *(word for word in object_name.split() if not word.isascii())}
+        if unknown:
+            named = ", ".join(sorted(unknown))
             notes.append(
                 f"the model never saw the words {named} in training: what it makes of them is noise"
             )

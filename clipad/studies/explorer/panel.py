@@ -7,7 +7,7 @@ import hashlib
 import html
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import ipywidgets as w
@@ -21,11 +21,8 @@ from clipad.studies.explorer.model import Explorer
 from clipad.studies.explorer.settings import Settings, command, list_images
 from clipad.text import METHODS
 
-FIVE = 5
 _ABOUT = "[An interactive explorer: open this notebook in JupyterLab and run it to use it.]"
 _VECTORS = {"mean_shift": "mean shift", "dbscan": "DBSCAN", "pca": "PCA", "kde": "KDE"}
-_STYLE = {"description_width": "6.5em"}
-_WIDE = w.Layout(width="auto", min_width="0")
 
 
 def show_still() -> None:
@@ -61,49 +58,35 @@ class _Field(w.VBox):
         super().__init__([control, self.message])
 
     def say(self, text: str, wrong: bool = True) -> None:
-        role = "alert" if wrong else "status"
-        edge = "#d9480f" if wrong else "#1971c2"
-        text = html.escape(text[:1].upper() + text[1:] if text.split(" ")[0].isalpha() else text)
-        self.message.value = (
-            f'<div role="{role}" style="border-left: 4px solid {edge}; padding-left: 6px; '
-            f'line-height: 1.3; margin: 2px 0 4px 6.5em">{text}</div>'
-            if text
-            else ""
-        )
+        role, edge = ("alert", "#d9480f") if wrong else ("status", "#1971c2")
+        style = f"border-left: 4px solid {edge}; padding-left: 6px; line-height: 1.3; margin: 2px 0 4px 6.5em"
+        told = f'<div role="{role}" style="{style}">{html.escape(text)}</div>'
+        self.message.value = told if text else ""
 
 
 def _make_controls(explorer: Explorer) -> dict[str, w.Widget]:
-    look = {"style": _STYLE, "layout": _WIDE}
-    text = look | {"continuous_update": False}
+    look = {"style": {"description_width": "6.5em"}}
+    look["layout"] = w.Layout(width="auto", min_width="0")
+
+    def text(label: str, hint: str = "") -> w.Text:
+        return w.Text(description=label, placeholder=hint, continuous_update=False, **look)
+
+    def menu(label: str, options=()) -> w.Dropdown:
+        return w.Dropdown(description=label, options=options, **look)
+
+    upload = w.FileUpload(accept="image/*", description="Upload an image")
+    upload.layout.width = "14em"
     return {
-        "category": w.Dropdown(description="category", options=explorer.dataset.categories, **look),
-        "image": w.Dropdown(description="image", **look),
-        "upload": w.FileUpload(
-            accept="image/*", description="Upload an image", layout=w.Layout(width="14em")
-        ),
-        "folder": w.Text(
-            description="own folder", placeholder="path of a folder of images", **text
-        ),
-        "flawless": w.Text(
-            description="flawless", placeholder="folder; else those of the category", **text
-        ),
-        "object_name": w.Text(description="object", **text),
-        "detector": w.Dropdown(
-            description="method",
-            options=[(DETECTOR_NAMES[n], n) for n in explorer.detectors],
-            **look,
-        ),
-        "rvs": w.Dropdown(
-            description="text vector",
-            options=[(_VECTORS.get(n, n), n) for n in METHODS],
-            **look,
-        ),
-        "normal_words": w.Text(
-            description="normal", placeholder="flawless, {} without scratch", **text
-        ),
-        "anomalous_words": w.Text(
-            description="anomalous", placeholder="damaged, {} with scratch", **text
-        ),
+        "category": menu("category", explorer.dataset.categories),
+        "image": menu("image"),
+        "upload": upload,
+        "folder": text("own folder", "path of a folder of images"),
+        "flawless": text("flawless", "folder; else those of the category"),
+        "object_name": text("object"),
+        "detector": menu("method", [(DETECTOR_NAMES[n], n) for n in explorer.detectors]),
+        "rvs": menu("text vector", [(_VECTORS.get(n, n), n) for n in METHODS]),
+        "normal_words": text("normal", "flawless, {} without scratch"),
+        "anomalous_words": text("anomalous", "damaged, {} with scratch"),
     }
 
 
@@ -130,14 +113,13 @@ class Controls:
         self._own = {n: Path(n).name for n in (settings.image, other.image)}
         self._own = {n: label for n, label in self._own.items() if n not in explorer.samples}
         self._held = False
-        self.sides = w.ToggleButtons(
-            options={"A and B": (0, 1), "A": (0,), "B": (1,)}, description="change", style=_STYLE
-        )
+        sides = {"A and B": (0, 1), "A": (0,), "B": (1,)}
+        self.sides = w.ToggleButtons(options=sides, description="change")
+        self.sides.style.description_width = "6.5em"
         self.controls = _make_controls(explorer)
         self.fields = {name: _Field(control) for name, control in self.controls.items()}
-        self.speaker = w.Dropdown(
-            description="cosine of", options={"the whole image": False, "the patch": True}
-        )
+        spoken = {"the whole image": False, "the patch": True}
+        self.speaker = w.Dropdown(description="cosine of", options=spoken)
         self.phrases, self.command, self.notes = w.HTML(), w.HTML(), w.HTML()
         self._show_settings()
         for name, control in self.controls.items():
@@ -149,25 +131,19 @@ class Controls:
         self._tell()
 
     def _layout(self) -> list:
-        def column(title, *children):
-            title = w.HTML(f"<b>{title}</b>")
-            return w.VBox([title, *children], layout=w.Layout(flex="1 1 280px", min_width="0"))
+        def column(title, *names):
+            children = [w.HTML(f"<b>{title}</b>"), *(self.fields[name] for name in names)]
+            return w.VBox(children, layout=w.Layout(flex="1 1 280px", min_width="0"))
 
-        f = self.fields
-        names = ("object_name", "normal_words", "anomalous_words", "detector", "rvs")
-        images = ("category", "image", "upload", "folder", "flawless")
+        image = column("Image (of A, unless B is chosen)", *list(self.fields)[:5])
+        question = column("Question", *list(self.fields)[5:])
+        question.children = [*question.children, self.notes]
         wrap = w.Layout(display="flex", flex_flow="row wrap", grid_gap="0 24px")
-        question = column("Question", *(f[name] for name in names), self.notes)
-        image = column("Image (of A, unless B is chosen)", *(f[name] for name in images))
-        return [
-            self.sides,
+        columns, heading = (
             w.Box([image, question], layout=wrap),
-            self.viewer,
             w.HTML("<b>Which phrase speaks</b>"),
-            self.speaker,
-            self.phrases,
-            self.command,
-        ]
+        )
+        return [self.sides, columns, self.viewer, heading, self.speaker, self.phrases, self.command]
 
     def settings(self) -> list[Settings]:
         """What A and B show: what was asked, with what was changed in the browser."""
@@ -194,13 +170,11 @@ class Controls:
         field.say("")
         try:
             value, first = self.controls[name].value, self.sides.value[0]
-            own = {"upload": self._upload, "folder": self._folder}
+            images = {"upload": self._upload, "folder": self._folder, "image": str}
             if name == "category":
                 self._ask(self._category(value))
-            elif name in own:
-                self._ask({first: {"image": own[name](value)}} if value else {})
-            elif name == "image":  # two images side by side, not one twice
-                self._ask({first: {"image": value}})
+            elif name in images:  # two images side by side, not one twice
+                self._ask({first: {"image": images[name](value)}} if value else {})
             else:
                 self._ask({side: {name: value} for side in self.sides.value})
         except (ValueError, OSError) as error:
@@ -285,50 +259,37 @@ class Controls:
             self.controls["category"].value = category
             if list(self.controls["image"].options) != options:
                 self.controls["image"].options = options
-            for name in ("image", "object_name", "detector", "rvs", "normal_words"):
-                self._fill(name, getattr(asked, name))
-            for name in ("anomalous_words", "flawless"):
-                self._fill(name, getattr(asked, name))
+            for name, value in asdict(asked).items():
+                if name in self.controls and 'role="alert"' not in self.fields[name].message.value:
+                    self.controls[name].value = value
             self.controls["rvs"].disabled = asked.detector == "winclip"
-
-    def _fill(self, name: str, value) -> None:
-        if 'role="alert"' not in self.fields[name].message.value:
-            self.controls[name].value = value
 
     def _tell(self) -> None:
         """Notes, which phrase speaks, and the command."""
         shown = self.settings()
-        answers = [self.explorer.answer(s) for s in shown]
-        notes = dict.fromkeys(note for one in answers for note in one.notes)
-        self.notes.value = "".join(
-            f'<p role="status" style="margin: 2px 0; line-height: 1.3">{html.escape(note)}.</p>'
-            for note in notes
-        )
-        tables = []
+        notes = dict.fromkeys(note for s in shown for note in self.explorer.answer(s).notes)
+        paragraph = '<p role="status" style="margin: 2px 0; line-height: 1.3">{}.</p>'
+        self.notes.value = "".join(paragraph.format(html.escape(note)) for note in notes)
+        tables = ""
         for name, s in zip("AB", shown, strict=True):
             table = self.explorer.speaking(s, self.speaker.value)
-            tables.append(_phrase_table(f"{name}: {Path(s.image).name}", table))
-        self.phrases.value = (
-            f'<div style="display: flex; flex-wrap: wrap; gap: 8px 32px">{"".join(tables)}</div>'
-        )
-        again = command(self.explorer, *shown, base=self.base)
+            tables += _phrase_table(f"{name}: {Path(s.image).name}", table)
+        row = '<div style="display: flex; flex-wrap: wrap; gap: 8px 32px">{}</div>'
+        self.phrases.value = row.format(tables)
+        again = html.escape(command(self.explorer, *shown, base=self.base))
         self.command.value = (
             "<b>To repeat this, in a terminal:</b>"
-            f'<pre style="white-space: pre-wrap; user-select: all">{html.escape(again)}</pre>'
+            f'<pre style="white-space: pre-wrap; user-select: all">{again}</pre>'
         )
 
 
 def _phrase_table(caption: str, table) -> str:
     """The five highest sentences of each state, as HTML."""
-    rows = []
+    rows = "<tr><th>state</th><th>sentence</th><th>cosine</th></tr>"
     for state, part in table.groupby("state", sort=False):
-        rows += [
-            f"<tr><td>{state}</td><td>{html.escape(r.sentence)}</td><td>{r.cosine:.3f}</td></tr>"
-            for r in part.head(FIVE).itertuples()
-        ]
-    head = "<tr><th>state</th><th>sentence</th><th>cosine</th></tr>"
-    return (
-        '<table style="line-height: 1.4; border-spacing: 10px 0; text-align: left">'
-        f"<caption style='text-align: left'>{html.escape(caption)}</caption>"
-        f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
-    )
+        for row in part.head(5).itertuples():
+            cells = (state, html.escape(row.sentence), f"{row.cosine:.3f}")
+            rows += f"<tr><td>{'</td><td>'.join(cells)}</td></tr>"
+    style = "line-height: 1.4; border-spacing: 10px 0; text-align: left"
+    caption = f"<caption style='text-align: left'>{html.escape(caption)}</caption>"
+    return f'<table style="{style}">{caption}{rows}</table>'
