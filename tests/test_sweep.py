@@ -160,7 +160,7 @@ def test_what_sdp_plus_is_trained_with_decides_the_address_too(plan, tmp_path):
         ({"evaluate": {"categories": "gears"}}, "unknown category 'gears'"),
         ({"evaluate": {"dataset": "demoo"}}, "'demo"),
         ({"evaluate": {"model": "ViT-S-32-alt"}}, "needs pretrained"),
-        ({"evaluate": {"pretrained": "random"}}, "random ones need another model"),
+        ({"evaluate": {"pretrained": "random"}}, "needs pretrained"),
         ({"evaluate": {"detectors": "sdp_plus"}}, "needs its linear layers"),
         ({"notebook": "99"}, "no notebook starts with"),
         ({"notebook": "00_work", "parameters": {"sead": 1}}, "did you mean 'seed'"),

@@ -12,7 +12,6 @@ import platform
 import random
 import re
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from clipad.backbone import Backbone, load_backbone
 from clipad.datasets import Dataset, load_dataset
 from clipad.detectors import SDP, ClipSurgery, Detector, Direct, SDPPlus
 from clipad.evaluation import fingerprint
-from clipad.files import code_version, require_writable, write_atomically
+from clipad.files import code_version, did_you_mean, require_writable, write_atomically
 from clipad.prompts import Prompts, load_prompts
 from clipad.published import Protocol, protocol
 from clipad.training import load_layers
@@ -56,11 +55,8 @@ class Experiment:
     @property
     def rvs(self) -> dict[str, Any]:
         """Keyword arguments for a detector: prompts and the published representative vectors of this data set."""
-        return {
-            "prompts": self.prompts,
-            "rvs": self.protocol.rvs,
-            "rvs_options": self.protocol.rvs_options,
-        }
+        rule = self.protocol
+        return {"prompts": self.prompts, "rvs": rule.rvs, "rvs_options": rule.rvs_options}
 
     @property
     def tolerance(self) -> float:
@@ -78,36 +74,28 @@ class Experiment:
 
         The record goes beside the executed notebook as JSON and into the notebook itself as a private MIME bundle.
         """
-        record = {
-            "notebook": self.notebook,
-            "parameters": self.parameters,
-            "provenance": self.provenance(),
-            "results": self.results,
-        }
+        record = {"notebook": self.notebook, "parameters": self.parameters}
+        record |= {"provenance": self.provenance(), "results": self.results}
         text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False)
         write_atomically(self.output_dir / f"{self.notebook}.json", text + "\n")
         rows = "\n".join(f"| {key} | {value} |" for key, value in record["provenance"].items())
         table = f"| this run | |\n|---|---|\n{rows}"
-        display(
-            {"text/markdown": table, "text/plain": table, RESULT_MIME: json.loads(text)}, raw=True
-        )
+        shown = {"text/markdown": table, "text/plain": table, RESULT_MIME: json.loads(text)}
+        display(shown, raw=True)
 
     def provenance(self) -> dict[str, str]:
         """Versions, device, seed and hashes: what somebody needs to get the same numbers."""
         packages = ("torch", "open_clip_torch", "numpy", "scikit-learn", "umap-learn")
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-        device = self.backbone.device
-        on = (
-            torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else f"{device.type.upper()}, {torch.get_num_threads()} threads"
-        )
+        model, data = self.backbone, self.dataset
+        on = f"{model.device.type.upper()}, {torch.get_num_threads()} threads"
+        if model.device.type == "cuda":
+            on = torch.cuda.get_device_name(model.device)
+        mean, std = (" ".join(f"{v:.4f}" for v in values) for values in (model.mean, model.std))
         return {
-            "model": f"{self.backbone.name}, {self.backbone.pretrained}, {self.backbone.activation}, "
-            f"weights {self.backbone.weights_hash}",
-            "pre-processing": f"{self.backbone.image_size} px, mean {_digits(self.backbone.mean)}, "
-            f"std {_digits(self.backbone.std)}",
-            "data": f"{self.dataset.name}, {len(self.dataset)} images, samples {fingerprint(self.dataset)}",
+            "model": f"{model.name}, {model.pretrained}, {model.activation}, weights {model.weights_hash}",
+            "pre-processing": f"{model.image_size} px, mean {mean}, std {std}",
+            "data": f"{data.name}, {len(data)} images, samples {fingerprint(data)}",
             "code": f"clipad {importlib.metadata.version('clipad')}, sources {code_version()}",
             "versions": f"Python {platform.python_version()}, {versions}",
             "device": on,
@@ -115,20 +103,12 @@ class Experiment:
         }
 
     def __str__(self) -> str:
-        data = self.dataset
-        kinds = ", ".join(
-            text
-            for text, there in (
-                ("image labels", data.has_image_labels),
-                ("pixel masks", data.has_masks),
-            )
-            if there
-        )
+        model, data, known = self.backbone, self.dataset, []
+        known += ["image labels"] * data.has_image_labels + ["pixel masks"] * data.has_masks
+        many = "1 category" if len(data.categories) == 1 else f"{len(data.categories)} categories"
         return (
-            f"model **{self.backbone.name}** ({self.backbone.pretrained}, {self.backbone.image_size} px, "
-            f"{self.backbone.device}) on **{data.name}**: {len(data)} images in {len(data.categories)} "
-            f"categor{'y' if len(data.categories) == 1 else 'ies'} ({kinds or 'no labels'})"
-            + self._unknown_words()
+            f"model **{model.name}** ({model.pretrained}, {model.image_size} px, {model.device}) on **{data.name}**: "
+            f"{len(data)} images in {many} ({', '.join(known) or 'no labels'}){self._unknown_words()}"
         )
 
     __repr__ = __str__  # no path of the machine in a stored notebook
@@ -142,10 +122,8 @@ class Experiment:
         self.backbone.expect_words(unknown)
         if not unknown:
             return ""
-        named = ", ".join(sorted(unknown))
-        return (
-            f". The model never saw the words *{named}* in training: what it makes of them is noise"
-        )
+        named = f"the words *{', '.join(sorted(unknown))}*"
+        return f". The model never saw {named} in training: what it makes of them is noise"
 
     def _repr_markdown_(self) -> str:
         return str(self)
@@ -162,13 +140,7 @@ def resolve(
 
     Raises ValueError for what does not go together.
     """
-    if preset not in PRESETS:
-        near = get_close_matches(str(preset), PRESETS, n=1)
-        raise ValueError(
-            f"unknown preset {preset!r}: one of {', '.join(PRESETS)}"
-            + (f"; {near[0]}?" if near else "")
-        )
-    chosen = dict(PRESETS[preset])
+    chosen = dict(_known("preset", preset, PRESETS))
     if data_root and not dataset and chosen["dataset"] == "demo":
         raise ValueError(
             "data_root is given, dataset is not, and the demo's images have no data_root: did you mean "
@@ -176,18 +148,22 @@ def resolve(
         )
     if model and model != chosen["model"]:
         chosen |= {"model": model, "pretrained": ""}
-    chosen |= {
-        key: value for key, value in (("pretrained", pretrained), ("dataset", dataset)) if value
-    }
-    if chosen["model"] != "demo" and not chosen["pretrained"]:
+    chosen |= {"pretrained": pretrained or chosen["pretrained"]}
+    chosen |= {"dataset": dataset or chosen["dataset"]}
+    fits = chosen["pretrained"] != "random" if chosen["model"] == "demo" else chosen["pretrained"]
+    if not fits:
         raise ValueError(
-            f"model={chosen['model']!r} needs pretrained: an open_clip tag, a checkpoint file, or 'random'"
-        )
-    if chosen["model"] == "demo" and chosen["pretrained"] == "random":
-        raise ValueError(
-            "the demo model takes its shipped weights or a file: random ones need another model"
+            f"model={chosen['model']!r} needs pretrained: an open_clip tag, a checkpoint file, or 'random'; the demo "
+            f"model its own weights or a file; found {chosen['pretrained']!r}"
         )
     return chosen
+
+
+def _known(what: str, name: str, table: dict[str, Any]) -> Any:
+    if name not in table:
+        hint = did_you_mean(name, table)
+        raise ValueError(f"unknown {what} {name!r}{hint}: one of {', '.join(table)}")
+    return table[name]
 
 
 def run_name(preset: str, dataset: str = "") -> str:
@@ -235,34 +211,16 @@ def experiment(
         image_size=image_size or None,
         seed=seed,
     )
-    return Experiment(
-        notebook=notebook,
-        parameters={
-            "preset": preset,
-            **chosen,
-            "pretrained": Path(chosen["pretrained"]).name,
-            "categories": list(data.categories),
-            **({"normal_folder": normal_folder} if normal_folder else {}),
-            "prompts": Path(prompts).name,
-            "image_size": backbone.image_size,
-            "seed": seed,
-        },
-        backbone=backbone,
-        dataset=data,
-        protocol=protocol(chosen["dataset"]),
-        prompts=own_prompts,
-        output_dir=folder,
-        seed=seed,
-    )
+    parameters = {"preset": preset, **chosen, "pretrained": Path(chosen["pretrained"]).name}
+    parameters |= {"categories": list(data.categories), "prompts": Path(prompts).name}
+    parameters |= {"normal_folder": normal_folder} if normal_folder else {}
+    parameters |= {"image_size": backbone.image_size, "seed": seed}
+    rule = protocol(chosen["dataset"])
+    return Experiment(notebook, parameters, backbone, data, rule, own_prompts, folder, seed)
 
 
-DETECTORS = {
-    "direct": Direct,
-    "clip_surgery": ClipSurgery,
-    "sdp": SDP,
-    "sdp_plus": SDPPlus,
-    "winclip": WinCLIP,
-}
+DETECTORS = {"direct": Direct, "clip_surgery": ClipSurgery, "sdp": SDP, "sdp_plus": SDPPlus}
+DETECTORS |= {"winclip": WinCLIP}
 
 
 def make_detector(
@@ -272,19 +230,12 @@ def make_detector(
 
     Raises ValueError for an unknown name, missing layers, or layers that another detector would ignore.
     """
-    if name not in DETECTORS:
-        near = get_close_matches(name, DETECTORS, n=1)
+    kind = _known("detector", name, DETECTORS)
+    if (kind is SDPPlus) != bool(layers):
         raise ValueError(
-            f"unknown detector {name!r}: one of {', '.join(DETECTORS)}"
-            + (f"; {near[0]}?" if near else "")
+            f"sdp_plus needs its linear layers, a checkpoint; other detectors take none; found {name}"
         )
-    if (name == "sdp_plus") != bool(layers):
-        raise ValueError(
-            "sdp_plus needs its linear layers, a checkpoint"
-            if not layers
-            else f"{name} has no layers"
-        )
-    return DETECTORS[name](backbone, *([load_layers(layers)] if layers else []), **options)
+    return kind(backbone, *([load_layers(layers)] if layers else []), **options)
 
 
 def _plain(value):
@@ -307,7 +258,3 @@ def _plain(value):
     if isinstance(value, np.integer):
         return int(value)
     return value
-
-
-def _digits(values) -> str:
-    return " ".join(f"{value:.4f}" for value in values)

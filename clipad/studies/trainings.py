@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
 from clipad.published import data_dir
 from clipad.studies.common import METRIC_NAMES, groups
-from clipad.studies.figures import COLOURS
+from clipad.studies.figures import COLOURS, name_rows, subplots
 
 METRICS = ("class_auroc", "image_auroc", "pixel_auroc", "pixel_f1_max", "pixel_pro")
 RATES = ("opposite", "opposite_on_object")
@@ -78,22 +77,10 @@ def read_trainings(file: str | Path | None = None) -> pd.DataFrame:
 def differences(
     table: pd.DataFrame, a: str, b: str | float, metric: str, group: str = "all"
 ) -> pd.Series:
-    """Per training, the mean over a group's categories of ``a``'s metric minus ``b``'s; index ``seed``, ``steps``.
-
-    ``b``: a method or a number; ``group``: "all", "textures", "objects" or a category. Trainings that lack one of
-    the two are left out. ValueError for a method, metric or group that is not in the table.
-    """
-    methods = set(table["method"])
-    asked = [(metric, {*METRICS, *RATES}), (a, methods)]
-    for name, known in [*asked, (b, methods)] if isinstance(b, str) else asked:
-        if name not in known:
-            raise ValueError(f"the trainings hold no {name!r}, only {', '.join(sorted(known))}")
-    categories = list(table["category"].unique())
-    members = {"all": categories} | groups(categories) | {name: [name] for name in categories}
-    if group not in members:
-        raise ValueError(f"no group {group!r}, only {', '.join(members)}")
-    rows = table[table["category"].isin(members[group])]
-    means = rows.pivot_table(metric, ["seed", "steps"], "method")
+    """``a`` minus ``b`` per training (seed, steps): mean over the categories of ``group`` (all, textures, objects)."""
+    if group != "all":
+        table = table[table["category"].isin(groups(table["category"].unique())[group])]
+    means = table.pivot_table(metric, ["seed", "steps"], "method")
     return (means[a] - (means[b] if isinstance(b, str) else b)).dropna()
 
 
@@ -121,32 +108,22 @@ def plot_findings(frame: pd.DataFrame) -> Figure:
     values = 100 * frame.drop(columns="turns round").astype(float)
     large = values.abs().max(axis=1) > 10
     parts = [part for part in (values[large], values[~large]) if len(part)]
-    figure, axes = plt.subplots(
-        len(parts), squeeze=False, figsize=(8, 1.4 + 0.34 * len(values)), layout="constrained",
-        height_ratios=[len(part) + 1 for part in parts],
-    )  # fmt: skip
+    same, many = (~frame["turns round"]).sum(), values.shape[1]
+    title = f"{same} of {len(frame)} findings point the same way in all {many} sets of weights"
+    if same < len(frame):
+        title += f"; {len(frame) - same} turn round (↔)"
+    heights, size = [len(part) + 1 for part in parts], (8, 1.4 + 0.34 * len(values))
+    figure, axes = subplots(len(parts), 1, size, title, height_ratios=heights)
     for ax, part in zip(axes[:, 0], parts, strict=True):
-        heights = range(len(part))[::-1]
         for i, training in enumerate(part.columns):
-            style = {"color": list(COLOURS.values())[i % len(COLOURS)], "marker": "osD^vP"[i % 6]}
-            ax.plot(part[training], heights, linestyle="", label=training, alpha=0.8, **style)
+            look = {"color": list(COLOURS.values())[i % len(COLOURS)], "label": training}
+            ax.plot(part[training], range(len(part)), "osD^vP"[i % 6], alpha=0.8, **look)
         turning = frame.loc[part.index, "turns round"]
-        names = [f"{name}  ↔" if turning[name] else name for name in part.index]
-        ax.axvline(0, color="0.3", linewidth=1, zorder=1.5)
-        ax.set(ylim=(-0.6, len(part) - 0.4))
-        ax.set_yticks(heights, names, fontsize=9)
+        name_rows(ax, [f"{name}  ↔" if turns else name for name, turns in turning.items()])
         for label, turns in zip(ax.get_yticklabels(), turning, strict=True):
             label.set_color(COLOURS["red"] if turns else "black")
+        ax.axvline(0, color="0.3", linewidth=1, zorder=1.5)
         ax.grid(axis="x", color="0.9")
-    axes[-1, 0].set_xlabel("points; right of 0: as the row says", fontsize=9)
-    axes[0, 0].legend(
-        ncols=2, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1.01), frameon=False
-    )
-    turning = int(frame["turns round"].sum())
-    same, of = len(frame) - turning, f"{len(frame)} findings point the same way"
-    figure.suptitle(
-        f"{same} of {of} in all {values.shape[1]} sets of weights"
-        + (f"; {turning} turn round (↔)" if turning else ""),
-        fontsize=11,
-    )
+    axes[-1, 0].set_xlabel("points; right of 0: as the row says")
+    axes[0, 0].legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1.01))
     return figure
