@@ -163,6 +163,14 @@ def arrow(ax, *points, colour=DARK) -> None:
 # Images and maps ------------------------------------------------------------------------------------------------
 
 
+def draw(axes, images: Sequence[np.ndarray], masks: Sequence[np.ndarray] | None = None, **look):
+    """Images on axes, one each, with the contours of their masks; returns the last one, for a colour bar."""
+    for i, (ax, image) in enumerate(zip(axes, images, strict=True)):
+        shown = ax.imshow(image, **look)
+        contour(ax, None if masks is None else masks[i])
+    return shown
+
+
 def gallery(
     images: Sequence[np.ndarray],
     maps: Mapping[str, np.ndarray],
@@ -175,18 +183,14 @@ def gallery(
     ``images``: S x S x 3; ``maps``: per method N x S x S; ``masks``: N x S x S or None. The limits of a method are
     shared by its column (given, or 1st to 99.8th percentile of what is shown) and stand in its colour bar.
     """
-    rows = len(images)
-    figure, axes = picture_grid(titles or [""] * rows, ["image", *maps], 1.7, bars=True)
-    axes[rows, 0].axis("off")
-    for row in range(rows):
-        axes[row, 0].imshow(images[row])
-    for column, (name, values) in enumerate(maps.items(), start=1):
+    names = titles or [""] * len(images)
+    figure, (*lines, bars) = picture_grid(names, ["image", *maps], 1.7, bars=True)
+    first, *others = zip(*lines, strict=True)
+    draw(first, images)
+    bars[0].axis("off")
+    for column, bar, (name, values) in zip(others, bars[1:], maps.items(), strict=True):
         low, high = (limits or {}).get(name) or np.percentile(values, [1, 99.8])
-        for row in range(rows):
-            shown = axes[row, column].imshow(values[row], cmap=MAP, vmin=low, vmax=high)
-            if masks is not None:
-                contour(axes[row, column], masks[row])
-        bar_below(axes[rows, column], shown)
+        bar_below(bar, draw(column, values, masks, cmap=MAP, vmin=low, vmax=high))
     return figure
 
 
@@ -202,21 +206,19 @@ def columns(
     maps: Mapping[str, np.ndarray],
     masks: Sequence[np.ndarray] | None,
     titles: Sequence[str],
+    limits: Mapping[str, tuple[float | None, float | None]] | None = None,
 ) -> Figure:
-    """The same in landscape: a column per image, a row for the images and one per method, each with one scale."""
-    names = ["image, true defect", *(f"{name} map" for name in maps)]
-    figure, axes = picture_grid(names, titles, 2.1)
-    for ax, image in zip(axes[0], images, strict=True):
-        ax.imshow(image)
-    for line, values in zip(axes[1:], maps.values(), strict=True):
-        low, high = np.percentile(values, [1, 99.8])
-        for ax, heat in zip(line, values, strict=True):
-            shown = ax.imshow(heat, cmap=MAP, vmin=low, vmax=high)
-        figure.colorbar(shown, ax=line, shrink=0.8, ticks=plt.MaxNLocator(3))
-    if masks is not None:
-        for line in axes:
-            for ax, mask in zip(line, masks, strict=True):
-                contour(ax, mask)
+    """The same in landscape: a column per image, a row for the images and one per method, each with one scale.
+
+    ``limits`` of (None, None): every map of this row has a scale of its own.
+    """
+    figure, axes = picture_grid(["image, true defect", *maps], titles, 1.8)
+    draw(axes[0], images, masks)
+    for line, (name, values) in zip(axes[1:], maps.items(), strict=True):
+        low, high = (limits or {}).get(name) or np.percentile(values, [1, 99.8])
+        shown = draw(line, values, masks, cmap=MAP, vmin=low, vmax=high)
+        if low is not None:
+            figure.colorbar(shown, ax=line, shrink=0.8, ticks=plt.MaxNLocator(3))
     return figure
 
 

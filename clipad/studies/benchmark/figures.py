@@ -15,6 +15,7 @@ from clipad.studies.common import METRIC_NAMES, Scores, groups
 from clipad.studies.figures import (
     COLOURS,
     MAP,
+    columns,
     contour,
     heatmap,
     image_array,
@@ -116,13 +117,5 @@ def scalings(
 
     ``images``: S x S x 3; ``once``, ``twice``: N x S x S in 0-1 (``released_program.min_max``).
     """
-    names = ["image", "one scale for\nthe category", "each image\nby itself"]
-    figure, axes = picture_grid(names, titles, 1.5)
-    for ax, image, mask in zip(axes[0], images, masks, strict=True):
-        ax.imshow(image)
-        contour(ax, mask)
-    for line, maps in zip(axes[1:], (once, twice), strict=True):
-        for ax, heat in zip(line, maps, strict=True):
-            shown = ax.imshow(heat, cmap=MAP, vmin=0, vmax=1)
-    figure.colorbar(shown, ax=axes[1:, :], shrink=0.8)
-    return figure
+    maps = {"one scale for\nthe category": once, "each image\nby itself": twice}
+    return columns(images, maps, masks, titles, dict.fromkeys(maps, (0, 1)))

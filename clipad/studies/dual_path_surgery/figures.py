@@ -21,6 +21,7 @@ from clipad.studies.figures import (
     bar_below,
     box,
     contour,
+    draw,
     heatmap,
     mark_patch,
     name_rows,
@@ -148,9 +149,8 @@ def attention_of_patch(
     figure, axes = picture_grid([f"{kind} attention" for kind in KINDS], titles, 2.1)
     for line, rows in zip(axes, kinds.values(), strict=True):
         line[0].imshow(example.pixels, **drawn)
-        for ax, row in zip(line[1:], rows, strict=True):
-            values, norm = row[1:].reshape(grid, grid), PowerNorm(0.5, 0, top)
-            shown = ax.imshow(values, cmap=MAP, norm=norm, **drawn)
+        squares = [row[1:].reshape(grid, grid) for row in rows]
+        shown = draw(line[1:], squares, cmap=MAP, norm=PowerNorm(0.5, 0, top), **drawn)
         for ax in line:
             mark_patch(ax, example.patch, grid, side)
             contour(ax, example.mask)
@@ -200,9 +200,8 @@ def beside(
     names = [f"{example.category}, {example.defect}" for example in examples]
     figure, (*axes, bars) = picture_grid(names, ["image", *maps], 1.85, bars=True)
     bars[0].axis("off")
-    for line, example in zip(axes, examples, strict=True):
-        line[0].imshow(example.pixels)
-        contour(line[0], example.mask)
+    first = [line[0] for line in axes]
+    draw(first, [e.pixels for e in examples], [e.mask for e in examples])
     told, colours = [], set()
     for column, (name, values) in enumerate(maps.items(), start=1):
         top, signed = np.abs(values).max(), values.min() < 0

@@ -9,15 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from clipad.studies.figures import (
-    ANOMALOUS,
-    COLOURS,
-    MAP,
-    NORMAL,
-    contour,
-    name_rows,
-    picture_grid,
-)
+from clipad.studies.figures import ANOMALOUS, COLOURS, MAP, NORMAL, contour, name_rows, picture_grid
 from clipad.studies.inspection import without_specks
 
 
@@ -132,11 +124,9 @@ def outlined(
     """Above the images, the true defect in green; below the maps on one scale, and what is above the threshold."""
     figure, (above, below) = picture_grid(["", ""], titles, 1.5)
     low = float(np.median(maps))
-    for ax, picture in zip(above, pictures, strict=True):
-        ax.imshow(picture)
+    draw(above, pictures)
     for ax, mask in zip(above, () if masks is None else masks, strict=False):
         contour(ax, mask, "#7CFC00")
-    for ax, heat in zip(below, maps, strict=True):
-        ax.imshow(heat, cmap=MAP, vmin=low, vmax=low + 1.5 * (threshold - low))
-        contour(ax, without_specks(heat, threshold) > threshold)
+    regions = [without_specks(heat, threshold) > threshold for heat in maps]
+    draw(below, maps, regions, cmap=MAP, vmin=low, vmax=low + 1.5 * (threshold - low))
     return figure

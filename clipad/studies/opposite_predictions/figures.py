@@ -15,6 +15,7 @@ from clipad.studies.figures import (
     COLOURS,
     MAP,
     bare,
+    columns,
     contour,
     legend_below,
     mark_patch,
@@ -81,21 +82,12 @@ def examples(
     titles: Sequence[str],
     maps: Mapping[str, tuple[np.ndarray, tuple[float, float] | None]],
 ) -> Figure:
-    """Images in the first row, a row of maps per drawing; ground truth as a contour on the images only.
+    """Images in the first row, a row of maps per drawing; ground truth as a contour.
 
     ``maps``: per drawing the maps (N x S x S) and their shared limits, None where each image has its own.
     """
-    figure, axes = picture_grid(["image", *maps], titles, 1.4)
-    for ax, image, mask in zip(axes[0], images, masks, strict=True):
-        ax.imshow(image)
-        contour(ax, mask)
-    for line, (values, limits) in zip(axes[1:], maps.values(), strict=True):
-        low, high = limits or (None, None)
-        for ax, heat in zip(line, values, strict=True):
-            shown = ax.imshow(heat, MAP, vmin=low, vmax=high)
-        if limits:
-            figure.colorbar(shown, ax=line[-1], aspect=12)
-    return figure
+    limits = {name: shared or (None, None) for name, (_, shared) in maps.items()}
+    return columns(images, {name: m for name, (m, _) in maps.items()}, masks, titles, limits)
 
 
 def scatter(panels: Mapping[tuple[str, str], pd.DataFrame], title: str) -> Figure:

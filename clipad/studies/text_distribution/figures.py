@@ -14,15 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from clipad.studies.common import METRIC_NAMES
-from clipad.studies.figures import (
-    ANOMALOUS,
-    COLOURS,
-    NORMAL,
-    growth,
-    heatmap,
-    name_rows,
-    subplots,
-)
+from clipad.studies.figures import ANOMALOUS, COLOURS, NORMAL, growth, heatmap, name_rows, subplots
 from clipad.studies.text_distribution import STATES, Sentences
 
 LOOKS = {"normal": (NORMAL, "o"), "anomalous": (ANOMALOUS, "^")}
