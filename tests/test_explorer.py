@@ -265,7 +265,7 @@ def test_kept_features_are_not_computed_again(explorer, start, monkeypatch):
         ({"stages": (2, 9)}, r"1, 2, 3, 4"),
         ({"smoothing": -1.0}, "sigma"),
         ({"look": (5, 1, 1)}, r"1\.\.4"),
-        ({"look": (1, 1)}, "row and a column"),
+        ({"look": (1, 1)}, "row and column"),
         ({"false_alarms": 101.0}, "percentage"),
         ({"flawless": "nowhere"}, "no folder"),
         ({"normal_words": "{clean}"}, "braces"),

@@ -195,24 +195,21 @@ class Explorer:
         if s.flawless:
             list_images(s.flawless)
         row, column, block = s.look if len(s.look) == 3 else (0, 0, 0)
-        square = 1 <= row <= self.grid and 1 <= column <= self.grid
-        rising = [b for b in self.stages if b in s.stages]
-        stages, detectors = list(self.stages), ", ".join(self.detectors)
-        rules = {
-            "object_name": (bool(s.object_name.strip()), "a name, such as 'metal nut'"),
-            "detector": (
-                s.detector in self.detectors,
-                f"{detectors} (sdp_plus with trained layers)",
-            ),
-            "stages": (s.stages and list(s.stages) == rising, f"one or more of {stages}, rising"),
-            "smoothing": (0 <= s.smoothing <= self.size, f"a sigma in pixels, 0 to {self.size}"),
-            "false_alarms": (0 <= s.false_alarms <= 100, "a percentage, 0 to 100"),
-            "look": (
+        square = min(row, column) >= 1 and max(row, column) <= self.grid
+        rising, stages = [b for b in self.stages if b in s.stages], list(self.stages)
+        plus = "" if self.layers else " (sdp_plus needs trained layers, see notebook 04)"
+        for name, fits, expected in (
+            ("object_name", s.object_name.strip(), "a name, such as 'metal nut'"),
+            ("detector", s.detector in self.detectors, f"{', '.join(self.detectors)}{plus}"),
+            ("stages", rising and list(s.stages) == rising, f"one or more of {stages}, rising"),
+            ("smoothing", 0 <= s.smoothing <= self.size, f"a sigma in pixels, 0 to {self.size}"),
+            ("false_alarms", 0 <= s.false_alarms <= 100, "a percentage, 0 to 100"),
+            (
+                "look",
                 square and block in stages,
-                f"a row and a column in 1..{self.grid} and a block of {stages}",
+                f"row and column in 1..{self.grid}, block of {stages}",
             ),
-        }
-        for name, (fits, expected) in rules.items():
+        ):
             if not fits:
                 raise ValueError(f"{name} has to be {expected}; found {getattr(s, name)!r}")
         if s.detector == "sdp_plus":

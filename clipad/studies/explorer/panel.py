@@ -139,11 +139,9 @@ class Controls:
         question = column("Question", *list(self.fields)[5:])
         question.children = [*question.children, self.notes]
         wrap = w.Layout(display="flex", flex_flow="row wrap", grid_gap="0 24px")
-        columns, heading = (
-            w.Box([image, question], layout=wrap),
-            w.HTML("<b>Which phrase speaks</b>"),
-        )
-        return [self.sides, columns, self.viewer, heading, self.speaker, self.phrases, self.command]
+        columns = w.Box([image, question], layout=wrap)
+        told = [w.HTML("<b>Which phrase speaks</b>"), self.speaker, self.phrases, self.command]
+        return [self.sides, columns, self.viewer, *told]
 
     def settings(self) -> list[Settings]:
         """What A and B show: what was asked, with what was changed in the browser."""
@@ -225,10 +223,9 @@ class Controls:
             path.unlink()
             raise OSError(str(error).replace(str(path), file["name"])) from None
         self._own[str(path)] = f"uploaded: {file['name']}"
-        named = self.asked[self.sides.value[0]].object_name
-        self.fields["upload"].say(
-            f"asked about as {named!r}: type under object what it shows", wrong=False
-        )
+        named = repr(self.asked[self.sides.value[0]].object_name)
+        told = f"asked about as {named}: type under object what it shows"
+        self.fields["upload"].say(told, wrong=False)
         return str(path)
 
     def _folder(self, name: str) -> str:

@@ -2,9 +2,8 @@
 
 An image gives two numbers: the *logit* l = 100 (cos(f, t_a) - cos(f, t_n)) of the whole image, which does not
 saturate as the class probability does, and the *map maximum* m. Both are put on the robust scale of the flawless
-images, z(x) = (x - median) / (1.4826 MAD), and added: score = (z(l) + z(m)) / sqrt(2). So a score depends on the
-flawless images only, never on the other new ones. :class:`Rule` turns scores into verdicts, :class:`Inspector` images
-into l and m.
+images, z(x) = (x - median) / (1.4826 MAD), and added: score = (z(l) + z(m)) / sqrt(2). :class:`Inspector` turns
+images into l and m, :class:`Rule` scores into verdicts.
 
 Shapes: B images, n flawless images, J stages, T x T tiles, K = T^2 N patches of an image, S image side,
 R = T S side of a map.

@@ -9,7 +9,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from clipad.studies.figures import ANOMALOUS, COLOURS, MAP, NORMAL, contour, name_rows, picture_grid
+from clipad.studies.figures import (
+    ANOMALOUS,
+    COLOURS,
+    MAP,
+    NORMAL,
+    contour,
+    draw,
+    name_rows,
+    picture_grid,
+)
 from clipad.studies.inspection import without_specks
 
 
