@@ -113,8 +113,8 @@ def median_example(run, detector, category: str) -> Example:
     own = run.dataset.select(category)
     found = [detector.predict(x, category).maps for _, x in batches(run.backbone, own)]
     masks = read_masks(list(own), run.backbone.image_size) if own.has_masks else None
-    chosen = [*chosen_by_rule(own, torch.cat(found).numpy(), masks), 0]
-    return example_of(run, own[chosen[min(1, len(chosen) - 2)]])
+    chosen = chosen_by_rule(own, torch.cat(found).numpy(), masks) or [0]
+    return example_of(run, own[chosen[min(1, len(chosen) - 1)]])
 
 
 def main_metrics(dataset: Dataset) -> list[str]:
