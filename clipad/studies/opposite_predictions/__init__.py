@@ -231,10 +231,13 @@ def random_states(width: int, categories: Sequence[str], seed: int) -> dict[str,
 
 
 def untrained(backbone: Backbone, seed: int) -> Backbone:
-    """The same model with an image encoder of random weights, as PyTorch and open_clip initialise it."""
+    """The same model with an image encoder of random weights, as PyTorch and open_clip initialise it.
+
+    They are drawn on the CPU: a GPU would draw others.
+    """
     twin = copy.copy(backbone)
     twin.__dict__.pop("weights_hash", None)
-    twin.model = copy.deepcopy(backbone.model)
+    twin.model = copy.deepcopy(backbone.model).cpu()
     twin.visual = visual = twin.model.visual
     twin.pretrained = f"untrained image encoder (seed {seed})"
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -245,6 +248,7 @@ def untrained(backbone: Backbone, seed: int) -> Backbone:
                     getattr(module, name)()
         for parameter in (visual.class_embedding, visual.positional_embedding, visual.proj):
             parameter.copy_(torch.randn(parameter.shape) * len(visual.class_embedding) ** -0.5)
+    twin.model.to(backbone.device)
     return twin
 
 
