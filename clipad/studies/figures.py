@@ -212,7 +212,8 @@ def columns(
 
     ``limits`` of (None, None): every map of this row has a scale of its own.
     """
-    figure, axes = picture_grid(["image, true defect", *maps], titles, 1.8)
+    side = min(2.2, 9.5 / len(images))
+    figure, axes = picture_grid(["image, true defect", *maps], titles, side)
     draw(axes[0], images, masks)
     for line, (name, values) in zip(axes[1:], maps.items(), strict=True):
         low, high = (limits or {}).get(name) or np.percentile(values, [1, 99.8])
