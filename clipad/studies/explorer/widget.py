@@ -17,6 +17,8 @@ from pathlib import Path
 import anywidget
 import numpy as np
 import traitlets
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from clipad.studies.explorer.figures import DETECTOR_NAMES
@@ -61,16 +63,14 @@ class Viewer(anywidget.AnyWidget):
 
 def setup(explorer: Explorer) -> dict:
     """What never changes: sizes, stages, colours."""
-    import matplotlib
-
-    colours = (matplotlib.colormaps[MAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    colours = (colormaps[MAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
     return {
         "size": explorer.size,
         "grid": explorer.grid,
         "stages": list(explorer.stages),
         "colours": colours.tobytes(),
-        "normal": _hex(NORMAL),
-        "anomalous": _hex(ANOMALOUS),
+        "normal": to_hex(NORMAL),
+        "anomalous": to_hex(ANOMALOUS),
     }
 
 
@@ -119,24 +119,19 @@ def answer(found: Answer, s: Settings) -> dict:
 
 def view(sides: list[Settings]) -> dict:
     """What the browser can change: patch, threshold and layers of both sides, stages and smoothing of each."""
-    first = sides[0]
-    return {
-        "patch": [first.look[0] - 1, first.look[1] - 1],
-        "block": first.look[2],
-        "falseAlarms": first.false_alarms,
+    row, column, block = sides[0].look
+    shared = {"patch": [row - 1, column - 1], "block": block}
+    shared |= {
+        "falseAlarms": sides[0].false_alarms,
         "opacity": 0.55,
         "contour": True,
         "truth": True,
-        "sides": [
-            {
-                "shows": number,
-                "stages": list(s.stages),
-                "surgery": s.surgery,
-                "smoothing": s.smoothing,
-            }
-            for number, s in enumerate(sides)
-        ],
     }
+    own = [
+        {"shows": i, "stages": list(s.stages), "surgery": s.surgery, "smoothing": s.smoothing}
+        for i, s in enumerate(sides)
+    ]
+    return shared | {"sides": own}
 
 
 def static_html(state: dict) -> str:
@@ -168,7 +163,3 @@ def static_html(state: dict) -> str:
         f"<style>{STYLE}</style>\n"
         f'<script>(async () => {{\n{module}\nawait standAlone(widget, "{name}", "{data}");\n}})();</script>'
     )
-
-
-def _hex(colour) -> str:
-    return "#" + "".join(f"{round(255 * part):02x}" for part in colour[:3])
