@@ -9,9 +9,12 @@ from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clipad.backbone import Backbone, find_device, load_backbone
+from clipad.datasets import read_image
 from clipad.detectors import SDP, ClipSurgery, Direct, SDPPlus
 from clipad.dual_path import attention_weights, embed_patches, staged_features
 from clipad.linear_layers import LinearLayers
+from clipad.studies.experiments import experiment
+from clipad.studies.sdp_plus_fine_tuning import LayersAlone, LogitFusion
 from clipad.winclip import WinCLIP
 
 
@@ -94,7 +97,7 @@ def on_cuda(monkeypatch, tiny_backbone):
 def prediction(kind, backbone):
     """Features, maps and probabilities of two images."""
     backbone.__dict__["weights_hash"] = "the same"
-    if kind is SDPPlus:
+    if issubclass(kind, SDPPlus):
         with backbone.device:
             layers = LinearLayers(*backbone.visual.proj.shape, 4, seed=0)
         layers.settings = {
@@ -108,7 +111,9 @@ def prediction(kind, backbone):
 
 
 @needs_fake_cuda
-@pytest.mark.parametrize("kind", [Direct, SDP, ClipSurgery, WinCLIP, SDPPlus])
+@pytest.mark.parametrize(
+    "kind", [Direct, SDP, ClipSurgery, WinCLIP, SDPPlus, LayersAlone, LogitFusion]
+)
 def test_no_detector_mixes_devices(kind, tiny_backbone, on_cuda):
     prediction(kind, tiny_backbone)  # constant matrices are made once, and not from fake tensors
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -162,3 +167,15 @@ def test_attention_weights_hold_where_float16_products_would_not(tiny_backbone):
         block.attn.in_proj_bias.fill_(100.0)  # q k^T = 16 * 100^2 > 65504, the largest float16
         for weights in attention_weights(block.half(), x.half()):
             assert torch.isfinite(weights).all()
+
+
+@pytest.mark.parametrize("kind", [Direct, SDP])
+def test_half_precision_stays_within_what_the_notebooks_allow(kind, monkeypatch, tmp_path):
+    run = experiment("half", categories=["tile"], output_dir=str(tmp_path))
+    image = run.backbone.preprocess(read_image(run.dataset[0].image_path))[None]
+    detector = kind(run.backbone, rvs="mean")
+    exact, strict = detector.predict(image, "tile").maps, run.tolerance
+    monkeypatch.setattr(Backbone, "autocast", lambda self: torch.autocast("cpu", torch.float16))
+    apart = (detector.predict(image, "tile").maps - exact).abs().max()
+    assert 0 < apart < run.tolerance
+    assert strict < run.tolerance
