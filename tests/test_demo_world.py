@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import open_clip
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -457,10 +458,14 @@ def test_results_are_added_once_per_weights_and_method(tmp_path, monkeypatch):
     monkeypatch.setattr(
         trainings, "load_dataset", lambda name: load_dataset(name, categories=["gear"])
     )
+    rows = pd.DataFrame([{"method": "SDP", "category": "gear", "pixel_pro": 0.5}])
+    monkeypatch.setattr(trainings, "measured_after", lambda backbone: made.append(2) or rows)
+    after = tmp_path / "after.csv"
     for seed in (1, 2):  # the same weights under another name are the same weights
-        trainings.append_rows(weights, seed, 12_000, file)
+        trainings.append_rows(weights, seed, 12_000, file, after)
     found = read_trainings(file)
-    assert len(made) == 1
+    assert made == [1, 2]
+    assert read_trainings(after)["pixel_pro"].tolist() == [0.5]
     assert found[["seed", "steps", "weights", "method", "category"]].to_numpy().tolist() == [
         [1, 12_000, content_hash(weights)[:16], "Direct", "gear"]
     ]
