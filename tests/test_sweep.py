@@ -146,6 +146,7 @@ def test_what_sdp_plus_is_trained_with_decides_the_address_too(plan, tmp_path):
     ("block", "message"),
     [
         ({}, "holds either"),
+        ([], "holds either"),
         ("x", "holds either"),
         ({"evaluat": {}}, "holds either.*found {'evaluat'"),
         ({"evaluate": {}, "parameters": {}}, "holds either"),

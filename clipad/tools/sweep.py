@@ -103,7 +103,7 @@ def plan(path) -> list[Run]:
             f"no sweep file {path}; notebooks/sweep_example.yaml is one to start from"
         )
     blocks = read_yaml(path)
-    blocks = blocks if isinstance(blocks, list) else [blocks]
+    blocks = blocks if blocks and isinstance(blocks, list) else [blocks]
     runs = [run for block in blocks for run in _expand(block)]
     return list({run.address: run for run in runs}.values())
 
@@ -374,6 +374,8 @@ def local_cluster(workers: int) -> Iterator[Client]:
     settings = {
         "distributed.nanny.pre-spawn-environ": dict.fromkeys(threads, max(1, CPU_COUNT // workers)),
         "distributed.scheduler.worker-saturation": 1.0,  # one that dies takes no waiting run with it
+        "distributed.deploy.lost-worker-timeout": "10m",  # one that dies has time to start again
+        "distributed.scheduler.no-workers-timeout": "10m",  # then what waits fails, and the sweep ends
     }
     local = {
         "host": "127.0.0.1",
