@@ -416,7 +416,7 @@ def test_what_a_lost_cluster_did_not_do_is_no_failure(plan, notebook, tmp_path):
     try:
         while not address.exists():
             time.sleep(0.1)
-        threading.Thread(target=kill).start()
+        threading.Thread(target=kill, daemon=True).start()
         at = json.loads(address.read_text())["address"]
         with pytest.raises(OSError, match="1 runs are not done"):
             sweeps.sweep(runs, tmp_path / "out", scheduler=at)
