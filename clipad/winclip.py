@@ -101,14 +101,15 @@ def windows(grid: int, size: int) -> torch.Tensor:
 def harmonic_mean(scores: torch.Tensor, grid: int, size: int) -> torch.Tensor:
     """Scores of windows B x W -> B x N: for each patch the harmonic mean of the windows that cover it.
 
-    With the constant matrix A (W x N, 1 where a window covers a patch): number of windows / ((1 / score) A).
+    With the constant matrix A of :func:`coverage`: number of windows / ((1 / score) A).
     """
-    cover = _coverage(grid, size).to(scores)
+    cover = coverage(grid, size).to(scores)
     return cover.sum(dim=0) / ((1 / scores) @ cover)
 
 
 @lru_cache(maxsize=8)
-def _coverage(grid: int, size: int) -> torch.Tensor:
+def coverage(grid: int, size: int) -> torch.Tensor:
+    """W x N: 1 where a window covers a patch."""
     members = windows(grid, size)
     return torch.zeros(len(members), grid * grid).scatter_(1, members, 1)
 

@@ -22,7 +22,6 @@ from clipad.studies.figures import (
 )
 
 CUT, PATCH = "#00d0e0", "#37ff37"
-DETECTOR_NAMES = {key: kind.name for key, kind in DETECTORS.items()}
 
 
 def panels(shown: Sequence) -> Figure:
@@ -41,7 +40,7 @@ def panels(shown: Sequence) -> Figure:
 def describe(shown: Sequence) -> str:
     """The figure in words, with its numbers."""
     said = [
-        f"{name}, {DETECTOR_NAMES[one.settings.detector]} asked about {one.settings.object_name!r}: class "
+        f"{name}, {DETECTORS[one.settings.detector].name} asked about {one.settings.object_name!r}: class "
         f"probability {100 * one.probability:.0f} %; highest value of the map {one.map.max():.2f}, "
         f"{'above' if one.flagged else 'not above'} the threshold {one.threshold:.2f} (cyan line), which "
         f"{(one.maxima > one.threshold).sum()} of {len(one.maxima)} flawless images pass."
@@ -67,7 +66,7 @@ def _row(name: str, axes: Sequence[Axes], one) -> None:
     low, high = one.limits
     drawn = heat.imshow(one.map, cmap=MAP, vmin=low, vmax=max(high, low + 1e-6))
     heat.figure.colorbar(drawn, ax=heat, fraction=0.05, pad=0.03)
-    heat.set_title(f"{DETECTOR_NAMES[s.detector]} map")
+    heat.set_title(f"{DETECTORS[s.detector].name} map")
     for ax in (picture, heat):
         contour(ax, one.mask)
         if one.map.min() < one.threshold < one.map.max():

@@ -9,6 +9,7 @@ Shapes: S pixels a side, N = G x G patches, T = 1 + N tokens (class token first)
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,65 +22,89 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from clipad.datasets import read_image, read_mask
+from clipad.datasets import IMAGE_SUFFIXES, read_image, read_mask
 from clipad.detectors import Detector, Features
 from clipad.dual_path import default_stages
 from clipad.files import did_you_mean
-from clipad.linear_layers import LinearLayers, require_separate
+from clipad.linear_layers import LinearLayers
 from clipad.prompts import WINCLIP, Prompts
 from clipad.studies.experiments import DETECTORS, Experiment
-from clipad.studies.explorer.settings import Settings, list_images, phrases
 from clipad.studies.opposite_predictions import attention_by_block
 from clipad.surgery import cosine, similarity_map, smooth
-from clipad.text import check_method, representative_vectors
-from clipad.winclip import SIZES, WinCLIP, windows
+from clipad.winclip import SIZES, WinCLIP, coverage
 
 REFERENCES = 20
 """flawless images, at most, whose maps give the threshold and the colour scale"""
-_BATCH = 10
+STATES = ["normal", "anomalous"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one side of the explorer shows. The fields are parameters of notebook 06, under the same names.
+
+    ``image``: its path within the data set's folder, or the path of any file. ``normal_words``, ``anomalous_words``:
+    phrases with commas between them, ``{}`` for the object (behind the phrase if left out); empty for the ensemble.
+    ``flawless``: a folder of flawless images; empty for those of the image's category. ``stages``: blocks, some of the
+    four quarters' ends. ``surgery``: feature surgery, or the cosine with the anomalous vector alone.
+    ``smoothing``: sigma in pixels. ``false_alarms``: percent of the flawless images whose maximum is above the
+    threshold. ``look``: row and column of a patch and the block of its attention, all from 1.
+    """
+
+    image: str
+    object_name: str
+    detector: str = "sdp"
+    rvs: str = "dbscan"
+    normal_words: str = ""
+    anomalous_words: str = ""
+    flawless: str = ""
+    stages: tuple[int, ...] = ()
+    surgery: bool = True
+    smoothing: float = 0.0
+    false_alarms: float = 5.0
+    look: tuple[int, ...] = ()
 
 
 @dataclass
 class Answer:
-    """What the model says to a question, before everything that needs no model (stages, smoothing, threshold)."""
+    """What the model says to a question, before everything that needs no model (stages, smoothing, threshold).
+
+    ``rows``: what the first dimension of ``z`` counts, stages or sizes of WinCLIP's windows. ``z``: J x T x 2, cosines
+    of the tokens with the vectors normal and anomalous. ``maps``: S x S, not smoothed; None for SDP and CLIP Surgery,
+    whose map follows from ``z``. ``references``: the same of the flawless images, R x J x T x 2 or R x S x S.
+    ``whole``: cosines of the image embedding. ``probability``: class probability of "anomalous" (METHOD.md section 3).
+    ``notes``: words that the model never saw, sentences that are all noise, a doubtful scale.
+    """
 
     rows: tuple[str, ...]
-    """what the first dimension of ``z`` counts: stages, or sizes of WinCLIP's windows"""
     z: np.ndarray
-    """J x T x 2: cosines of the tokens with the vectors normal and anomalous"""
     maps: np.ndarray | None
-    """S x S, not smoothed; None for methods whose map follows from ``z`` (SDP, CLIP Surgery)"""
     references: np.ndarray
-    """the same of the flawless images: R x J x T x 2, or R x S x S"""
     whole: tuple[float, float]
-    """cosines of the image embedding"""
     probability: float
-    """class probability of 'anomalous' (METHOD.md section 3)"""
     notes: tuple[str, ...]
-    """what a reader should know: words that the model never saw, sentences that are all noise, a doubtful scale"""
 
 
 @dataclass
 class Shown:
-    """What there is to see with some settings."""
+    """What there is to see with some settings.
+
+    ``mask``: S x S bool, None where no ground truth is known. ``map``: S x S, higher = more anomalous. ``maxima``: R,
+    the highest value of each flawless image's map. ``threshold``: their quantile that ``false_alarms`` names.
+    ``limits``: ends of the colour scale, from the median of the flawless maps; their maximum is its middle.
+    ``cosines``: of the chosen patch, and of the whole image, with the vectors ``normal`` and ``anomalous``.
+    ``attention``: ``q-k`` and ``v-v`` weights of the chosen patch over all T tokens, mean over heads.
+    """
 
     settings: Settings
     image: Image.Image
     mask: np.ndarray | None
-    """S x S bool; None where no ground truth is known"""
     map: np.ndarray
-    """S x S, higher = more anomalous"""
     maxima: np.ndarray
-    """R: highest value of each flawless image's map"""
     threshold: float
-    """the quantile of ``maxima`` that ``false_alarms`` names, in the units of the map"""
     limits: tuple[float, float]
-    """ends of the colour scale: the median of the flawless maps; their maximum is the middle of the scale"""
     probability: float
     cosines: pd.DataFrame
-    """cosine of the chosen patch, and of the whole image, with the vectors ``normal`` and ``anomalous``"""
     attention: dict[str, np.ndarray]
-    """``q-k`` and ``v-v``: weights of the chosen patch over all T tokens, class token first, mean over heads"""
     notes: tuple[str, ...]
 
     @property
@@ -111,6 +136,36 @@ def smooth_maps(values: np.ndarray, size: int, sigma: float) -> np.ndarray:
     return found.numpy()
 
 
+# --- what a user types ------------------------------------------------------------------------------------------------
+
+
+def phrases(text: str) -> tuple[str, ...]:
+    """State words as a user types them -> phrases of :class:`clipad.Prompts`.
+
+    >>> phrases("flawless, {} without scratch")
+    ('flawless {}', '{} without scratch')
+    """
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    found = [part if re.search("[{}]", part) else part + " {}" for part in found]
+    wrong = [part for part in found if re.findall("{}|[{}]", part) != ["{}"]]
+    if wrong or not found or len(set(found)) < len(found):
+        raise ValueError(
+            "state words are phrases with commas between them, each once, with one {} for the object and no other "
+            f"braces; found {text!r}"
+        )
+    return tuple(found)
+
+
+def list_images(folder: str) -> list[str]:
+    """Paths of the images in a folder (not below), by name. ValueError where there are none."""
+    place = Path(folder).expanduser().resolve()
+    found = [str(p) for p in sorted(place.glob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+    if not found:
+        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise ValueError(f"{folder!r} is no folder with images in it ({kinds})")
+    return found
+
+
 class Explorer:
     """Settings -> what there is to see, over kept features.
 
@@ -140,8 +195,7 @@ class Explorer:
         """Complete settings from some; what is left out or empty (a smoothing below 0) is the published choice.
 
         Without ``image`` the first anomalous one; without ``object_name`` the image's category; without ``look`` the
-        highest patch of SDP's map and the last block. Raises ValueError for a name that is no setting, and what
-        :meth:`check` raises.
+        highest patch of SDP's map and the last block. Raises ValueError for what is no setting or no value of one.
         """
         known = [field.name for field in fields(Settings)]
         for name in set(values) - set(known):
@@ -151,17 +205,39 @@ class Explorer:
             side = rule.smoothing_240_sdp_plus if plus else rule.smoothing_240
             values["smoothing"] = round(side / 240 * self.size, 1)
         image = values.get("image") or self.example(label=1)
-        given = {
-            k: v for k, v in values.items() if v or k in ("surgery", "smoothing", "false_alarms")
-        }
+        kept = ("surgery", "smoothing", "false_alarms")  # False and 0 are choices
+        given = {name: value for name, value in values.items() if value or name in kept}
         published = {"object_name": self.category(image), "rvs": self.protocol.rvs}
         published |= {"stages": self.stages, "look": (1, 1, self.depth)}
         chosen = Settings(**published | given | {"image": image})
         chosen = replace(chosen, stages=tuple(chosen.stages), look=tuple(chosen.look))
-        self.check(chosen)
+        self._check(chosen)
         if "look" not in given:
             chosen = replace(chosen, look=(*self.highest_patch(chosen), self.depth))
         return chosen
+
+    def _check(self, s: Settings) -> None:
+        """ValueError for what no later step would refuse."""
+        if s.image not in self.samples and not Path(s.image).is_file():
+            place = f"neither an image of {self.dataset.name} nor a file"
+            raise ValueError(f"{s.image!r} is {place}{did_you_mean(s.image, self.samples)}")
+        stages, side = list(self.stages), range(1, self.grid + 1)
+        chosen = [block for block in stages if block in s.stages]
+        plus = "" if self.layers else " (sdp_plus needs trained layers, see notebook 04)"
+        places = len(s.look) == 3 and s.look[0] in side and s.look[1] in side
+        rules = {
+            "detector": (s.detector in self.detectors, f"{', '.join(self.detectors)}{plus}"),
+            "stages": (list(s.stages) == chosen, f"one or more of {stages}, rising"),
+            "smoothing": (s.smoothing <= self.size, f"a sigma in pixels, 0 to {self.size}"),
+            "false_alarms": (0 <= s.false_alarms <= 100, "a percentage, 0 to 100"),
+            "look": (
+                places and s.look[2] in stages,
+                f"row and column in 1..{self.grid}, block of {stages}",
+            ),
+        }
+        for name, (fits, expected) in rules.items():
+            if not fits:
+                raise ValueError(f"{name} has to be {expected}; found {getattr(s, name)!r}")
 
     def beside(self, first: Settings, changes: Mapping | None = None) -> Settings:
         """Settings of B: those of A with some changed; without changes a flawless image of the same category."""
@@ -184,52 +260,19 @@ class Explorer:
         names = [n for n, s in self.samples.items() if not category or s.category == category]
         return next((n for n in names if self.samples[n].label == label), names[0])
 
-    def check(self, s: Settings) -> None:
-        """ValueError, or OSError for an image that cannot be read, if a user's settings cannot be shown; says why."""
-        if s.image not in self.samples and not Path(s.image).is_file():
-            place = f"neither an image of {self.dataset.name} nor a file"
-            raise ValueError(f"{s.image!r} is {place}{did_you_mean(s.image, self.samples)}")
-        self.picture(s.image)
-        check_method(s.rvs, {})
-        self._words(s.normal_words, s.anomalous_words, self.prompts)
-        if s.flawless:
-            list_images(s.flawless)
-        row, column, block = s.look if len(s.look) == 3 else (0, 0, 0)
-        square = min(row, column) >= 1 and max(row, column) <= self.grid
-        rising, stages = [b for b in self.stages if b in s.stages], list(self.stages)
-        plus = "" if self.layers else " (sdp_plus needs trained layers, see notebook 04)"
-        for name, fits, expected in (
-            ("object_name", s.object_name.strip(), "a name, such as 'metal nut'"),
-            ("detector", s.detector in self.detectors, f"{', '.join(self.detectors)}{plus}"),
-            ("stages", rising and list(s.stages) == rising, f"one or more of {stages}, rising"),
-            ("smoothing", 0 <= s.smoothing <= self.size, f"a sigma in pixels, 0 to {self.size}"),
-            ("false_alarms", 0 <= s.false_alarms <= 100, "a percentage, 0 to 100"),
-            (
-                "look",
-                square and block in stages,
-                f"row and column in 1..{self.grid}, block of {stages}",
-            ),
-        ):
-            if not fits:
-                raise ValueError(f"{name} has to be {expected}; found {getattr(s, name)!r}")
-        if s.detector == "sdp_plus":
-            require_separate(self.layers.settings.get("categories", ()), [s.object_name])
-
     # ---------------------------------------------------------------------------------------------- model
 
-    def show(self, settings: Settings) -> Shown:
-        """Everything that is shown of settings. Raises what :meth:`check` raises."""
-        self.check(settings)
-        s, answer = settings, self.answer(settings)
-        own, flawless = answer.z[None], answer.references
-        if answer.maps is None:
-            used = [i for i, b in enumerate(self.stages) if b in s.stages]
-            used = used if s.detector == "sdp" else [0]
-            own, flawless = (patch_values(z[..., used, :, :], s.surgery) for z in (own, flawless))
-        else:
-            own = answer.maps[None]
+    def show(self, s: Settings) -> Shown:
+        """Everything that is shown of settings. Raises what :meth:`answer` raises."""
+        answer = self.answer(s)
+        own, flawless = answer.maps, answer.references
+        if own is None:
+            used = [self.stages.index(block) for block in s.stages] if s.detector == "sdp" else [0]
+            own, flawless = (
+                patch_values(z[..., used, :, :], s.surgery) for z in (answer.z, flawless)
+            )
         sigma = 0.0 if s.detector == "winclip" else s.smoothing
-        own, flawless = (smooth_maps(values, self.size, sigma) for values in (own, flawless))
+        own, flawless = (smooth_maps(values, self.size, sigma) for values in (own[None], flawless))
         maxima, low = flawless.max(axis=(1, 2)), float(np.median(flawless))
         row, column, block = s.look
         patch = (row - 1) * self.grid + column - 1
@@ -245,23 +288,25 @@ class Explorer:
             threshold=float(np.quantile(maxima, 1 - s.false_alarms / 100)),
             limits=(low, float(2 * maxima.max() - low)),
             probability=answer.probability,
-            cosines=pd.DataFrame(cosines, [*answer.rows, "whole image"], ["normal", "anomalous"]),
+            cosines=pd.DataFrame(cosines, [*answer.rows, "whole image"], STATES),
             attention={"q-k": q_k, "v-v": v_v},
             notes=answer.notes,
         )
 
     @torch.no_grad()
     def answer(self, s: Settings) -> Answer:
-        """What only the model can say; stages, surgery, smoothing, threshold and patch do not matter."""
+        """What only the model can say; stages, surgery, smoothing, threshold and patch do not matter.
+
+        Raises ValueError or OSError for words, folders and images that cannot be used; says why.
+        """
         names, notes = self.references(s)
-        asked = (s.object_name, s.normal_words, s.anomalous_words, s.rvs)
-        text, said = self._text(s.detector == "winclip", *asked)
+        words = (s.object_name, s.normal_words, s.anomalous_words, s.rvs)
+        text, said = self._text(s.detector, *words)
         text = text.to(self.backbone.device)
-        detector = self._detector(s.detector)
-        one = self._features((s.image,), s.detector)
-        many = self._features(names, s.detector)
+        one, many = (self._features(images, s.detector) for images in ((s.image,), names))
         if s.image in names and len(names) > 1:  # kept for all, so that A and B share them
             many = many[[i for i, name in enumerate(names) if name != s.image]]
+        detector = self._detector(s.detector)
         prediction = detector.score_with(one, text)
         rows, z = self._cosines(s.detector, one, text)
         if s.detector in ("sdp", "clip_surgery"):
@@ -275,7 +320,7 @@ class Explorer:
 
     def references(self, s: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of flawless images, evenly spread (the shown one is left out later); and what is to be said of them."""
-        names, note = [], ()
+        note = ()
         if s.flawless:
             names = list_images(s.flawless)
         else:
@@ -283,14 +328,12 @@ class Explorer:
             category = self.category(s.image) if s.image in self.samples else s.object_name
             own = [n for n, x in self.samples.items() if not known or x.category == category]
             names = [n for n in own if self.samples[n].label == 0] or own
+            scale = "threshold and colours come from"
             if not known:
-                note = (
-                    "threshold and colours come from flawless images of other objects: name a folder of your own",
-                )
+                note = (f"{scale} flawless images of other objects: name a folder of your own",)
             elif self.samples[names[0]].label != 0:
-                note = (
-                    "no image is known to be flawless: threshold and colours come from other images of the category",
-                )
+                others = "other images of the category"
+                note = (f"no image is known to be flawless: {scale} {others}",)
         places = np.linspace(0, len(names) - 1, min(REFERENCES, len(names))).round().astype(int)
         return tuple(names[i] for i in places), note
 
@@ -315,33 +358,36 @@ class Explorer:
 
         The cosine is that of the whole image (its embedding), or of the patch in ``look`` after the last of ``stages``.
         """
-        prompts = self._words(s.normal_words, s.anomalous_words, self.prompts)
         features = self._features((s.image,), "sdp")
-        row, column, _ = s.look
         token = features.image_embedding[0]
         if patch:
+            row, column, _ = s.look
             stage = self.stages.index(s.stages[-1])
             token = features.tokens[stage][0, 1 + (row - 1) * self.grid + column - 1]
-        normal, anomalous = prompts.sentences(s.object_name)
+        normal, anomalous = self._words("sdp", s.normal_words, s.anomalous_words).sentences(
+            s.object_name
+        )
         vectors = F.normalize(self.backbone.encode_text([*normal, *anomalous]), dim=-1)
-        table = pd.DataFrame({"sentence": [*normal, *anomalous]})
-        table.insert(0, "state", ["normal"] * len(normal) + ["anomalous"] * len(anomalous))
-        table["cosine"] = (vectors @ F.normalize(token.cpu(), dim=0)).tolist()
-        return table.sort_values("cosine", ascending=False, kind="stable", ignore_index=True)
+        columns = {
+            "state": np.repeat(STATES, [len(normal), len(anomalous)]),
+            "sentence": [*normal, *anomalous],
+            "cosine": (vectors @ F.normalize(token.cpu(), dim=0)).tolist(),
+        }
+        return pd.DataFrame(columns).sort_values(
+            "cosine", ascending=False, kind="stable", ignore_index=True
+        )
 
-    def _detector(self, name: str) -> Detector:
+    def _detector(self, name: str, prompts: Prompts | None = None, rvs: str = "mean") -> Detector:
+        """Not smoothed: that is for the browser, too."""
         if name == "winclip":
-            return WinCLIP(self.backbone)
+            return WinCLIP(self.backbone, prompts)
         layers = [self.layers] if name == "sdp_plus" else []
-        return DETECTORS[name](self.backbone, *layers, smoothing=0)
+        options = self.protocol.rvs_options if rvs == self.protocol.rvs else {}
+        return DETECTORS[name](self.backbone, *layers, prompts, rvs, options, smoothing=0)
 
     def _features(self, images: tuple[str, ...], detector: str) -> Features:
-        detector, found = self._detector(detector), []
-        for start in range(0, len(images), _BATCH):
-            pictures = [self.picture(name)[0] for name in images[start : start + _BATCH]]
-            pixels = torch.stack([self.backbone.preprocess(picture) for picture in pictures])
-            found.append(detector.features(pixels))
-        return Features.cat(found)
+        pixels = [self.backbone.preprocess(self.picture(name)[0]) for name in images]
+        return self._detector(detector).features(torch.stack(pixels))
 
     def _cosines(
         self, detector: str, features: Features, text: torch.Tensor
@@ -352,41 +398,33 @@ class Explorer:
             rows = tuple(f"{k} × {k} windows" for k in SIZES)
             whole = cosine(features.image_embedding[:, None], text)
             for i, k in enumerate(SIZES):
-                members = windows(self.grid, k)
-                cover = torch.zeros(len(members), self.grid**2).scatter_(1, members, 1).to(text)
-                means = (cover / cover.sum(dim=0)).T @ found[i]
-                found[i] = torch.cat([whole, means], dim=1)
+                cover = coverage(self.grid, k).to(text)
+                found[i] = torch.cat([whole, (cover / cover.sum(dim=0)).T @ found[i]], dim=1)
         elif detector in ("sdp", "sdp_plus"):
             rows = tuple(f"block {b}" for b in self.stages)
         else:
             rows = (f"block {self.depth}",)
         return rows, torch.stack(found, dim=1).float().cpu().numpy()
 
-    def _words(self, normal: str, anomalous: str, ensemble: Prompts) -> Prompts:
-        """The ensemble with the user's states in place of its own."""
+    def _words(self, detector: str, normal: str, anomalous: str) -> Prompts:
+        """The detector's ensemble with the user's states in place of its own."""
+        prompts = WINCLIP if detector == "winclip" else self.prompts
         own = {"normal": normal, "anomalous": anomalous}
-        prompts = replace(
-            ensemble, **{key: phrases(text) for key, text in own.items() if text.strip()}
-        )
+        own = {state: phrases(text) for state, text in own.items() if text.strip()}
+        prompts = replace(prompts, **own)
         if both := set(prompts.normal) & set(prompts.anomalous):
             raise ValueError(f"{min(both)!r} is given for the normal and for the anomalous state")
         return prompts
 
-    def _text(self, winclip: bool, object_name: str, normal: str, anomalous: str, rvs: str):
+    def _text(self, detector: str, object_name: str, normal: str, anomalous: str, rvs: str):
         """C x 2 unit columns, and what is to be said about them."""
-        prompts = self._words(normal, anomalous, WINCLIP if winclip else self.prompts)
+        prompts = self._words(detector, normal, anomalous)
         both = [x for state in prompts.sentences(object_name) for x in state]
         unknown = self.backbone.unknown_words(both)
         self.backbone.expect_words(unknown)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            if winclip:
-                vectors = WinCLIP(self.backbone, prompts).text_vectors(object_name)
-            else:
-                options = self.protocol.rvs_options if rvs == self.protocol.rvs else {}
-                vectors = representative_vectors(
-                    self.backbone, object_name, prompts, rvs, **options
-                )
+            vectors = self._detector(detector, prompts, rvs).text_vectors(object_name)
         notes = [str(warning.message) for warning in caught]
         if self.backbone.known_words is not None:  # other alphabets are no words for the demo model
             unknown = {*unknown, *(word for word in object_name.split() if not word.isascii())}

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import html
+import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import ipywidgets as w
+import pandas as pd
 from IPython.display import Image, display
 
 from clipad.datasets import read_image
 from clipad.files import write_atomically
+from clipad.studies.experiments import DETECTORS
 from clipad.studies.explorer import widget
-from clipad.studies.explorer.figures import DETECTOR_NAMES
-from clipad.studies.explorer.model import Explorer
-from clipad.studies.explorer.settings import Settings, command, list_images
+from clipad.studies.explorer.model import Explorer, Settings, list_images
 from clipad.text import METHODS
 
 _ABOUT = "[An interactive explorer: open this notebook in JupyterLab and run it to use it.]"
 _VECTORS = {"mean_shift": "mean shift", "dbscan": "DBSCAN", "pca": "PCA", "kde": "KDE"}
+_INDENT = "6.5em"
+"""width of the labels before the controls"""
 
 
 def show_still() -> None:
@@ -38,6 +41,29 @@ def show_still() -> None:
     display(Image(picture, format="png", alt=alt), metadata={"image/png": {"alt": alt}})
 
 
+def command(
+    explorer: Explorer, first: Settings, second: Settings, base: Mapping | None = None
+) -> str:
+    """What to type in a shell to get A and B again: ``clipad run 06 ...``.
+
+    ``base``: parameters with which the notebook itself runs (preset, data set, model, ...); empty ones are left out.
+    """
+
+    def changes(one: Settings, two: Settings) -> dict:
+        old = asdict(one)
+        return {name: value for name, value in asdict(two).items() if value != old[name]}
+
+    values = {k: v for k, v in (base or {}).items() if v and (k, v) != ("preset", "demo")}
+    values |= changes(explorer.settings(image=first.image), first)
+    changed = changes(first, second)
+    if changed != changes(first, explorer.beside(first)):
+        values["compare_with"] = changed or {"image": second.image}
+    words = ["clipad", "run", "06", "-p", "image", first.image]
+    if values:
+        words += ["-y", json.dumps(values, ensure_ascii=False)]  # which is YAML, too
+    return shlex.join(words)
+
+
 class Panel(w.VBox):
     """All of it. Where no kernel runs, the image widget alone stays alive, as HTML."""
 
@@ -50,22 +76,8 @@ class Panel(w.VBox):
         return found | {"text/html": self._viewer.html(), "text/plain": _ABOUT}
 
 
-class _Field(w.VBox):
-    """A control with the place for what is wrong with it."""
-
-    def __init__(self, control):
-        self.control, self.message = control, w.HTML()
-        super().__init__([control, self.message])
-
-    def say(self, text: str, wrong: bool = True) -> None:
-        role, edge = ("alert", "#d9480f") if wrong else ("status", "#1971c2")
-        style = f"border-left: 4px solid {edge}; padding-left: 6px; line-height: 1.3; margin: 2px 0 4px 6.5em"
-        told = f'<div role="{role}" style="{style}">{html.escape(text)}</div>'
-        self.message.value = told if text else ""
-
-
 def _make_controls(explorer: Explorer) -> dict[str, w.Widget]:
-    look = {"style": {"description_width": "6.5em"}}
+    look = {"style": {"description_width": _INDENT}}
     look["layout"] = w.Layout(width="auto", min_width="0")
 
     def text(label: str, hint: str = "") -> w.Text:
@@ -83,7 +95,7 @@ def _make_controls(explorer: Explorer) -> dict[str, w.Widget]:
         "folder": text("own folder", "path of a folder of images"),
         "flawless": text("flawless", "folder; else those of the category"),
         "object_name": text("object"),
-        "detector": menu("method", [(DETECTOR_NAMES[n], n) for n in explorer.detectors]),
+        "detector": menu("method", [(DETECTORS[n].name, n) for n in explorer.detectors]),
         "rvs": menu("text vector", [(_VECTORS.get(n, n), n) for n in METHODS]),
         "normal_words": text("normal", "flawless, {} without scratch"),
         "anomalous_words": text("anomalous", "damaged, {} with scratch"),
@@ -95,8 +107,8 @@ class Controls:
 
     ``base``: see :func:`command`; ``uploads``: folder that keeps uploaded images, so that the command finds them.
 
-    What a user cannot have (a name without letters, an unreadable file) is said beside the control, and what was shown
-    stays. Anything else that is raised in a callback is a fault of ours: said there, too, and raised on.
+    What cannot be shown (an object without a name, an unreadable file) is said beside its control, and what was shown
+    stays. An error that is none of a user is said there, too, and raised.
     """
 
     def __init__(
@@ -107,17 +119,16 @@ class Controls:
         base: Mapping | None = None,
         uploads: str | Path = "uploads",
     ):
-        self.explorer, self.base, self.uploads = explorer, dict(base or {}), Path(uploads)
+        self.explorer, self.base, self.uploads = explorer, base, Path(uploads)
         self.asked = [settings, other]
         self.viewer = widget.Viewer(explorer, self.asked)
-        self._own = {n: Path(n).name for n in (settings.image, other.image)}
-        self._own = {n: label for n, label in self._own.items() if n not in explorer.samples}
-        self._held = False
+        self._own = [s.image for s in self.asked if s.image not in explorer.samples]
+        self._held = False  # while the controls change without being heard
         sides = {"A and B": (0, 1), "A": (0,), "B": (1,)}
         self.sides = w.ToggleButtons(options=sides, description="change")
-        self.sides.style.description_width = "6.5em"
+        self.sides.style.description_width = _INDENT
         self.controls = _make_controls(explorer)
-        self.fields = {name: _Field(control) for name, control in self.controls.items()}
+        self.messages = {name: w.HTML() for name in self.controls}
         spoken = {"the whole image": False, "the patch": True}
         self.speaker = w.Dropdown(description="cosine of", options=spoken)
         self.phrases, self.command, self.notes = w.HTML(), w.HTML(), w.HTML()
@@ -131,15 +142,12 @@ class Controls:
         self._tell()
 
     def _layout(self) -> list:
-        def column(title, *names):
-            children = [w.HTML(f"<b>{title}</b>"), *(self.fields[name] for name in names)]
-            return w.VBox(children, layout=w.Layout(flex="1 1 280px", min_width="0"))
-
-        image = column("Image (of A, unless B is chosen)", *list(self.fields)[:5])
-        question = column("Question", *list(self.fields)[5:])
-        question.children = [*question.children, self.notes]
+        rows = [w.VBox([self.controls[name], self.messages[name]]) for name in self.controls]
+        image = [w.HTML("<b>Image (of A, unless B is chosen)</b>"), *rows[:5]]
+        question = [w.HTML("<b>Question</b>"), *rows[5:], self.notes]
+        column = w.Layout(flex="1 1 280px", min_width="0")
         wrap = w.Layout(display="flex", flex_flow="row wrap", grid_gap="0 24px")
-        columns = w.Box([image, question], layout=wrap)
+        columns = w.Box([w.VBox(part, layout=column) for part in (image, question)], layout=wrap)
         told = [w.HTML("<b>Which phrase speaks</b>"), self.speaker, self.phrases, self.command]
         return [self.sides, columns, self.viewer, *told]
 
@@ -164,29 +172,25 @@ class Controls:
     def _changed(self, name: str) -> None:
         if self._held:
             return
-        field = self.fields[name]
-        field.say("")
+        self._say(name, "")
+        value, first = self.controls[name].value, self.sides.value[0]
         try:
-            value, first = self.controls[name].value, self.sides.value[0]
-            images = {"upload": self._upload, "folder": self._folder, "image": str}
-            if name == "category":
-                self._ask(self._category(value))
-            elif name in images:  # two images side by side, not one twice
-                self._ask({first: {"image": images[name](value)}} if value else {})
-            else:
+            if name == "category":  # A its first anomalous image, B its first flawless one
+                images = [self.explorer.example(label, category=value) for label in (1, 0)]
+                self._ask({n: {"image": images[n], "object_name": value} for n in self.sides.value})
+            elif name not in ("upload", "folder", "image"):
                 self._ask({side: {name: value} for side in self.sides.value})
-        except (ValueError, OSError) as error:
-            field.say(f"{error}. What was shown stays.")
+            elif value:  # two images side by side, not one twice
+                find = {"upload": self._upload, "folder": self._folder, "image": str}
+                self._ask({first: {"image": find[name](value)}})
         except Exception as error:
-            field.say(f"a fault of this program, {type(error).__name__}: {error}")
-            raise
+            self._say(name, f"{error}. What was shown stays.")
+            if not isinstance(error, (ValueError, OSError)):
+                raise
 
     def _ask(self, changes: dict[int, dict]) -> None:
         """Change what sides (0 for A, 1 for B) ask, if all of it can be shown; then show it."""
-        asked = list(self.asked)
-        for side, change in changes.items():
-            asked[side] = replace(asked[side], **change)
-            self.explorer.check(asked[side])
+        asked = [replace(s, **changes.get(side, {})) for side, s in enumerate(self.asked)]
         answers = [widget.answer(self.explorer.answer(s), s) for s in asked]
         with self.viewer.hold_sync():  # pictures and answers arrive together
             if [s.image for s in asked] != [s.image for s in self.asked]:
@@ -199,21 +203,11 @@ class Controls:
         self._show_settings()
         self._tell()
 
-    def _category(self, name: str) -> dict[int, dict]:
-        """A its first anomalous image, B its first flawless one; the object follows unless it was typed."""
-        changes = {}
-        for side in self.sides.value:
-            old = self.asked[side]
-            follows = old.object_name == self.explorer.category(old.image)
-            image = self.explorer.example(label=1 - side, category=name)
-            changes[side] = {"image": image, "object_name": name if follows else old.object_name}
-        return changes
-
     def _upload(self, files) -> str:
+        """Keep an uploaded image; its path."""
         file = files[-1]
         content = bytes(file["content"])
-        with self._hold():
-            self.controls["upload"].value = ()  # so that the same file can be chosen again
+        self.controls["upload"].value = ()  # so that the same file can be chosen again
         name = re.sub(r"[^A-Za-z0-9.-]", "_", file["name"])[-60:]  # a path, or dots, lead nowhere
         path = (self.uploads / f"{hashlib.sha256(content).hexdigest()[:8]}-{name}").resolve()
         write_atomically(path, content)
@@ -222,44 +216,43 @@ class Controls:
         except OSError as error:
             path.unlink()
             raise OSError(str(error).replace(str(path), file["name"])) from None
-        self._own[str(path)] = f"uploaded: {file['name']}"
+        self._own.append(str(path))
         named = repr(self.asked[self.sides.value[0]].object_name)
         told = f"asked about as {named}: type under object what it shows"
-        self.fields["upload"].say(told, wrong=False)
+        self._say("upload", told, wrong=False)
         return str(path)
 
     def _folder(self, name: str) -> str:
+        """Put a folder's images into the list; the path of the first."""
         found = list_images(name.strip())
-        self._own |= {path: f"own: {Path(path).name}" for path in found}
-        self.fields["folder"].say(f"{len(found)} images, now in the list above", wrong=False)
+        self._own += found
+        self._say("folder", f"{len(found)} images, now in the list above", wrong=False)
         return found[0]
 
-    @contextlib.contextmanager
-    def _hold(self):
-        """Controls change without being heard."""
-        held, self._held = self._held, True
-        try:
-            yield
-        finally:
-            self._held = held
-
     # -------------------------------------------------------------------------------------------- texts
+
+    def _say(self, name: str, text: str, wrong: bool = True) -> None:
+        """A message below a control; an empty text removes it."""
+        role, edge = ("alert", "#d9480f") if wrong else ("status", "#1971c2")
+        style = f"border-left: 4px solid {edge}; padding-left: 6px; line-height: 1.3; margin: 2px 0 4px {_INDENT}"
+        told = f'<div role="{role}" style="{style}">{html.escape(text)}</div>'
+        self.messages[name].value = told if text else ""
 
     def _show_settings(self) -> None:
         """The controls say what the chosen side asks (A where both are chosen); a text that is refused stays."""
         asked = self.asked[self.sides.value[0]]
         samples, category = self.explorer.samples, self.explorer.category(asked.image)
         names = [n for n, s in samples.items() if s.category == category]
-        options = [(label, name) for name, label in self._own.items()]
-        options += [(name.removeprefix(f"{category}/"), name) for name in names]
-        with self._hold():
-            self.controls["category"].value = category
-            if list(self.controls["image"].options) != options:
-                self.controls["image"].options = options
-            for name, value in asdict(asked).items():
-                if name in self.controls and 'role="alert"' not in self.fields[name].message.value:
-                    self.controls[name].value = value
-            self.controls["rvs"].disabled = asked.detector == "winclip"
+        options = {path: Path(path).name for path in self._own}
+        options |= {name: name.removeprefix(f"{category}/") for name in names}
+        self._held = True
+        self.controls["category"].value = category
+        self.controls["image"].options = [(label, name) for name, label in options.items()]
+        for name, value in asdict(asked).items():
+            if name in self.controls and not self.messages[name].value:
+                self.controls[name].value = value
+        self.controls["rvs"].disabled = asked.detector == "winclip"
+        self._held = False
 
     def _tell(self) -> None:
         """Notes, which phrase speaks, and the command."""
@@ -270,23 +263,17 @@ class Controls:
         tables = ""
         for name, s in zip("AB", shown, strict=True):
             table = self.explorer.speaking(s, self.speaker.value)
-            tables += _phrase_table(f"{name}: {Path(s.image).name}", table)
-        row = '<div style="display: flex; flex-wrap: wrap; gap: 8px 32px">{}</div>'
+            best = [part.head(5) for _, part in table.groupby("state", sort=False)]
+            look = {"index": False, "border": 0, "justify": "left", "float_format": "{:.3f}".format}
+            caption = html.escape(f"{name}: {Path(s.image).name}")
+            with pd.option_context("display.max_colwidth", None):
+                tables += f"<div>{caption}{pd.concat(best).to_html(**look)}</div>"
+        row = (
+            '<div style="display: flex; flex-wrap: wrap; gap: 8px 32px; line-height: 1.4">{}</div>'
+        )
         self.phrases.value = row.format(tables)
         again = html.escape(command(self.explorer, *shown, base=self.base))
         self.command.value = (
             "<b>To repeat this, in a terminal:</b>"
             f'<pre style="white-space: pre-wrap; user-select: all">{again}</pre>'
         )
-
-
-def _phrase_table(caption: str, table) -> str:
-    """The five highest sentences of each state, as HTML."""
-    rows = "<tr><th>state</th><th>sentence</th><th>cosine</th></tr>"
-    for state, part in table.groupby("state", sort=False):
-        for row in part.head(5).itertuples():
-            cells = (state, html.escape(row.sentence), f"{row.cosine:.3f}")
-            rows += f"<tr><td>{'</td><td>'.join(cells)}</td></tr>"
-    style = "line-height: 1.4; border-spacing: 10px 0; text-align: left"
-    caption = f"<caption style='text-align: left'>{html.escape(caption)}</caption>"
-    return f'<table style="{style}">{caption}{rows}</table>'

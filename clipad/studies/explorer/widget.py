@@ -21,9 +21,8 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from clipad.studies.explorer.figures import DETECTOR_NAMES
-from clipad.studies.explorer.model import Answer, Explorer
-from clipad.studies.explorer.settings import Settings
+from clipad.studies.experiments import DETECTORS
+from clipad.studies.explorer.model import Answer, Explorer, Settings
 from clipad.studies.figures import ANOMALOUS, MAP, NORMAL
 
 _HERE = Path(__file__).parent
@@ -103,7 +102,7 @@ def answer(found: Answer, s: Settings) -> dict:
     low, high = float(found.references.min()), float(found.references.max())
     step = max(high - low, 1e-9) / 65535
     return {
-        "title": f"{DETECTOR_NAMES[s.detector]} · {s.object_name}",
+        "title": f"{DETECTORS[s.detector].name} · {s.object_name}",
         "detector": s.detector,
         "rows": list(found.rows),
         "z": found.z.astype("<f4").tobytes(),
