@@ -16,9 +16,9 @@ from clipad.studies.inspection import (
     Rule,
     combined_score,
     conformal_threshold,
-    images_needed,
     nearest_distance,
     rate_interval,
+    require_enough,
     robust_scale,
     stitch,
     tile,
@@ -28,7 +28,6 @@ from clipad.studies.inspection import (
 
 @pytest.mark.parametrize(("rate", "n"), [(0.25, 8), (0.1, 9), (0.05, 19), (0.01, 99), (0.03, 33)])
 def test_how_many_images_a_rate_needs(rate, n):
-    assert images_needed(rate) == n
     scores = np.arange(float(n))
     assert conformal_threshold(scores, rate) >= np.sort(scores)[-3]
     with pytest.raises(
@@ -40,7 +39,7 @@ def test_how_many_images_a_rate_needs(rate, n):
 @pytest.mark.parametrize("rate", [0, -0.1, 0.3, float("nan")])
 def test_impossible_rates_are_refused(rate):
     with pytest.raises(ValueError, match=r"above 0 and at most 0\.25"):
-        images_needed(rate)
+        require_enough(100, rate)
 
 
 @pytest.mark.parametrize(("n", "rate"), [(19, 0.05), (20, 0.1), (45, 0.1)])
@@ -173,6 +172,9 @@ def test_flawless_images_beyond_the_bank_are_compared_as_new_ones(tiny_backbone,
     assert len(inspector.bank[0]) == 6
     expected = inspector.maps(inspector.look(images[9:]))
     np.testing.assert_allclose(inspector.flawless_maps[9:], expected, atol=1e-6)
+    for few in ([], [inspector.look(images[:5])]):
+        with pytest.raises(ValueError, match=f"{5 * len(few)} flawless images cannot promise"):
+            inspector.fit(few, 0.25)
 
 
 @pytest.mark.parametrize(

@@ -37,25 +37,16 @@ SMALLEST = 4
 """pixels of a map: a region of fewer is not outlined"""
 
 
-def images_needed(false_alarms: float) -> int:
-    """How many flawless images it takes for this rate: with n of them none below 1 / (n + 1) can be promised.
-
-    >>> images_needed(0.05), images_needed(0.1)
-    (19, 9)
-    """
+def require_enough(n: int, false_alarms: float) -> None:
+    """ValueError if n flawless images cannot promise this false-alarm rate: none below 1 / (n + 1) can be promised."""
     if not 0 < false_alarms <= 0.25:
         raise ValueError(f"a false-alarm rate is above 0 and at most 0.25, found {false_alarms}")
-    return max(FEWEST_FLAWLESS, math.ceil(1 / false_alarms - 1 - 1e-9))
-
-
-def require_enough(n: int, false_alarms: float) -> None:
-    """ValueError if n flawless images cannot promise this false-alarm rate; says how many can."""
-    needed = images_needed(false_alarms)
+    needed = max(FEWEST_FLAWLESS, math.ceil(1 / false_alarms - 1 - 1e-9))
     if n < needed:
-        possible = f"or a rate of {1 / (n + 1):.3f}" if n >= FEWEST_FLAWLESS else ""
+        possible = f" or a rate of {1 / (n + 1):.3f}" if n >= FEWEST_FLAWLESS else ""
         raise ValueError(
             f"{n} flawless images cannot promise a false-alarm rate of {false_alarms:g}: it takes at least {needed} "
-            f"images {possible}".strip()
+            f"images{possible}"
         )
 
 
@@ -225,31 +216,27 @@ def stitch(maps: torch.Tensor, tiles: int) -> torch.Tensor:
 @dataclass
 class Look:
     """What the backbone says of B images: ``logits`` B, ``words`` B x R x R (the detector's map), and per stage the
-    ordinary path's patch ``tokens`` B x K x D (None without neighbours)."""
+    ordinary path's patch ``tokens`` B x K x D (no stages without neighbours)."""
 
     logits: np.ndarray
     words: np.ndarray
-    tokens: list[torch.Tensor] | None
+    tokens: list[torch.Tensor]
 
     def __len__(self) -> int:
         return len(self.logits)
 
     def __getitem__(self, index) -> Look:
         """Some of the images, by their positions."""
-        tokens = None if self.tokens is None else [stage[index] for stage in self.tokens]
-        return Look(self.logits[index], self.words[index], tokens)
+        return Look(self.logits[index], self.words[index], [stage[index] for stage in self.tokens])
 
     @staticmethod
     def cat(parts: Sequence[Look]) -> Look:
         """Batches put together, in their order."""
-        tokens = None if parts[0].tokens is None else _joined([p.tokens for p in parts])
-        logits = np.concatenate([p.logits for p in parts])
-        return Look(logits, np.concatenate([p.words for p in parts]), tokens)
-
-
-def _joined(parts: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """Tokens of batches, per stage, put together."""
-    return [torch.cat(stage) for stage in zip(*parts, strict=True)]
+        return Look(
+            np.concatenate([p.logits for p in parts]),
+            np.concatenate([p.words for p in parts]),
+            [torch.cat(stage) for stage in zip(*(p.tokens for p in parts), strict=True)],
+        )
 
 
 class Inspector:
@@ -259,7 +246,7 @@ class Inspector:
     ``added`` for both, each on the robust scale of the flawless images' map values. SDP and SDP+ only.
     ``tiles``: the image is also cut into tiles x tiles pieces, whose maps are put together.
 
-    After :meth:`fit`: ``rule`` (:class:`Rule`), ``flawless_maps`` (n x R x R), ``scale`` of the drawings.
+    After :meth:`fit`: ``rule`` (:class:`Rule`), ``flawless_maps`` (n x R x R), ``bank`` (the remembered patches).
     """
 
     def __init__(self, detector: Detector, name: str, neighbours: str = "no", tiles: int = 1):
@@ -271,9 +258,7 @@ class Inspector:
             raise ValueError(f"tiles has to be 1 to 8, found {tiles}")
         self.detector, self.name = detector, name
         self.neighbours, self.tiles = neighbours, tiles
-        self.bank: list[torch.Tensor] | None = None
         self.rule: Rule | None = None
-        self._scales: list[tuple[float, float]] = []
 
     def prepare(self, image) -> torch.Tensor:
         """A PIL image -> what ``look`` takes of it: (1 + T^2) x 3 x S x S, whole and tiles; 1 x 3 x S x S without."""
@@ -288,20 +273,16 @@ class Inspector:
         return Look.cat(in_parts(self._look, images))
 
     def _look(self, images):
-        text = self.detector.text_vectors(self.name)
+        text, each = self.detector.text_vectors(self.name), images.shape[1]
         seen = self._features(images.flatten(0, 1))
-        whole = torch.arange(0, len(images) * images.shape[1], images.shape[1])
-        logits = class_logit(seen[whole].image_embedding, text)
-        if self.tiles > 1:
-            rest = torch.ones(images.shape[:2], dtype=torch.bool)
-            rest[:, 0] = False
-            seen = seen[rest.flatten()]
+        logits = class_logit(seen[::each].image_embedding, text)
+        if self.tiles > 1:  # the map comes from the tiles alone
+            seen = seen[torch.arange(len(images) * each) % each > 0]
         words = stitch(self.detector.score_with(seen, text).maps, self.tiles).numpy()
         if not (np.isfinite(words).all() and np.isfinite(logits).all()):
             raise ValueError(f"{self.detector.name} gave a map or a logit that is not finite")
-        if self.neighbours == "no":
-            return Look(logits, words, None)
-        tokens = [t[:, 1:].reshape(len(images), -1, t.shape[-1]) for t in seen.ordinary]
+        near = [] if self.neighbours == "no" else seen.ordinary
+        tokens = [stage[:, 1:].reshape(len(images), -1, stage.shape[-1]) for stage in near]
         return Look(logits, words, tokens)
 
     def _features(self, images) -> Features:
@@ -311,51 +292,53 @@ class Inspector:
         with torch.no_grad(), backbone.autocast():
             images = images.to(backbone.device)
             found = staged_features(backbone.tower, images, stages, self.detector.as_released)
-        paths = ([t.float() for t in path] for path in (found.surgery, found.ordinary))
-        return Features(found.image_embedding.float(), *paths)
+        features = Features(found.image_embedding, found.surgery, found.ordinary)
+        return features.apply(torch.Tensor.float)
 
     def fit(self, looks: Iterable[Look], false_alarms: float = 0.05) -> Inspector:
         """Learn from flawless images (batches of ``look``): the patches to remember, the scales, the rule."""
-        kept, words, logits, near = [], [], [], []
+        looks, first = iter(looks), []
         for look in looks:
-            words.append(look.words)
+            first.append(look)
+            if sum(map(len, first)) >= BANK:
+                break
+        if not first:
+            require_enough(0, false_alarms)
+        known = Look.cat(first)
+        self.bank = known.tokens
+        logits, maps = [known.logits], [self._maps(known, same=True)]
+        for look in looks:  # beyond the bank, as new images
             logits.append(look.logits)
-            if self.neighbours == "no":
-                continue
-            if sum(len(tokens[0]) for tokens in kept) < BANK:
-                kept.append(look.tokens)  # the bank is still growing
-            else:
-                self.bank = self.bank or _joined(kept)
-                near.append(self._distance_map(look.tokens))
-        require_enough(sum(map(len, logits)), false_alarms)
-        maps = {"words": np.concatenate(words)}
-        if self.neighbours != "no":
-            self.bank = self.bank or _joined(kept)
-            maps["near"] = np.concatenate([self._distance_map(self.bank, same=True), *near])
+            maps.append(self._maps(look))
+        maps = [np.concatenate(kind) for kind in zip(*maps, strict=True)]
         if self.neighbours == "added":
-            self._scales = [robust_scale(m[:, ::2, ::2], "map value") for m in maps.values()]
-        self.flawless_maps = self._fuse(**maps)
-        self.rule = Rule(np.concatenate(logits), self.flawless_maps.max(axis=(1, 2)), false_alarms)
+            self._scales = [robust_scale(m[:, ::2, ::2], "map value") for m in maps]
+        self.flawless_maps = self._added(maps)
+        maxima = self.flawless_maps.max(axis=(1, 2))
+        self.rule = Rule(np.concatenate(logits), maxima, false_alarms)
         return self
 
     def maps(self, look: Look) -> np.ndarray:
         """B x R x R, higher = more anomalous."""
-        if self.neighbours == "no":
-            return look.words
-        return self._fuse(look.words, self._distance_map(look.tokens))
+        return self._added(self._maps(look))
 
-    def _distance_map(self, tokens, same: bool = False) -> np.ndarray:
-        values = nearest_distance(tokens, self.bank, same)
+    def _maps(self, look: Look, same: bool = False) -> list[np.ndarray]:
+        """The map by words, the map of distances to the bank, or both; ``same``: see :func:`nearest_distance`."""
+        if self.neighbours == "no":
+            return [look.words]
+        values = nearest_distance(look.tokens, self.bank, same)
         size, smoothing = self.detector.backbone.image_size, self.detector.smoothing
         values = values.reshape(len(values) * self.tiles**2, -1)
-        return stitch(similarity_map(values, size, smoothing), self.tiles).cpu().numpy()
+        near = stitch(similarity_map(values, size, smoothing), self.tiles).cpu().numpy()
+        return [near] if self.neighbours == "alone" else [look.words, near]
 
-    def _fuse(self, words: np.ndarray, near: np.ndarray | None = None) -> np.ndarray:
-        if self.neighbours != "added":
-            return words if near is None else near
-        (centre_w, spread_w), (centre_n, spread_n) = self._scales
-        scaled = (words - centre_w) / spread_w + (near - centre_n) / spread_n
-        return (scaled / math.sqrt(2)).astype(np.float32)
+    def _added(self, maps: list[np.ndarray]) -> np.ndarray:
+        """One map as it is; of two the sum on their robust scales."""
+        if len(maps) == 1:
+            return maps[0]
+        pairs = zip(maps, self._scales, strict=True)
+        total = sum((values - centre) / spread for values, (centre, spread) in pairs)
+        return (total / math.sqrt(2)).astype(np.float32)
 
 
 def class_logit(image_embedding: torch.Tensor, text: torch.Tensor) -> np.ndarray:

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image
 from scipy.special import expit
 
 from clipad.datasets import Dataset, Sample, read_image
 from clipad.detectors import Detector
-from clipad.evaluation import read_masks
+from clipad.evaluation import batches, read_masks
 from clipad.metrics import image_metrics, pixel_metrics
 from clipad.studies.common import Interval, Kept, Scores, intervals_over_categories, score
 from clipad.studies.inspection import (
@@ -47,13 +46,11 @@ class Product:
         return chosen, np.setdiff1d(np.arange(len(self.labels)), chosen)
 
 
-def look_at(detector: Detector, dataset: Dataset, category: str, batch_size: int = 16) -> Product:
+def look_at(detector: Detector, dataset: Dataset, category: str) -> Product:
     """Run the backbone once over a category's images; everything in notebook 07 then works on what it gave."""
     own = dataset.select(category)
     inspector = Inspector(detector, category, "added")
-    images = [inspector.prepare(read_image(s.image_path)) for s in own]
-    parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    looks = [inspector.look(torch.stack(part)) for part in parts]
+    looks = [inspector.look(x[:, None]) for _, x in batches(detector.backbone, list(own), 16)]
     masks = read_masks(list(own), detector.backbone.image_size) if own.has_masks else None
     labels = np.array([s.label for s in own])
     return Product(category, own, Look.cat(looks), labels, masks)
