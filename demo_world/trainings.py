@@ -143,7 +143,7 @@ def measured(detector: Detector, dataset: Dataset, rates: bool) -> pd.DataFrame:
 
 
 def measured_after(backbone: Backbone) -> pd.DataFrame:
-    """The methods of notebook 08 and their changed lines: a row per method and category."""
+    """The methods of notebook 08: a row per method and category."""
     published = protocol("demo")
     text = {"rvs": published.rvs, "rvs_options": published.rvs_options}
     layers, sdp = trained_layers(backbone), SDP(backbone, **text)
@@ -151,9 +151,9 @@ def measured_after(backbone: Backbone) -> pd.DataFrame:
     kept_aux = keep(plus, load_dataset(published.trained_on))
     test = after_clip_ad.split(keep(plus, load_dataset("demo")))
     memory = after_clip_ad.remember(kept_aux)
-    chosen = after_clip_ad.choose(sdp, after_clip_ad.split(kept_aux), memory)
-    maps = after_clip_ad.every_map(sdp, plus, alone, test, memory, chosen)
-    maps |= after_clip_ad.changed_lines(sdp, test)
+    settings, _ = after_clip_ad.choose(sdp, after_clip_ad.split(kept_aux), memory)
+    computed = after_clip_ad.every_idea(test, memory, settings)
+    maps = after_clip_ad.every_map((sdp, plus, alone), test, computed, settings)
     scores = after_clip_ad.compared(maps, sdp, test.tested, resamples=20)
     tables = {name: scores.table(name).drop(index="mean")[list(METRICS)] for name in maps}
     return pd.concat(tables, names=["method", "category"]).reset_index()

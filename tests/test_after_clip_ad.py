@@ -6,6 +6,7 @@ import torch
 
 import clipad
 from clipad.studies import after_clip_ad as study
+from clipad.studies.after_clip_ad import ideas
 from clipad.studies.common import keep, thinned
 
 
@@ -20,18 +21,21 @@ def standardised(image):
     return (image - image.mean()) / (image.var(correction=0) + 1e-5).sqrt()
 
 
-@pytest.mark.parametrize("unit_length", [False, True])
-def test_nearest_distance_is_a_double_loop(toy, unit_length):
-    tokens, bank = toy
-    if unit_length:
-        scaled, known = (x / x.norm(dim=-1, keepdim=True) for x in toy)
-    else:
-        scaled, known = (torch.stack([standardised(image) for image in x]) for x in toy)
+SCALED = {
+    ideas.standardised: standardised,
+    ideas.unit_length: lambda image: image / image.norm(dim=-1, keepdim=True),
+    ideas.length_alone: lambda image: standardised(image).norm(dim=-1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("scaled", SCALED, ids=lambda f: f.__name__)
+def test_nearest_distance_is_a_double_loop(toy, scaled):
+    tokens, known = (torch.stack([SCALED[scaled](image) for image in x]) for x in toy)
     expected = torch.empty(5, 9)
     for i in range(5):
         for n in range(9):
-            expected[i, n] = min((scaled[i, n] - p).norm() for image in known for p in image)
-    found = study.nearest_distance(tokens, bank, unit_length)
+            expected[i, n] = min((tokens[i, n] - p).norm() for image in known for p in image)
+    found = ideas.nearest_distance(*toy, scaled)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -44,23 +48,23 @@ def test_batch_distance_is_a_double_loop(toy, at_once):
             others = [min((tokens[i, n] - p).norm() for p in tokens[j]) for j in range(5) if j != i]
             lowest = sorted(others)[:2]  # half of four
             expected[i, n] = sum(lowest) / 2
-    found = study.batch_distance(tokens, share=0.5, images_at_once=at_once)
+    found = ideas.batch_distance(tokens, share=0.5, images_at_once=at_once)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_copy_in_the_batch_is_no_distance(toy):
     tokens = toy[0].clone()
     tokens[1] = tokens[0]
-    found = study.batch_distance(tokens, share=0.3)
+    found = ideas.batch_distance(tokens, share=0.3)
     assert found[:2].max() < 1e-2 < found[2:].min()
 
 
 def test_neighbourhoods_are_means_with_zeros_outside(toy):
     image = toy[0][:1]
-    found = study.neighbourhood_means(image, 3)
+    found = ideas.neighbourhood_means(image, 3)
     torch.testing.assert_close(found[0, 4], image[0].mean(dim=0))  # the middle one sees all nine
     torch.testing.assert_close(found[0, 0], image[0][[0, 1, 3, 4]].sum(dim=0) / 9)
-    torch.testing.assert_close(study.neighbourhood_means(image, 1), image)
+    torch.testing.assert_close(ideas.neighbourhood_means(image, 1), image)
 
 
 def test_subspace_residual_is_pca(toy):
@@ -71,7 +75,7 @@ def test_subspace_residual_is_pca(toy):
     flat = tokens.flatten(0, 1).numpy()
     rest = flat - fitted.inverse_transform(fitted.transform(flat))
     expected = torch.from_numpy((rest**2).sum(axis=1)).reshape(5, 9).float()
-    found = study.subspace_residual(*toy, variance=0.8)
+    found = ideas.subspace_residual(*toy, variance=0.8)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
@@ -85,14 +89,14 @@ def test_retrieved_is_a_double_loop(toy):
                 torch.exp(torch.cosine_similarity(tokens[i, n], k, dim=0) / 0.1) for k in keys
             ]
             expected[i, n] = sum(w * y for w, y in zip(weights, labels, strict=True)) / sum(weights)
-    torch.testing.assert_close(study.retrieved(tokens, keys, labels, 0.1), expected)
+    torch.testing.assert_close(ideas.retrieved(tokens, keys, labels, 0.1), expected)
 
 
 def test_learned_directions_find_what_separates():
     generator = torch.manual_seed(0)
     keys = torch.randn(200, 4, generator=generator)
     labels = (keys[:, 0] > 0).float()
-    found = study.learned_directions(keys, labels)(keys[None])[0]
+    found = ideas.learned_directions(keys, labels)(keys[None])[0]
     assert ((found > 0.5) == labels.bool()).float().mean() > 0.95
 
 
@@ -142,12 +146,14 @@ def test_values_come_in_the_order_of_the_data_set(kept):
 
 
 @pytest.mark.slow
-def test_the_free_numbers_come_from_what_was_tried(kept):
+def test_the_free_choices_come_from_what_was_tried(kept):
     sdp, features = kept
     memory = study.remember(features)
-    chosen = study.choose(sdp, study.split(features), memory)
-    best = chosen.tried.loc[chosen.tried.groupby("what")["pro"].idxmax()].set_index("what")["value"]
-    assert best["variance"] == chosen.variance
-    assert best["temperature"] == chosen.temperature
-    assert best["weight of nearest"] == chosen.nearest_weight
-    assert best["weight of the batch"] == chosen.batch_weight
+    settings, tried = study.choose(sdp, study.split(features), memory)
+    best = tried.loc[tried.groupby("what")["pro"].idxmax()].set_index("what")["value"]
+    assert best["variance"] == settings.variance
+    assert best["temperature"] == settings.temperature
+    assert best["largest neighbourhood"] == max(settings.sizes)
+    assert (best["lengths"] == "kept") == (settings.scaled is ideas.standardised)
+    assert best["weight of nearest"] == settings.nearest_weight
+    assert best["weight of the batch"] == settings.batch_weight

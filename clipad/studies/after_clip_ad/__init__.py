@@ -1,7 +1,7 @@
-"""Notebook 08: what came after CLIP-AD, written on the same frozen stage tokens.
+"""Notebook 08: what came after CLIP-AD, on the same frozen stage tokens. The ideas themselves are in ``ideas``.
 
 Shapes: B images, M images of a category's test set, n flawless images, P remembered patches, N patches of an image,
-D width of the image tower, J stages. Every function takes one stage; a method is their sum over the stages.
+D width of the image tower, J stages.
 """
 
 from __future__ import annotations
@@ -15,27 +15,35 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
 
 from clipad.backbone import Backbone
-from clipad.datasets import Dataset
-from clipad.detectors import SDP, SDPPlus
+from clipad.datasets import Dataset, read_image
+from clipad.detectors import SDP
 from clipad.dual_path import staged_features
 from clipad.evaluation import batches
 from clipad.metrics import pixel_metrics
+from clipad.studies.after_clip_ad.ideas import (
+    SIZES,
+    batch_scores,
+    learned_directions,
+    nearest_distance,
+    retrieved,
+    standardised,
+    subspace_residual,
+    unit_length,
+)
 from clipad.studies.common import Kept, Scores, score
 from clipad.studies.opposite_predictions import patch_coverage, untrained
 from clipad.studies.trainings import Finding
 from clipad.surgery import similarity_map
 
-SHARE = 0.3
-"""of the other images, those that a patch is compared with in the end (MuSc: the lowest 30 %)"""
-SIZES = (1, 3, 5)
-"""sides of the neighbourhoods, in patches (MuSc)"""
+FEWEST = 6
+"""flawless images of a category: four references, and two that are tested"""
+LARGEST = (1, 3, 5)
 VARIANCES = (0.5, 0.7, 0.9, 0.99)
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2)
 WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-"""what is tried on the auxiliary collection"""
+"""what is tried on the auxiliary collection; LARGEST: neighbourhoods up to this size"""
 
 USES = {
     "SDP": "text",
@@ -53,124 +61,24 @@ USES = {
 this product; all images of this product's test set"""
 SAME_SIGN = (
     Finding("the batch above SDP", "pixel_pro", "the batch", "SDP"),
-    Finding(
-        "single patches above neighbourhoods", "pixel_pro", "the batch, single patches", "the batch"
-    ),
     Finding("nearest of 4 above SDP", "pixel_pro", "nearest of 4", "SDP"),
+    Finding("retrieval above SDP", "pixel_pro", "retrieval", "SDP"),
     Finding(
-        "token lengths help nearest", "pixel_pro", "nearest of 4", "nearest of 4, unit lengths"
+        "learned directions above layers alone", "pixel_pro", "learned directions", "layers alone"
     ),
-    Finding("one PCA above nearest", "pixel_pro", "one PCA of 4", "nearest of 4"),
-    Finding("fewer axes than 99 %", "pixel_pro", "one PCA of 4", "one PCA of 4, 99 %"),
-    Finding("SDP above layers alone", "pixel_pro", "SDP", "layers alone"),
-    Finding("learned directions above text", "pixel_pro", "learned directions", "layers alone"),
-    Finding("retrieval above text", "pixel_pro", "retrieval", "layers alone"),
-    Finding("SDP + nearest of 4 above SDP", "pixel_pro", "SDP + nearest of 4", "SDP"),
-    Finding("SDP + the batch above SDP", "pixel_pro", "SDP + the batch", "SDP"),
-    Finding("SDP above one PCA, image score", "image_auroc", "SDP", "one PCA of 4"),
+    Finding("retrieval above layers alone", "pixel_pro", "retrieval", "layers alone"),
+    Finding("nearest: lengths help", "pixel_pro", "nearest of 4", "nearest of 4, published"),
+    Finding("PCA: fewer axes help", "pixel_pro", "one PCA of 4", "one PCA of 4, published"),
+    Finding("batch: single patches help", "pixel_pro", "the batch", "the batch, published"),
+    Finding("one PCA above nearest of 4", "pixel_pro", "one PCA of 4", "nearest of 4"),
+    Finding("SDP + nearest above SDP", "pixel_pro", "SDP + nearest of 4", "SDP"),
+    Finding("SDP + nearest above nearest", "pixel_pro", "SDP + nearest of 4", "nearest of 4"),
+    Finding("SDP + batch above SDP", "pixel_pro", "SDP + the batch", "SDP"),
+    Finding("SDP + batch above batch", "pixel_pro", "SDP + the batch", "the batch"),
+    Finding("class probability above nearest's maximum", "class_auroc", "SDP", "nearest of 4"),
 )
 """what is asked of the demo's other trainings, in ``data/demo/after_clip_ad.csv``"""
 WITH_TEXT = frozenset(name for name, used in USES.items() if "text" in used)
-
-
-# The ideas, one stage each ---------------------------------------------------------------------------------------
-
-
-def standardised(tokens: torch.Tensor) -> torch.Tensor:
-    """B x N x D -> the same with mean 0 and deviation 1 over all N D numbers of an image (MuSc).
-
-    What is kept is how long a patch's token is beside the others of its image; a unit length would lose that.
-    """
-    return F.layer_norm(tokens, tokens.shape[1:])
-
-
-def neighbourhood_means(tokens: torch.Tensor, size: int) -> torch.Tensor:
-    """B x N x D -> the mean of the size x size tokens around each patch; outside of the image are zeros (MuSc)."""
-    grid = math.isqrt(tokens.shape[1])
-    image = tokens.transpose(1, 2).unflatten(2, (grid, grid))
-    return F.avg_pool2d(image, size, 1, size // 2).flatten(2).transpose(1, 2)
-
-
-def batch_distance(
-    tokens: torch.Tensor, share: float = SHARE, images_at_once: int = 64
-) -> torch.Tensor:
-    """Tokens of a whole test set, M x N x D, M > 1 -> M x N: how far each patch is from the other images.
-
-    Per other image the Euclidean distance to its nearest patch, then the mean of the lowest ``share`` of the M - 1
-    (MuSc, mutual scoring). Time is quadratic in M; memory is N x 64 N numbers at once.
-    """
-    count = len(tokens)
-    lowest = max(1, int(share * (count - 1)))
-    found = []
-    for i, image in enumerate(tokens):
-        parts = tokens.split(images_at_once)
-        nearest = torch.cat([torch.cdist(image[None], part).amin(dim=2) for part in parts])  # M x N
-        nearest[i] = math.inf
-        found.append(nearest.topk(lowest, dim=0, largest=False).values.mean(dim=0))
-    return torch.stack(found)
-
-
-def batch_scores(stages: Sequence[torch.Tensor], sizes: Sequence[int] = SIZES) -> torch.Tensor:
-    """The batch as its own reference: M x N, summed over stages and neighbourhoods."""
-    return sum(
-        batch_distance(neighbourhood_means(standardised(tokens), size))
-        for tokens in stages
-        for size in sizes
-    )
-
-
-def nearest_distance(
-    tokens: torch.Tensor, bank: torch.Tensor, unit_length: bool = False
-) -> torch.Tensor:
-    """B x N x D and a bank n x N x D of flawless images -> B x N: the distance to the bank's nearest patch.
-
-    Euclidean between standardised tokens; with ``unit_length`` between tokens of length 1, which ranks like the cosine
-    that WinCLIP+ and AnomalyDINO use.
-    """
-    scaled = (lambda x: F.normalize(x, dim=-1)) if unit_length else standardised
-    patches = scaled(bank).flatten(0, 1)
-    return torch.stack([torch.cdist(image, patches).amin(dim=1) for image in scaled(tokens)])
-
-
-def subspace_residual(tokens: torch.Tensor, bank: torch.Tensor, variance: float) -> torch.Tensor:
-    """B x N x D and a bank n x N x D -> B x N: squared distance from the bank's principal subspace (SubspaceAD).
-
-    Of the principal axes as many as hold ``variance`` of the bank's variance.
-    """
-    patches = standardised(bank).flatten(0, 1)
-    mean = patches.mean(dim=0)
-    _, spread, axes = torch.linalg.svd(patches - mean, full_matrices=False)
-    held = spread.square().cumsum(dim=0) / spread.square().sum()
-    axes = axes[: int((held < variance).sum()) + 1]
-    centred = standardised(tokens) - mean
-    return (centred - centred @ axes.T @ axes).square().sum(dim=-1)
-
-
-def retrieved(
-    tokens: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """B x N x D, remembered patches P x D with labels P (0 or 1) -> B x N: the mean label, weighted by similarity.
-
-    The weights are a softmax of cosines over the temperature (MRAD-TF; there on another path's tokens).
-    """
-    keys = F.normalize(keys, dim=-1)
-    found = [F.normalize(image, dim=-1) @ keys.T / temperature for image in tokens]
-    return torch.stack([cosines.softmax(dim=-1) @ labels.to(keys) for cosines in found])
-
-
-def learned_directions(keys: torch.Tensor, labels: torch.Tensor) -> Callable:
-    """Two learned directions instead of text: tokens B x N x D -> anomalous probability B x N.
-
-    softmax of (x w_n, x w_a) is the sigmoid of x (w_a - w_n): a logistic regression of the patches' labels.
-    """
-    mean, spread = keys.mean(dim=0), keys.std(dim=0)
-    fitted = LogisticRegression(C=0.1, max_iter=300).fit(
-        ((keys - mean) / spread).cpu().numpy(), labels.cpu().numpy()
-    )
-    direction = torch.as_tensor(fitted.coef_[0], dtype=keys.dtype, device=keys.device)
-    return lambda tokens: (
-        (tokens - mean) / spread @ direction + float(fitted.intercept_[0])
-    ).sigmoid()
 
 
 # Who is a reference, who is tested, what is remembered -----------------------------------------------------------
@@ -208,8 +116,8 @@ def split(
 ) -> Split:
     """Puts aside ``references`` flawless images of each category, drawn at random, at most half of its flawless ones.
 
-    ``tokens``: per stage M x N x D, None for those of ``kept``. ValueError for a category with fewer than eight
-    flawless images.
+    But at least four: ``FEWEST`` flawless images are needed, else ValueError. ``tokens``: per stage M x N x D, None
+    for those of ``kept``.
     """
     if tokens is None:
         tokens = [stage[:, 1:] for stage in kept.features.ordinary]
@@ -217,10 +125,10 @@ def split(
     for c, category in enumerate(kept.dataset.categories):
         at = kept.where(category)
         flawless = at[kept.labels[at] == 0]
-        if len(flawless) < 8:
-            raise ValueError(f"{category} has {len(flawless)} flawless images, eight are needed")
+        if len(flawless) < FEWEST:
+            raise ValueError(f"{category} has {len(flawless)} flawless images, {FEWEST} are needed")
         drawn = np.random.default_rng([seed, c]).permutation(flawless)
-        chosen = drawn[: min(references, len(flawless) // 2)]
+        chosen = drawn[: max(4, min(references, len(flawless) // 2))]
         bank[category] = [stage[torch.from_numpy(chosen)] for stage in tokens]
         aside += chosen.tolist()
     rest = np.setdiff1d(np.arange(len(kept.dataset)), aside)
@@ -272,54 +180,70 @@ def remember(kept: Kept, seed: int = 0) -> Memory:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What the auxiliary collection decided: see :func:`choose`."""
+class Settings:
+    """The free choices of the ideas."""
 
-    variance: float
-    temperature: float
-    nearest_weight: float
-    batch_weight: float
-    tried: pd.DataFrame
-    """PRO on the auxiliary collection by ``what`` and ``value``"""
+    scaled: Callable = unit_length
+    variance: float = 0.99
+    sizes: tuple[int, ...] = SIZES
+    temperature: float = 0.1
+    nearest_weight: float = 0.0
+    batch_weight: float = 0.0
 
 
-def choose(sdp: SDP, aux: Split, memory: Memory) -> Chosen:
-    """The four free numbers, by mean PRO on the auxiliary collection; it tests no category with its own patches.
+PUBLISHED = Settings()
+"""as WinCLIP+ and AnomalyDINO, SubspaceAD and MuSc have it; MRAD's temperature could not be read"""
 
-    The demo's CLIP was shown defects of these products, so their level says nothing; the choice is all that is used.
+
+def choose(sdp: SDP, aux: Split, memory: Memory) -> tuple[Settings, pd.DataFrame]:
+    """Every free choice by mean PRO on the auxiliary collection, and what was tried: ``what``, ``value``, ``pro``.
+
+    Retrieval tests no category with its own patches. The demo's CLIP was shown defects of these products, so the
+    levels say nothing; the choice is all that is used.
     """
+
+    def near(scaled):
+        return aux.values(lambda c, stages: nearest_of(stages, aux.bank[c], 4, scaled))
+
+    nearest = {"kept": standardised, "divided out": unit_length}
+    tried = {("lengths", name): to_maps(sdp, near(scaled)) for name, scaled in nearest.items()}
+    for v in VARIANCES:
+        found = aux.values(lambda c, stages: subspace_of(stages, aux.bank[c], 4, v))
+        tried["variance", v] = to_maps(sdp, found)
+    for size in LARGEST:
+        sizes = [s for s in SIZES if s <= size]
+        found = aux.values(lambda c, stages: batch_scores(stages, sizes))
+        tried["largest neighbourhood", size] = to_maps(sdp, found)
+    for t in TEMPERATURES:
+        found = aux.values(lambda c, stages: retrieved_from(stages, memory.without(c), t))
+        tried["temperature", t] = to_maps(sdp, found)
+    pro = {key: mean_pro(maps, aux.tested) for key, maps in tried.items()}
+
+    def best(what):
+        return max((key for key in pro if key[0] == what), key=pro.get)
+
     sdp_map = aux.tested.maps(sdp)
-    near = to_maps(sdp, aux.values(lambda c, stages: nearest_of(stages, aux.bank[c], 4)))
-    batch = to_maps(sdp, aux.values(lambda c, stages: batch_scores(stages)))
-    tried = {
-        ("variance", v): to_maps(
-            sdp, aux.values(lambda c, stages: subspace_of(stages, aux.bank[c], 4, v))
-        )
-        for v in VARIANCES
-    } | {
-        ("temperature", t): to_maps(
-            sdp, aux.values(lambda c, stages: retrieved_from(stages, memory.without(c), t))
-        )
-        for t in TEMPERATURES
-    }
-    for weight in WEIGHTS:
-        tried["weight of nearest", weight] = sdp_map + weight * near
-        tried["weight of the batch", weight] = sdp_map + weight * batch
-    found = pd.Series({key: mean_pro(maps, aux.tested) for key, maps in tried.items()})
-    best = {what: float(found[what].idxmax()) for what in found.index.levels[0]}
-    table = found.rename_axis(["what", "value"]).rename("pro").reset_index()
-    return Chosen(
-        best["variance"],
-        best["temperature"],
-        best["weight of nearest"],
-        best["weight of the batch"],
-        table,
+    for what, added in (
+        ("weight of nearest", "lengths"),
+        ("weight of the batch", "largest neighbourhood"),
+    ):
+        for w in WEIGHTS:
+            pro[what, w] = mean_pro(sdp_map + w * tried[best(added)], aux.tested)
+    settings = Settings(
+        scaled=nearest[best("lengths")[1]],
+        variance=best("variance")[1],
+        sizes=tuple(s for s in SIZES if s <= best("largest neighbourhood")[1]),
+        temperature=best("temperature")[1],
+        nearest_weight=best("weight of nearest")[1],
+        batch_weight=best("weight of the batch")[1],
     )
+    rows = [(what, value, found) for (what, value), found in pro.items()]
+    return settings, pd.DataFrame(rows, columns=["what", "value", "pro"])
 
 
-def nearest_of(stages, bank, k: int, unit_length: bool = False) -> torch.Tensor:
+def nearest_of(stages, bank, k: int, scaled: Callable = standardised) -> torch.Tensor:
     """Nearest patches of the bank's first k images, summed over stages."""
-    return sum(nearest_distance(x, y[:k], unit_length) for x, y in zip(stages, bank, strict=True))
+    return sum(nearest_distance(x, y[:k], scaled) for x, y in zip(stages, bank, strict=True))
 
 
 def subspace_of(stages, bank, k: int, variance: float) -> torch.Tensor:
@@ -344,47 +268,49 @@ def mean_pro(maps: np.ndarray, kept: Kept) -> float:
     return float(np.mean([pixel_metrics(maps[i], kept.masks[i])["pro"] for i in at]))
 
 
-def ideas(test: Split, memory: Memory, chosen: Chosen) -> dict[str, Callable]:
+def every_idea(test: Split, memory: Memory, settings: Settings) -> dict[str, Callable]:
     """The methods that are functions of the tokens: name -> (category, its stages) -> M x N."""
     directions = [learned_directions(keys, memory.labels) for keys in memory.keys]
-    return {
+    return by_neighbours(test, settings) | {
         "learned directions": lambda c, stages: sum(
             f(x) for f, x in zip(directions, stages, strict=True)
         ),
-        "retrieval": lambda c, stages: retrieved_from(stages, memory, chosen.temperature),
-        "nearest of 4": lambda c, stages: nearest_of(stages, test.bank[c], 4),
-        "one PCA of 4": lambda c, stages: subspace_of(stages, test.bank[c], 4, chosen.variance),
-        "the batch": lambda c, stages: batch_scores(stages),
+        "retrieval": lambda c, stages: retrieved_from(stages, memory, settings.temperature),
+    }
+
+
+def by_neighbours(test: Split, settings: Settings) -> dict[str, Callable]:
+    """Those of `every_idea` that need nothing but images of the product itself."""
+    return {
+        "nearest of 4": lambda c, stages: nearest_of(stages, test.bank[c], 4, settings.scaled),
+        "one PCA of 4": lambda c, stages: subspace_of(stages, test.bank[c], 4, settings.variance),
+        "the batch": lambda c, stages: batch_scores(stages, settings.sizes),
     }
 
 
 def every_map(
-    sdp: SDP, plus: SDPPlus, alone: SDPPlus, test: Split, memory: Memory, chosen: Chosen
+    detectors: Sequence[SDP], test: Split, computed: Mapping[str, Callable], settings: Settings
 ) -> dict[str, np.ndarray]:
-    """Maps M x S x S of the tested images by the names of ``USES``."""
-    found = {d.name: test.tested.maps(d) for d in (sdp, plus, alone)}
-    for name, compute in ideas(test, memory, chosen).items():
-        found[name] = to_maps(sdp, test.values(compute))
-    found["SDP + nearest of 4"] = found["SDP"] + chosen.nearest_weight * found["nearest of 4"]
-    found["SDP + the batch"] = found["SDP"] + chosen.batch_weight * found["the batch"]
-    return {name: found[name] for name in USES}
+    """Maps M x S x S of the tested images, by the names of ``USES``, and of the ideas "..., published".
 
-
-def changed_lines(sdp: SDP, test: Split) -> dict[str, np.ndarray]:
-    """The same ideas with one line changed: unit lengths, all but 1 % of the variance, single patches."""
-    computed = {
-        "nearest of 4, unit lengths": lambda c, stages: nearest_of(stages, test.bank[c], 4, True),
-        "one PCA of 4, 99 %": lambda c, stages: subspace_of(stages, test.bank[c], 4, 0.99),
-        "the batch, single patches": lambda c, stages: batch_scores(stages, (1,)),
+    ``detectors``: SDP first, SDP+, its layers alone; ``computed``: `every_idea`.
+    """
+    sdp = detectors[0]
+    found = {d.name: test.tested.maps(d) for d in detectors}
+    found |= {name: to_maps(sdp, test.values(f)) for name, f in computed.items()}
+    found["SDP + nearest of 4"] = found["SDP"] + settings.nearest_weight * found["nearest of 4"]
+    found["SDP + the batch"] = found["SDP"] + settings.batch_weight * found["the batch"]
+    published = by_neighbours(test, PUBLISHED).items()
+    return {name: found[name] for name in USES} | {
+        f"{name}, published": to_maps(sdp, test.values(f)) for name, f in published
     }
-    return {name: to_maps(sdp, test.values(f)) for name, f in computed.items()}
 
 
 def compared(
     maps: Mapping[str, np.ndarray], sdp: SDP, kept: Kept, resamples: int, seed: int = 0
 ) -> Scores:
-    """All metrics on the same draws. Methods with text have the published image score; the others have the map's
-    maximum, because without text there is no class probability."""
+    """All metrics on the same draws. Methods with text have the class probability and the published image score; for
+    the others both are the map's maximum, because without text there is no class probability."""
     categories = kept.dataset.categories
     probability = np.empty(len(kept.dataset), np.float32)
     for category in categories:
@@ -397,11 +323,11 @@ def compared(
 
 
 def shots(
-    sdp: SDP, test: Split, variance: float, draws: int, seed: int = 0, ks: Sequence[int] = (1, 2, 4)
+    sdp: SDP, test: Split, settings: Settings, draws: int, seed: int = 0, ks=(1, 2, 4, 8)
 ) -> pd.DataFrame:
     """What k flawless images give: columns ``idea``, ``k``, ``draw`` (which images) and ``pro`` (mean over categories).
 
-    A draw orders the references of every category at random and takes the first k.
+    A draw orders the references of every category at random and takes the first k (all of them where they are fewer).
     """
     rows = []
     for draw in range(draws):
@@ -409,14 +335,11 @@ def shots(
         order = {c: torch.from_numpy(rng.permutation(len(b[0]))) for c, b in test.bank.items()}
         bank = {c: [stage[order[c]] for stage in b] for c, b in test.bank.items()}
         for k in ks:
-            found = {
-                "nearest": test.values(lambda c, stages: nearest_of(stages, bank[c], k)),
-                "one PCA": test.values(lambda c, stages: subspace_of(stages, bank[c], k, variance)),
-            }
-            for idea, values in found.items():
-                pro = mean_pro(to_maps(sdp, values), test.tested)
-                rows.append({"idea": idea, "k": k, "draw": draw, "pro": pro})
-    return pd.DataFrame(rows)
+            near = test.values(lambda c, stages: nearest_of(stages, bank[c], k, settings.scaled))
+            pca = test.values(lambda c, stages: subspace_of(stages, bank[c], k, settings.variance))
+            for idea, values in (("nearest", near), ("one PCA", pca)):
+                rows.append((idea, k, draw, mean_pro(to_maps(sdp, values), test.tested)))
+    return pd.DataFrame(rows, columns=["idea", "k", "draw", "pro"])
 
 
 def other_tokens(backbone: Backbone, dataset: Dataset, seed: int = 0) -> dict[str, list]:
@@ -434,39 +357,50 @@ def other_tokens(backbone: Backbone, dataset: Dataset, seed: int = 0) -> dict[st
     }
 
 
-def controls(sdp: SDP, kept: Kept, variance: float, seed: int = 0) -> pd.DataFrame:
-    """Three ideas on other tokens: columns ``tokens``, ``idea``, ``pro`` (mean over categories)."""
+def controls(sdp: SDP, kept: Kept, settings: Settings, seed: int = 0) -> pd.DataFrame:
+    """The ideas without masks on other tokens: columns ``tokens``, ``idea``, ``pro`` (mean over categories)."""
     rows = []
     for name, tokens in other_tokens(sdp.backbone, kept.dataset, seed).items():
         test = split(kept, tokens, seed=seed)
-        found = {
-            "nearest of 4": test.values(lambda c, stages: nearest_of(stages, test.bank[c], 4)),
-            "one PCA of 4": test.values(
-                lambda c, stages: subspace_of(stages, test.bank[c], 4, variance)
-            ),
-            "the batch": test.values(lambda c, stages: batch_scores(stages)),
-        }
-        for idea, values in found.items():
-            pro = mean_pro(to_maps(sdp, values), test.tested)
+        for idea, compute in by_neighbours(test, settings).items():
+            pro = mean_pro(to_maps(sdp, test.values(compute)), test.tested)
             rows.append({"tokens": name, "idea": idea, "pro": pro})
     return pd.DataFrame(rows)
 
 
-def extra_cost(test: Split, memory: Memory, chosen: Chosen) -> pd.DataFrame:
-    """What an idea costs above the image tower, on the first category: ``ms per image``, and ``MB`` remembered."""
+def place_alone(sdp: SDP, kept_aux: Kept, test: Split) -> float:
+    """PRO of one map for all images: how often a defect of the auxiliary collection covers a place."""
+    grid = math.isqrt(test.tokens[0].shape[1])
+    often = patch_coverage(kept_aux.masks, grid).mean(dim=0)
+    return mean_pro(to_maps(sdp, often.expand(len(test.tokens[0]), -1)), test.tested)
+
+
+def extra_cost(
+    sdp: SDP, test: Split, memory: Memory, computed: Mapping[str, Callable]
+) -> pd.DataFrame:
+    """What an idea costs on the first category, above what SDP needs: ``ms per image``, and ``MB`` remembered.
+
+    The row SDP is the image tower with both paths and the map.
+    """
     category = test.tested.dataset.categories[0]
-    stages = test.stages(category)
+    stages, first = test.stages(category), test.tested.where(category)[:8]
+    images = [test.tested.dataset[i].image_path for i in first]
+    batch = torch.stack([sdp.backbone.preprocess(read_image(path)) for path in images])
     numbers = {
+        "SDP": 0,
         "learned directions": sum(2 * x.shape[2] + 1 for x in stages),
         "retrieval": sum(keys.numel() for keys in memory.keys),
         "nearest of 4": sum(stage[:4].numel() for stage in test.bank[category]),
         "one PCA of 4": sum(x.shape[2] ** 2 for x in stages),
-        "the batch": sum(x.numel() for x in stages) * len(SIZES),
+        "the batch": sum(x.numel() for x in stages),
     }
+    timed = {"SDP": (lambda: sdp.predict(batch, category), len(batch))}
+    for name, compute in computed.items():
+        timed[name] = (lambda compute=compute: compute(category, stages), len(stages[0]))
     rows = {}
-    for name, compute in ideas(test, memory, chosen).items():
+    for name, (call, count) in timed.items():
         begun = time.perf_counter()
-        compute(category, stages)
-        spent = 1000 * (time.perf_counter() - begun) / len(stages[0])
+        call()
+        spent = 1000 * (time.perf_counter() - begun) / count
         rows[name] = {"ms per image": spent, "MB": 4e-6 * numbers[name]}
     return pd.DataFrame(rows).T

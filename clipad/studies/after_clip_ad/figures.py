@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from clipad.studies.common import METRIC_NAMES, Scores
-from clipad.studies.figures import COLOURS
+from clipad.studies.figures import COLOURS, name_rows, subplots
 
 KINDS = {
     "text": ("blue", "o"),
@@ -25,70 +23,57 @@ KINDS = {
 """what a method uses -> colour and marker"""
 
 
-def standing(scores: Scores, uses: Mapping[str, str], metrics: tuple[str, ...]) -> Figure:
+def standing(scores: Scores, uses: Mapping[str, str], metrics: Sequence[str]) -> Figure:
     """Each method with its wide interval, a panel per metric; colour and marker say what it uses, a line is SDP."""
-    names = list(uses)
-    figure, axes = plt.subplots(
-        1, len(metrics), figsize=(2.2 + 3.2 * len(metrics), 0.34 * len(names) + 1.6),
-        sharey=True, layout="constrained",
-    )  # fmt: skip
-    for ax, metric in zip(axes, metrics, strict=True):
-        for place, name in enumerate(names):
+    size = (2.4 + 3.2 * len(metrics), 0.34 * len(uses) + 1.6)
+    figure, axes = subplots(1, len(metrics), size, sharey=True)
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        name_rows(ax, list(uses))
+        for place, name in enumerate(uses):
             _, wide = scores.interval(metric, name)
             colour, marker = KINDS[uses[name]]
             ends = [100 * wide.low, 100 * wide.high]
             ax.plot(ends, [place] * 2, color=COLOURS[colour], linewidth=1.3)
             ax.plot(100 * wide.estimate, place, marker, color=COLOURS[colour], markersize=8)
-            ax.annotate(
-                f"{100 * wide.estimate:.1f}", (100 * wide.estimate, place - 0.2), fontsize=8,
-                ha="center", va="bottom", color="0.25",
-            )  # fmt: skip
-        ax.axvline(100 * scores.interval(metric, "SDP")[1].estimate, color="0.5", linewidth=0.8)
-        ax.set(ylim=(len(names) - 0.4, -0.8))
-        ax.set_yticks(range(len(names)), names, fontsize=9)
-        ax.set_xlabel(f"{METRIC_NAMES[metric]}, %", fontsize=9)
-        ax.tick_params(labelsize=9)
-        sns.despine(ax=ax, left=True)
+            ax.text(
+                1.01,
+                place,
+                f"{100 * wide.estimate:.1f}",
+                transform=ax.get_yaxis_transform(),
+                va="center",
+                fontsize=8.5,
+            )
+        estimate = scores.interval(metric, "SDP")[1].estimate
+        ax.axvline(100 * estimate, color="0.6", linewidth=0.8, zorder=0)
+        ax.set_xlabel(f"{METRIC_NAMES[metric]}, %")
     handles = [
-        Line2D([], [], color=COLOURS[c], marker=m, linestyle="", label=kind)
-        for kind, (c, m) in KINDS.items()
+        Line2D([], [], color=COLOURS[colour], marker=marker, linestyle="", label=kind)
+        for kind, (colour, marker) in KINDS.items()
     ]
-    figure.legend(
-        handles=handles,
-        title="uses",
-        ncols=len(KINDS),
-        fontsize=8.5,
-        frameon=False,
-        loc="outside lower center",
-    )
+    figure.legend(handles=handles, ncols=len(KINDS), frameon=False, loc="outside lower center")
     return figure
 
 
 def choices(tried: pd.DataFrame) -> Figure:
-    """PRO on the auxiliary collection over each free number, a panel each; the ring is what was chosen."""
+    """PRO on the auxiliary collection over each free choice, a panel each; the ring is what was chosen."""
     kinds = list(dict.fromkeys(tried["what"]))
-    figure, axes = plt.subplots(
-        1, len(kinds), figsize=(2.5 * len(kinds), 2.5), sharey=True, layout="constrained"
-    )
-    for ax, what in zip(axes, kinds, strict=True):
-        rows = tried[tried["what"] == what].sort_values("value")
-        best = rows.loc[rows["pro"].idxmax()]
-        ax.plot(rows["value"], 100 * rows["pro"], "o-", color=COLOURS["blue"], markersize=4)
-        ax.plot(best["value"], 100 * best["pro"], "o", color=COLOURS["red"], mfc="none", ms=11)
-        if what.startswith("weight"):
-            ax.set_xscale("log")
-        else:
-            ax.set_xticks(rows["value"])
-        ax.set_title(f"{what}: {best['value']:g}", fontsize=10)
-        ax.tick_params(labelsize=9)
-        sns.despine(ax=ax)
-    axes[0].set_ylabel("PRO, auxiliary products, %", fontsize=9)
+    figure, axes = subplots(2, -(-len(kinds) // 2), (8.4, 4.6), sharey=True)
+    for ax, what in zip(axes.flat, kinds, strict=True):
+        rows = tried[tried["what"] == what].reset_index(drop=True)
+        best = int(rows["pro"].idxmax())
+        ax.plot(rows.index, 100 * rows["pro"], "o-", color=COLOURS["blue"], markersize=4)
+        ax.plot(best, 100 * rows["pro"][best], "o", color=COLOURS["red"], mfc="none", ms=11)
+        ax.set_xticks(rows.index, [str(value).removeprefix("0") for value in rows["value"]])
+        ax.set_xlim(-0.4, len(rows) - 0.6)
+        ax.set_title(what, fontsize=10)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("PRO, %")
     return figure
 
 
 def shots(table: pd.DataFrame, sdp: float) -> Figure:
     """PRO over the number of flawless images, a dot per draw of images; the line is SDP, which needs none."""
-    figure, ax = plt.subplots(figsize=(5.6, 3), layout="constrained")
+    figure, ((ax,),) = subplots(1, 1, (5.6, 3))
     ks = sorted(table["k"].unique())
     for shift, (idea, colour, marker) in zip(
         (-0.09, 0.09), (("nearest", "orange", "^"), ("one PCA", "green", "s")), strict=True
@@ -100,17 +85,16 @@ def shots(table: pd.DataFrame, sdp: float) -> Figure:
         ax.plot([i + shift for i in range(len(ks))], 100 * means[ks], color=COLOURS[colour])
     ax.axhline(100 * sdp, color=COLOURS["blue"], linestyle="--", linewidth=1.2, label="SDP, none")
     ax.set_xticks(range(len(ks)), ks)
-    ax.set_xlabel("flawless images of the product", fontsize=9)
-    ax.set_ylabel("PRO, %", fontsize=9)
-    ax.legend(fontsize=9, frameon=False)
-    sns.despine(ax=ax)
+    ax.set_xlabel("flawless images of the product")
+    ax.set_ylabel("PRO, %")
+    ax.legend(frameon=False)
     return figure
 
 
 def controls(table: pd.DataFrame) -> Figure:
     """PRO of the ideas without text, a row per idea, on the trained tokens and on what no training has shaped."""
     ideas, kinds = list(dict.fromkeys(table["idea"])), list(dict.fromkeys(table["tokens"]))
-    figure, ax = plt.subplots(figsize=(6.4, 0.5 * len(ideas) + 1.4), layout="constrained")
+    figure, ((ax,),) = subplots(1, 1, (6.4, 0.5 * len(ideas) + 1.4))
     for kind, colour, marker in zip(kinds, ("blue", "grey", "orange"), "osD", strict=True):
         rows = table[table["tokens"] == kind].set_index("idea").loc[ideas]
         ax.plot(
@@ -119,9 +103,7 @@ def controls(table: pd.DataFrame) -> Figure:
     for place, idea in enumerate(ideas):
         values = 100 * table[table["idea"] == idea]["pro"]
         ax.plot([values.min(), values.max()], [place] * 2, color="0.8", zorder=0)
-    ax.set(ylim=(len(ideas) - 0.5, -0.5))
-    ax.set_yticks(range(len(ideas)), ideas, fontsize=9)
-    ax.set_xlabel("PRO, %", fontsize=9)
-    ax.legend(fontsize=9, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
-    sns.despine(ax=ax, left=True)
+    name_rows(ax, ideas)
+    ax.set_xlabel("PRO, %")
+    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     return figure

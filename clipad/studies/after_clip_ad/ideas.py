@@ -1,0 +1,123 @@
+"""The ideas of notebook 08, one stage each; a method is the sum over stages.
+
+Shapes: B images, M images of a category's test set, n flawless images, P remembered patches, N patches of an image,
+D width of the image tower.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+
+SHARE = 0.3
+"""of the other images, those that a patch is compared with in the end (MuSc: the lowest 30 %)"""
+SIZES = (1, 3, 5)
+"""sides of the neighbourhoods, in patches (MuSc)"""
+
+
+def standardised(tokens: torch.Tensor) -> torch.Tensor:
+    """B x N x D -> the same with mean 0 and deviation 1 over all N D numbers of an image (MuSc).
+
+    What is kept is how long a patch's token is beside the others of its image; a unit length would lose that.
+    """
+    return F.layer_norm(tokens, tokens.shape[1:])
+
+
+def neighbourhood_means(tokens: torch.Tensor, size: int) -> torch.Tensor:
+    """B x N x D -> the mean of the size x size tokens around each patch; outside of the image are zeros (MuSc)."""
+    grid = math.isqrt(tokens.shape[1])
+    image = tokens.transpose(1, 2).unflatten(2, (grid, grid))
+    return F.avg_pool2d(image, size, 1, size // 2).flatten(2).transpose(1, 2)
+
+
+def batch_distance(
+    tokens: torch.Tensor, share: float = SHARE, images_at_once: int = 64
+) -> torch.Tensor:
+    """Tokens of a whole test set, M x N x D, M > 1 -> M x N: how far each patch is from the other images.
+
+    Per other image the Euclidean distance to its nearest patch, then the mean of the lowest ``share`` of the M - 1
+    (MuSc, mutual scoring). Time is quadratic in M; memory is N x 64 N numbers at once.
+    """
+    count = len(tokens)
+    lowest = max(1, int(share * (count - 1)))
+    found, parts = [], tokens.split(images_at_once)
+    for i, image in enumerate(tokens):
+        nearest = torch.cat([torch.cdist(image[None], part).amin(dim=2) for part in parts])  # M x N
+        nearest[i] = math.inf
+        found.append(nearest.topk(lowest, dim=0, largest=False).values.mean(dim=0))
+    return torch.stack(found)
+
+
+def batch_scores(stages: Sequence[torch.Tensor], sizes: Sequence[int] = SIZES) -> torch.Tensor:
+    """The batch as its own reference: M x N, summed over stages and neighbourhoods."""
+    return sum(
+        batch_distance(neighbourhood_means(standardised(tokens), size))
+        for tokens in stages
+        for size in sizes
+    )
+
+
+def unit_length(tokens: torch.Tensor) -> torch.Tensor:
+    """B x N x D -> the same with tokens of length 1: their distances rank like the cosine of WinCLIP+, AnomalyDINO."""
+    return F.normalize(tokens, dim=-1)
+
+
+def length_alone(tokens: torch.Tensor) -> torch.Tensor:
+    """B x N x D -> B x N x 1, the lengths of the standardised tokens: what ``unit_length`` leaves out."""
+    return standardised(tokens).norm(dim=-1, keepdim=True)
+
+
+def nearest_distance(
+    tokens: torch.Tensor, bank: torch.Tensor, scaled: Callable = standardised
+) -> torch.Tensor:
+    """B x N x D and a bank n x N x D of flawless images -> B x N: the Euclidean distance to the bank's nearest patch.
+
+    ``scaled``: what is done to the tokens before: :func:`standardised`, :func:`unit_length` or :func:`length_alone`.
+    """
+    patches = scaled(bank).flatten(0, 1)
+    return torch.stack([torch.cdist(image, patches).amin(dim=1) for image in scaled(tokens)])
+
+
+def subspace_residual(tokens: torch.Tensor, bank: torch.Tensor, variance: float) -> torch.Tensor:
+    """B x N x D and a bank n x N x D -> B x N: squared distance from the bank's principal subspace (SubspaceAD).
+
+    Of the principal axes as many as hold ``variance`` of the bank's variance.
+    """
+    patches = standardised(bank).flatten(0, 1)
+    mean = patches.mean(dim=0)
+    _, spread, axes = torch.linalg.svd(patches - mean, full_matrices=False)
+    held = spread.square().cumsum(dim=0) / spread.square().sum()
+    axes = axes[: int((held < variance).sum()) + 1]
+    centred = standardised(tokens) - mean
+    return (centred - centred @ axes.T @ axes).square().sum(dim=-1)
+
+
+def retrieved(
+    tokens: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """B x N x D, remembered patches P x D with labels P (0 or 1) -> B x N: the mean label, weighted by similarity.
+
+    The weights are a softmax of cosines over the temperature (MRAD-TF; there on another path's tokens).
+    """
+    keys = F.normalize(keys, dim=-1)
+    found = [F.normalize(image, dim=-1) @ keys.T / temperature for image in tokens]
+    return torch.stack([cosines.softmax(dim=-1) @ labels.to(keys) for cosines in found])
+
+
+def learned_directions(keys: torch.Tensor, labels: torch.Tensor) -> Callable:
+    """Two learned directions instead of text: tokens B x N x D -> anomalous probability B x N.
+
+    softmax of (x w_n, x w_a) is the sigmoid of x (w_a - w_n): a logistic regression of the patches' labels.
+    """
+    mean, spread = keys.mean(dim=0), keys.std(dim=0)
+    fitted = LogisticRegression(C=0.1, max_iter=300).fit(
+        ((keys - mean) / spread).cpu().numpy(), labels.cpu().numpy()
+    )
+    direction = torch.as_tensor(fitted.coef_[0], dtype=keys.dtype, device=keys.device)
+    return lambda tokens: (
+        (tokens - mean) / spread @ direction + float(fitted.intercept_[0])
+    ).sigmoid()
