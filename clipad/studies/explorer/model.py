@@ -40,14 +40,10 @@ STATES = ["normal", "anomalous"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What one side of the explorer shows. The fields are parameters of notebook 06, under the same names.
+    """What one side of the explorer shows: parameters of notebook 06, which says what each of them means.
 
-    ``image``: its path within the data set's folder, or the path of any file. ``normal_words``, ``anomalous_words``:
-    phrases with commas between them, ``{}`` for the object (behind the phrase if left out); empty for the ensemble.
-    ``flawless``: a folder of flawless images; empty for those of the image's category. ``stages``: blocks, some of the
-    four quarters' ends. ``surgery``: feature surgery, or the cosine with the anomalous vector alone.
-    ``smoothing``: sigma in pixels. ``false_alarms``: percent of the flawless images whose maximum is above the
-    threshold. ``look``: row and column of a patch and the block of its attention, all from 1.
+    Empty words stand for the ensemble's states, an empty ``flawless`` for the flawless images of the image's category.
+    ``look``: row and column of a patch and the block of its attention, all from 1.
     """
 
     image: str
@@ -224,16 +220,13 @@ class Explorer:
         stages, side = list(self.stages), range(1, self.grid + 1)
         chosen = [block for block in stages if block in s.stages]
         plus = "" if self.layers else " (sdp_plus needs trained layers, see notebook 04)"
-        places = len(s.look) == 3 and s.look[0] in side and s.look[1] in side
+        look = len(s.look) == 3 and {*s.look[:2]} <= {*side} and s.look[2] in stages
         rules = {
             "detector": (s.detector in self.detectors, f"{', '.join(self.detectors)}{plus}"),
             "stages": (list(s.stages) == chosen, f"one or more of {stages}, rising"),
             "smoothing": (s.smoothing <= self.size, f"a sigma in pixels, 0 to {self.size}"),
             "false_alarms": (0 <= s.false_alarms <= 100, "a percentage, 0 to 100"),
-            "look": (
-                places and s.look[2] in stages,
-                f"row and column in 1..{self.grid}, block of {stages}",
-            ),
+            "look": (look, f"row and column in 1..{self.grid}, block of {stages}"),
         }
         for name, (fits, expected) in rules.items():
             if not fits:
@@ -268,9 +261,8 @@ class Explorer:
         own, flawless = answer.maps, answer.references
         if own is None:
             used = [self.stages.index(block) for block in s.stages] if s.detector == "sdp" else [0]
-            own, flawless = (
-                patch_values(z[..., used, :, :], s.surgery) for z in (answer.z, flawless)
-            )
+            own = patch_values(answer.z[used], s.surgery)
+            flawless = patch_values(flawless[:, used], s.surgery)
         sigma = 0.0 if s.detector == "winclip" else s.smoothing
         own, flawless = (smooth_maps(values, self.size, sigma) for values in (own[None], flawless))
         maxima, low = flawless.max(axis=(1, 2)), float(np.median(flawless))
@@ -300,8 +292,8 @@ class Explorer:
         Raises ValueError or OSError for words, folders and images that cannot be used; says why.
         """
         names, notes = self.references(s)
-        words = (s.object_name, s.normal_words, s.anomalous_words, s.rvs)
-        text, said = self._text(s.detector, *words)
+        asked = (s.object_name, s.normal_words, s.anomalous_words, s.rvs)
+        text, said = self._text(s.detector, *asked)
         text = text.to(self.backbone.device)
         one, many = (self._features(images, s.detector) for images in ((s.image,), names))
         if s.image in names and len(names) > 1:  # kept for all, so that A and B share them
@@ -364,18 +356,13 @@ class Explorer:
             row, column, _ = s.look
             stage = self.stages.index(s.stages[-1])
             token = features.tokens[stage][0, 1 + (row - 1) * self.grid + column - 1]
-        normal, anomalous = self._words("sdp", s.normal_words, s.anomalous_words).sentences(
-            s.object_name
-        )
+        prompts = self._words("sdp", s.normal_words, s.anomalous_words)
+        normal, anomalous = prompts.sentences(s.object_name)
         vectors = F.normalize(self.backbone.encode_text([*normal, *anomalous]), dim=-1)
-        columns = {
-            "state": np.repeat(STATES, [len(normal), len(anomalous)]),
-            "sentence": [*normal, *anomalous],
-            "cosine": (vectors @ F.normalize(token.cpu(), dim=0)).tolist(),
-        }
-        return pd.DataFrame(columns).sort_values(
-            "cosine", ascending=False, kind="stable", ignore_index=True
-        )
+        states = np.repeat(STATES, [len(normal), len(anomalous)])
+        table = pd.DataFrame({"state": states, "sentence": [*normal, *anomalous]})
+        table["cosine"] = (vectors @ F.normalize(token.cpu(), dim=0)).tolist()
+        return table.sort_values("cosine", ascending=False, kind="stable", ignore_index=True)
 
     def _detector(self, name: str, prompts: Prompts | None = None, rvs: str = "mean") -> Detector:
         """Not smoothed: that is for the browser, too."""
@@ -389,10 +376,8 @@ class Explorer:
         pixels = [self.backbone.preprocess(self.picture(name)[0]) for name in images]
         return self._detector(detector).features(torch.stack(pixels))
 
-    def _cosines(
-        self, detector: str, features: Features, text: torch.Tensor
-    ) -> tuple[tuple, np.ndarray]:
-        """Names of the rows, and B x J x T x 2."""
+    def _cosines(self, detector: str, features: Features, text: torch.Tensor):
+        """Names of the rows (a tuple), and B x J x T x 2."""
         found = [cosine(tokens, text) for tokens in features.tokens]
         if detector == "winclip":  # a patch has no feature of its own: mean over its windows
             rows = tuple(f"{k} × {k} windows" for k in SIZES)
@@ -409,9 +394,8 @@ class Explorer:
     def _words(self, detector: str, normal: str, anomalous: str) -> Prompts:
         """The detector's ensemble with the user's states in place of its own."""
         prompts = WINCLIP if detector == "winclip" else self.prompts
-        own = {"normal": normal, "anomalous": anomalous}
-        own = {state: phrases(text) for state, text in own.items() if text.strip()}
-        prompts = replace(prompts, **own)
+        typed = zip(STATES, (normal, anomalous), strict=True)
+        prompts = replace(prompts, **{s: phrases(text) for s, text in typed if text.strip()})
         if both := set(prompts.normal) & set(prompts.anomalous):
             raise ValueError(f"{min(both)!r} is given for the normal and for the anomalous state")
         return prompts

@@ -95,10 +95,10 @@ def _make_controls(explorer: Explorer) -> dict[str, w.Widget]:
         "folder": text("own folder", "path of a folder of images"),
         "flawless": text("flawless", "folder; else those of the category"),
         "object_name": text("object"),
-        "detector": menu("method", [(DETECTORS[n].name, n) for n in explorer.detectors]),
-        "rvs": menu("text vector", [(_VECTORS.get(n, n), n) for n in METHODS]),
         "normal_words": text("normal", "flawless, {} without scratch"),
         "anomalous_words": text("anomalous", "damaged, {} with scratch"),
+        "detector": menu("method", [(DETECTORS[n].name, n) for n in explorer.detectors]),
+        "rvs": menu("text vector", [(_VECTORS.get(n, n), n) for n in METHODS]),
     }
 
 

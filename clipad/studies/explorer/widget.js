@@ -389,14 +389,21 @@ function page({ stages }) {
     `<div class="clipad-unseen" role="status" aria-live="polite" data-is="status"></div></div>`);
 }
 
-// Without a kernel: the state from a compressed text, and a model that keeps it.
-async function standAlone(widget, name, text) {
-  const packed = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
-  const content = await new Response(stream).arrayBuffer();
-  const length = new DataView(content).getUint32(0, true), start = 4 + length;
-  const state = JSON.parse(new TextDecoder().decode(new Uint8Array(content, 4, length)), (_, value) =>
-    value && Array.isArray(value.bytes) ? new DataView(content, start + value.bytes[0], value.bytes[1]) : value);
+// Without a kernel: the state as it stands in the page, its binary parts compressed, and a model that keeps it.
+async function unpacked(value) {
+  if (!value || typeof value !== "object") return value;
+  if (value.deflated) {
+    const packed = Uint8Array.from(atob(value.deflated), (c) => c.charCodeAt(0));
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new DataView(await new Response(stream).arrayBuffer());
+  }
+  if (Array.isArray(value)) return Promise.all(value.map(unpacked));
+  const entries = Object.entries(value).map(async ([key, entry]) => [key, await unpacked(entry)]);
+  return Object.fromEntries(await Promise.all(entries));
+}
+
+async function standAlone(widget, name, packed) {
+  const state = await unpacked(packed);
   const model = { get: (key) => state[key], set: (key, value) => { state[key] = value; }, on() {}, off() {}, save_changes() {} };
   for (const el of document.querySelectorAll(`[id="${name}"]:not([data-live])`)) {
     el.dataset.live = "";

@@ -85,10 +85,9 @@ def picture(explorer: Explorer, name: str) -> dict:
     png = io.BytesIO()
     image.save(png, "PNG", optimize=True)
     known = explorer.samples.get(name)
-    category = f"{known.category}, {known.defect}" if known and known.defect != "unknown" else ""
     return {
         "name": name if known else Path(name).name,
-        "what": category,
+        "what": f"{known.category}, {known.defect}" if known and known.defect != "unknown" else "",
         "width": image.width,
         "height": image.height,
         "png": png.getvalue(),
@@ -119,46 +118,31 @@ def answer(found: Answer, s: Settings) -> dict:
 def view(sides: list[Settings]) -> dict:
     """What the browser can change: patch, threshold and layers of both sides, stages and smoothing of each."""
     row, column, block = sides[0].look
-    shared = {"patch": [row - 1, column - 1], "block": block}
-    shared |= {
-        "falseAlarms": sides[0].false_alarms,
-        "opacity": 0.55,
-        "contour": True,
-        "truth": True,
-    }
     own = [
         {"shows": i, "stages": list(s.stages), "surgery": s.surgery, "smoothing": s.smoothing}
         for i, s in enumerate(sides)
     ]
-    return shared | {"sides": own}
+    layers = {"opacity": 0.55, "contour": True, "truth": True, "block": block}
+    shared = {"patch": [row - 1, column - 1], "falseAlarms": sides[0].false_alarms}
+    return {"sides": own, **shared, **layers}
 
 
 def static_html(state: dict) -> str:
-    """Data (bytes anywhere inside) with the module and its style as one piece of HTML, compressed.
+    """Data (bytes anywhere inside) with the module and its style as one piece of HTML.
 
     The same data give the same text. Who runs no scripts reads a sentence.
     """
-    chunks, length = [], 0
 
-    def packed(value):
-        nonlocal length
-        if isinstance(value, bytes):
-            chunks.append(value)
-            length += len(value)
-            return {"bytes": [length - len(value), len(value)]}
-        if isinstance(value, dict):
-            return {key: packed(entry) for key, entry in value.items()}
-        return [packed(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+    def packed(value: bytes) -> dict:
+        return {"deflated": base64.b64encode(zlib.compress(value, 9)).decode()}
 
-    header = json.dumps(packed(state), ensure_ascii=True).encode()
-    content = len(header).to_bytes(4, "little") + header + b"".join(chunks)
-    data = base64.b64encode(zlib.compress(content, 9)).decode()
-    name = f"clipad-{hashlib.sha256(content).hexdigest()[:12]}"
+    data = json.dumps(state, default=packed).replace("<", "\\u003c")  # no name ends the script
+    name = f"clipad-{hashlib.sha256(data.encode()).hexdigest()[:12]}"
     module = re.sub(r"^export default ", "const widget = ", MODULE, flags=re.MULTILINE)
     module = re.sub(r"^export ", "", module, flags=re.MULTILINE)
     return (
         f'<div id="{name}"><p><em>An interactive figure stands here in a browser that runs scripts: in JupyterLab, '
         "once the notebook has been run, and in the book.</em></p></div>\n"
         f"<style>{STYLE}</style>\n"
-        f'<script>(async () => {{\n{module}\nawait standAlone(widget, "{name}", "{data}");\n}})();</script>'
+        f'<script>(async () => {{\n{module}\nawait standAlone(widget, "{name}", {data});\n}})();</script>'
     )

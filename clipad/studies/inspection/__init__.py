@@ -250,12 +250,11 @@ class Inspector:
     """
 
     def __init__(self, detector: Detector, name: str, neighbours: str = "no", tiles: int = 1):
-        if neighbours not in NEIGHBOURS:
-            raise ValueError(f"neighbours is one of {', '.join(NEIGHBOURS)}; found {neighbours!r}")
+        if neighbours not in NEIGHBOURS or not 1 <= tiles <= 8:
+            expected = f"neighbours: one of {', '.join(NEIGHBOURS)}; tiles: 1 to 8"
+            raise ValueError(f"{expected}; found {neighbours!r} and {tiles}")
         if neighbours != "no" and not isinstance(detector, SDP):
             raise ValueError(f"nearest neighbours go with sdp and sdp_plus, not with {detector}")
-        if not 1 <= tiles <= 8:
-            raise ValueError(f"tiles has to be 1 to 8, found {tiles}")
         self.detector, self.name = detector, name
         self.neighbours, self.tiles = neighbours, tiles
         self.rule: Rule | None = None
