@@ -135,8 +135,9 @@ class Rule:
     def map_threshold(self) -> float:
         return conformal_threshold(self.maxima, self.false_alarms)
 
-    def score(self, logit: float, maximum: float) -> float:
-        return float(combined_score(logit, maximum, self.logits, self.maxima))
+    def score(self, logit, maximum):
+        """Of one image, or of arrays of them."""
+        return combined_score(logit, maximum, self.logits, self.maxima)
 
     def p_value(self, score: float) -> float:
         """(1 + flawless images that score as high) / (n + 1): small means unusual."""

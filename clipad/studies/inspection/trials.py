@@ -65,11 +65,11 @@ def fitted(detector: Detector, product: Product, chosen, rate: float, neighbours
 def decide(inspector: Inspector, product: Product, images) -> pd.DataFrame:
     """A row per image (positions): ``image``, ``label``, ``score``, ``map_max``, ``verdict``."""
     look, rule = product.look[images], inspector.rule
-    rows = []
-    for i, logit, heat in zip(images, look.logits, inspector.maps(look), strict=True):
-        score, highest = rule.score(logit, heat.max()), float(heat.max())
-        rows.append((i, product.labels[i], score, highest, rule.verdict(score, highest)))
-    return pd.DataFrame(rows, columns=["image", "label", "score", "map_max", "verdict"])
+    maxima = inspector.maps(look).max(axis=(1, 2))
+    frame = pd.DataFrame({"image": images, "label": product.labels[images]})
+    frame["score"], frame["map_max"] = rule.score(look.logits, maxima), maxima.astype(float)
+    pairs = zip(frame["score"], frame["map_max"], strict=True)
+    return frame.assign(verdict=[rule.verdict(score, highest) for score, highest in pairs])
 
 
 def trials(
@@ -104,8 +104,7 @@ def trials(
 def in_sample_threshold(rule: Rule) -> float:
     """The tempting mistake: flawless images scored on a scale that they have set themselves."""
     k = (rule.scores > rule.threshold).sum() + 1
-    own = [rule.score(x, m) for x, m in zip(rule.logits, rule.maxima, strict=True)]
-    return float(np.sort(own)[-k])
+    return float(np.sort(rule.score(rule.logits, rule.maxima))[-k])
 
 
 def over_categories(
