@@ -35,7 +35,7 @@ def test_nearest_distance_is_a_double_loop(toy, scaled):
     for i in range(5):
         for n in range(9):
             expected[i, n] = min((tokens[i, n] - p).norm() for image in known for p in image)
-    found = ideas.nearest_distance(*toy, scaled)
+    found = ideas.nearest_patch(*toy, scaled)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -99,23 +99,20 @@ def test_nearest_distance_against_plain_loops():
     tokens = [torch.randn(2, 5, 4, generator=generator) for _ in range(3)]
     bank = [torch.randn(3, 5, 4, generator=generator) for _ in range(3)]
 
+    def scaled(image):
+        return (image - image.mean()) / (image.var(correction=0) + 1e-5).sqrt()
+
     def plain(image, stage, images):
-        return [
-            min(
-                1 - float(torch.cosine_similarity(patch, other, dim=0))
-                for i in images
-                for other in bank[stage][i]
-            )
-            for patch in image
-        ]
+        others = [other for i in images for other in scaled(bank[stage][i])]
+        return [min(float((patch - other).norm()) for other in others) for patch in scaled(image)]
 
     expected = np.mean([[plain(x, j, range(3)) for x in tokens[j]] for j in range(3)], axis=0)
-    np.testing.assert_allclose(nearest_distance(tokens, bank), expected, atol=1e-6)
+    np.testing.assert_allclose(nearest_distance(tokens, bank), expected, atol=1e-4)
     own = [
         [plain(bank[j][i], j, [k for k in range(3) if k != i]) for i in range(3)] for j in range(3)
     ]
     np.testing.assert_allclose(
-        nearest_distance(bank, bank, same=True), np.mean(own, axis=0), atol=1e-6
+        nearest_distance(bank, bank, same=True), np.mean(own, axis=0), atol=1e-4
     )
 
 
@@ -159,8 +156,7 @@ def test_a_flawless_patch_has_distance_0_but_not_to_itself(tiny_backbone, neighb
     assert again.shape == (2, side, side)
     assert (again < inspector.flawless_maps[:2] + 1e-6).all()  # more to compare with: never farther
     if neighbours == "alone":
-        assert abs(again).max() < 1e-5
-        assert inspector.flawless_maps.min() > 1e-4
+        assert abs(again).max() < 0.01 < inspector.flawless_maps.min()
 
 
 def test_flawless_images_beyond_the_bank_are_compared_as_new_ones(tiny_backbone, monkeypatch):

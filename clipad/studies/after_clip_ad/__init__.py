@@ -26,7 +26,7 @@ from clipad.studies.after_clip_ad.ideas import (
     SIZES,
     batch_scores,
     learned_directions,
-    nearest_distance,
+    nearest_patch,
     retrieved,
     standardised,
     subspace_residual,
@@ -243,7 +243,7 @@ def choose(sdp: SDP, aux: Split, memory: Memory) -> tuple[Settings, pd.DataFrame
 
 def nearest_of(stages, bank, k: int, scaled: Callable = standardised) -> torch.Tensor:
     """Nearest patches of the bank's first k images, summed over stages."""
-    return sum(nearest_distance(x, y[:k], scaled) for x, y in zip(stages, bank, strict=True))
+    return sum(nearest_patch(x, y[:k], scaled) for x, y in zip(stages, bank, strict=True))
 
 
 def subspace_of(stages, bank, k: int, variance: float) -> torch.Tensor:

@@ -13,18 +13,13 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
+from clipad.studies.inspection import nearest_patch, standardised
+
+__all__ = ["nearest_patch", "standardised"]  # written for notebook 07
 SHARE = 0.3
 """of the other images, those that a patch is compared with in the end (MuSc: the lowest 30 %)"""
 SIZES = (1, 3, 5)
 """sides of the neighbourhoods, in patches (MuSc)"""
-
-
-def standardised(tokens: torch.Tensor) -> torch.Tensor:
-    """B x N x D -> the same with mean 0 and deviation 1 over all N D numbers of an image (MuSc).
-
-    What is kept is how long a patch's token is beside the others of its image; a unit length would lose that.
-    """
-    return F.layer_norm(tokens, tokens.shape[1:])
 
 
 def neighbourhood_means(tokens: torch.Tensor, size: int) -> torch.Tensor:
@@ -69,17 +64,6 @@ def unit_length(tokens: torch.Tensor) -> torch.Tensor:
 def length_alone(tokens: torch.Tensor) -> torch.Tensor:
     """B x N x D -> B x N x 1, the lengths of the standardised tokens: what ``unit_length`` leaves out."""
     return standardised(tokens).norm(dim=-1, keepdim=True)
-
-
-def nearest_distance(
-    tokens: torch.Tensor, bank: torch.Tensor, scaled: Callable = standardised
-) -> torch.Tensor:
-    """B x N x D and a bank n x N x D of flawless images -> B x N: the Euclidean distance to the bank's nearest patch.
-
-    ``scaled``: what is done to the tokens before: :func:`standardised`, :func:`unit_length` or :func:`length_alone`.
-    """
-    patches = scaled(bank).flatten(0, 1)
-    return torch.stack([torch.cdist(image, patches).amin(dim=1) for image in scaled(tokens)])
 
 
 def subspace_residual(tokens: torch.Tensor, bank: torch.Tensor, variance: float) -> torch.Tensor:
