@@ -39,11 +39,10 @@ from clipad.surgery import similarity_map
 
 FEWEST = 6
 """flawless images of a category: four references, and two that are tested"""
-LARGEST = (1, 3, 5)
 VARIANCES = (0.5, 0.7, 0.9, 0.99)
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2)
 WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-"""what is tried on the auxiliary collection; LARGEST: neighbourhoods up to this size"""
+"""what is tried on the auxiliary collection, beside neighbourhoods up to each of ``SIZES``"""
 
 USES = {
     "SDP": "text",
@@ -210,9 +209,9 @@ def choose(sdp: SDP, aux: Split, memory: Memory) -> tuple[Settings, pd.DataFrame
     for v in VARIANCES:
         found = aux.values(lambda c, stages: subspace_of(stages, aux.bank[c], 4, v))
         tried["variance", v] = to_maps(sdp, found)
-    for size in LARGEST:
-        sizes = [s for s in SIZES if s <= size]
-        found = aux.values(lambda c, stages: batch_scores(stages, sizes))
+    found = 0  # each size once: it is what takes the time
+    for size in SIZES:
+        found = found + aux.values(lambda c, stages: batch_scores(stages, (size,)))
         tried["largest neighbourhood", size] = to_maps(sdp, found)
     for t in TEMPERATURES:
         found = aux.values(lambda c, stages: retrieved_from(stages, memory.without(c), t))
