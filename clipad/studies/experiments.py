@@ -103,8 +103,9 @@ class Experiment:
         }
 
     def __str__(self) -> str:
-        model, data, known = self.backbone, self.dataset, []
-        known += ["image labels"] * data.has_image_labels + ["pixel masks"] * data.has_masks
+        model, data = self.backbone, self.dataset
+        kinds = {"image labels": data.has_image_labels, "pixel masks": data.has_masks}
+        known = [kind for kind, there in kinds.items() if there]
         many = "1 category" if len(data.categories) == 1 else f"{len(data.categories)} categories"
         return (
             f"model **{model.name}** ({model.pretrained}, {model.image_size} px, {model.device}) on **{data.name}**: "
@@ -215,12 +216,25 @@ def experiment(
     parameters |= {"categories": list(data.categories), "prompts": Path(prompts).name}
     parameters |= {"normal_folder": normal_folder} if normal_folder else {}
     parameters |= {"image_size": backbone.image_size, "seed": seed}
-    rule = protocol(chosen["dataset"])
-    return Experiment(notebook, parameters, backbone, data, rule, own_prompts, folder, seed)
+    return Experiment(
+        notebook=notebook,
+        parameters=parameters,
+        backbone=backbone,
+        dataset=data,
+        protocol=protocol(chosen["dataset"]),
+        prompts=own_prompts,
+        output_dir=folder,
+        seed=seed,
+    )
 
 
-DETECTORS = {"direct": Direct, "clip_surgery": ClipSurgery, "sdp": SDP, "sdp_plus": SDPPlus}
-DETECTORS |= {"winclip": WinCLIP}
+DETECTORS = {
+    "direct": Direct,
+    "clip_surgery": ClipSurgery,
+    "sdp": SDP,
+    "sdp_plus": SDPPlus,
+    "winclip": WinCLIP,
+}
 
 
 def make_detector(

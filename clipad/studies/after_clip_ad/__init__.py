@@ -21,7 +21,6 @@ from clipad.datasets import Dataset, read_image
 from clipad.detectors import SDP
 from clipad.dual_path import staged_features
 from clipad.evaluation import batches
-from clipad.metrics import pixel_metrics
 from clipad.studies.after_clip_ad.ideas import (
     SIZES,
     batch_scores,
@@ -108,10 +107,7 @@ class Split:
 
 
 def split(
-    kept: Kept,
-    tokens: Sequence[torch.Tensor] | None = None,
-    references: int = 8,
-    seed: int = 0,
+    kept: Kept, tokens: Sequence[torch.Tensor] | None = None, references: int = 8, seed: int = 0
 ) -> Split:
     """Puts aside ``references`` flawless images of each category, drawn at random, at most half of its flawless ones.
 
@@ -222,10 +218,8 @@ def choose(sdp: SDP, aux: Split, memory: Memory) -> tuple[Settings, pd.DataFrame
         return max((key for key in pro if key[0] == what), key=pro.get)
 
     sdp_map = aux.tested.maps(sdp)
-    for what, added in (
-        ("weight of nearest", "lengths"),
-        ("weight of the batch", "largest neighbourhood"),
-    ):
+    sums = {"weight of nearest": "lengths", "weight of the batch": "largest neighbourhood"}
+    for what, added in sums.items():
         for w in WEIGHTS:
             pro[what, w] = mean_pro(sdp_map + w * tried[best(added)], aux.tested)
     settings = Settings(
@@ -263,8 +257,7 @@ def to_maps(sdp: SDP, values: torch.Tensor) -> np.ndarray:
 
 def mean_pro(maps: np.ndarray, kept: Kept) -> float:
     """PRO, mean over categories."""
-    at = [kept.where(c) for c in kept.dataset.categories]
-    return float(np.mean([pixel_metrics(maps[i], kept.masks[i])["pro"] for i in at]))
+    return kept.mean_metrics(maps, maps.max(axis=(1, 2)))["pixel_pro"]
 
 
 def every_idea(test: Split, memory: Memory, settings: Settings) -> dict[str, Callable]:
@@ -310,10 +303,8 @@ def compared(
 ) -> Scores:
     """All metrics on the same draws. Methods with text have the class probability and the published image score; for
     the others both are the map's maximum, because without text there is no class probability."""
-    categories = kept.dataset.categories
-    probability = np.empty(len(kept.dataset), np.float32)
-    for category in categories:
-        probability[kept.where(category)] = kept.predict(sdp, category).probabilities
+    text = {category: sdp.text_vectors(category) for category in kept.dataset.categories}
+    _, probability = kept.with_text(sdp, text)
     scores = {n: probability if n in WITH_TEXT else m.max(axis=(1, 2)) for n, m in maps.items()}
     return score(maps, scores, kept, resamples, seed, {n: n in WITH_TEXT for n in maps})
 

@@ -35,14 +35,8 @@ def standing(scores: Scores, uses: Mapping[str, str], metrics: Sequence[str]) ->
             ends = [100 * wide.low, 100 * wide.high]
             ax.plot(ends, [place] * 2, color=COLOURS[colour], linewidth=1.3)
             ax.plot(100 * wide.estimate, place, marker, color=COLOURS[colour], markersize=8)
-            ax.text(
-                1.01,
-                place,
-                f"{100 * wide.estimate:.1f}",
-                transform=ax.get_yaxis_transform(),
-                va="center",
-                fontsize=8.5,
-            )
+            told, beside = f"{100 * wide.estimate:.1f}", ax.get_yaxis_transform()
+            ax.text(1.01, place, told, transform=beside, va="center", fontsize=8.5)
         estimate = scores.interval(metric, "SDP")[1].estimate
         ax.axvline(100 * estimate, color="0.6", linewidth=0.8, zorder=0)
         ax.set_xlabel(f"{METRIC_NAMES[metric]}, %")

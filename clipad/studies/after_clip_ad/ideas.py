@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
-from clipad.studies.inspection import nearest_patch, standardised
+from clipad.studies.inspection import nearest_patch, standardised  # noqa: F401  (both are 08's, too)
 
-__all__ = ["nearest_patch", "standardised"]  # written for notebook 07
 SHARE = 0.3
 """of the other images, those that a patch is compared with in the end (MuSc: the lowest 30 %)"""
 SIZES = (1, 3, 5)
