@@ -250,6 +250,6 @@ def test_figures_say_their_numbers(run, texts):
     by_block, _ = figures.attention_by_block(tables)
     toy, caption = figures.six_tokens(np.eye(6)[:, :2], {"all alike": np.full((6, 6), 1 / 6)})
     assert "all alike 33" in caption
-    for drawn in (figure, another, by_block, toy, figures.dual_path_block()):
+    for drawn in (figure, another, by_block, toy):
         drawn.canvas.draw()
         plt.close(drawn)

@@ -63,6 +63,7 @@ def test_solutions_pass_their_check(path, tmp_path):
         str(filled),
         str(tmp_path / "executed.ipynb"),
         {"output_dir": str(tmp_path / "out")},
+        cwd=path.parent,
         progress_bar=False,
     )
     assert verdicts(executed) == [SOLVED] * len(exercises)

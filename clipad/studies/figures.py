@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,7 +17,7 @@ import PIL.Image
 import seaborn as sns
 from IPython.display import SVG, Image, Markdown, display
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.patches import Rectangle
 from seaborn.utils import relative_luminance
 
 from clipad.studies.common import METRIC_NAMES, Interval
@@ -26,7 +27,6 @@ _PLACES = {"blue": 0, "orange": 1, "green": 2, "red": 3, "purple": 4, "grey": 7}
 COLOURS = {name: _PALETTE[i] for name, i in _PLACES.items()}
 NORMAL, ANOMALOUS = COLOURS["blue"], COLOURS["orange"]
 MAP = "inferno"
-DARK = "0.25"
 
 # At page width no label is below 9 points.
 plt.rcParams.update(dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "axes.labelsize"), 9))
@@ -57,6 +57,12 @@ def show(figure: Figure, caption: str, alt: str = "") -> None:
         display(image, metadata={"image/png": {"alt": alt, "width": width}})
     plt.close(figure)
     display(Markdown(f"*{caption.strip()}*"))
+
+
+def show_drawing(path: str | Path, caption: str) -> None:
+    """Display a drawing, an SVG file beside the notebook, with its caption below it."""
+    display(SVG(filename=path), metadata={"image/svg+xml": {"alt": caption}})
+    display(Markdown(f"*{caption}*"))
 
 
 def _svg(figure: Figure, alt: str) -> str:
@@ -143,21 +149,6 @@ def mark_patch(ax, patch: int, grid: int, side: float, colour: str = "cyan") -> 
     row, column = divmod(patch, grid)
     corner, step = (column * side / grid, row * side / grid), side / grid
     ax.add_patch(Rectangle(corner, step, step, fill=False, edgecolor=colour, linewidth=1.5))
-
-
-def box(ax, x, y, width, height, text, colour, size=8, pad=0.4) -> None:
-    """A rounded box with text, of a drawing: x, y is its lower left corner, colour a name of COLOURS."""
-    face = sns.light_palette(COLOURS[colour], 5)[1]
-    style = {"boxstyle": f"round,pad={pad}", "facecolor": face, "edgecolor": DARK, "linewidth": 1}
-    ax.add_patch(FancyBboxPatch((x, y), width, height, **style))
-    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size)
-
-
-def arrow(ax, *points, colour=DARK) -> None:
-    """A line through the points that ends in an arrow, of a drawing."""
-    ax.plot(*zip(*points[:-1], strict=True), color=colour, linewidth=1.1)
-    style = {"arrowstyle": "-|>", "mutation_scale": 10, "color": colour, "linewidth": 1.1}
-    ax.add_patch(FancyArrowPatch(*points[-2:], shrinkA=0, shrinkB=0, **style))
 
 
 # Images and maps ------------------------------------------------------------------------------------------------
@@ -349,60 +340,3 @@ def styled(table: pd.DataFrame, caption: str, name: str) -> pd.io.formats.style.
     above = {"selector": "caption", "props": "text-align: left; padding: 4px 0"}
     shown.set_caption(f"{caption} (percent)").set_table_styles([last, above])
     return shown.set_uuid(name)
-
-
-# The method -----------------------------------------------------------------------------------------------------
-
-
-def method_overview() -> Figure:
-    """CLIP-AD in one figure, drawn by us after the paper's text and METHOD.md."""
-    figure, ax = plt.subplots(figsize=(9.6, 4.5))
-    ax.set(xlim=(0, 100), ylim=(0, 47))
-    ax.axis("off")
-    _text_side(ax)
-    _image_side(ax)
-    _combination(ax)
-    return figure
-
-
-def _text_side(ax) -> None:
-    box(ax, 1, 36, 16, 8, "198 normal +\n220 anomalous\nsentences", "orange")
-    box(ax, 24, 36, 13, 8, "text encoder\n(frozen)", "grey")
-    box(ax, 44, 36, 19, 8, "RVS: one vector\nper state\n(notebook 01)", "orange")
-    arrow(ax, (17.6, 40), (23.4, 40))
-    arrow(ax, (37.6, 40), (43.4, 40))
-
-
-def _image_side(ax) -> None:
-    green = COLOURS["green"]
-    box(ax, 1, 12, 9, 14, "image\nS × S", "blue")
-    arrow(ax, (10.6, 24), (16.4, 24))
-    for k in range(4):
-        x = 17 + 12.5 * k
-        blocks = f"blocks {3 * k + 1}–{3 * k + 3}\nq-k attention"
-        path = "v-v attention\nrestarts here" if k else "v-v attention\nstarts here"
-        box(ax, x, 21, 9.5, 6, blocks, "grey", 7)
-        box(ax, x, 10, 9.5, 6, path, "green", 7)
-        arrow(ax, (x + 4.75, 20.4), (x + 4.75, 16.6), colour=green)
-        if k:
-            arrow(ax, (x - 2.4, 24), (x - 0.6, 24))
-        arrow(ax, (x + 4.75, 9.4), (x + 4.75, 6.2), colour=green)
-        ax.text(x + 4.75, 4.4, f"stage {k + 1}", ha="center", va="center", fontsize=7.5)
-    ax.text(39.5, 29.4, "ordinary path = plain CLIP", ha="center", fontsize=8, color=DARK)
-    ax.plot([17, 64.6], [2.6, 2.6], color=green, linewidth=1.1)
-    ax.text(39.5, 0.4, "surgery path, staged (notebook 03)", ha="center", fontsize=8, color=green)
-
-
-def _combination(ax) -> None:
-    surgery = "feature surgery:\nsimilarities minus\nwhat both states\nshare, summed"
-    box(ax, 70, 21, 12, 9, "class token\n× text =\nclass probability", "orange", 7.5)
-    box(ax, 70, 4, 12, 12, surgery, "green", 7.5)
-    box(ax, 87.5, 4, 11.5, 12, "anomaly map\nSDP\n+ linear layers\n= SDP+ (04)", "blue", 7.5)
-    box(ax, 87.5, 21, 11.5, 9, "image score", "blue", 7.5)
-    arrow(ax, (64.6, 24), (69.4, 25))
-    arrow(ax, (64.6, 2.6), (69.4, 8), colour=COLOURS["green"])
-    arrow(ax, (82.6, 10), (86.9, 10))
-    arrow(ax, (82.6, 25.5), (86.9, 25.5))
-    arrow(ax, (93.2, 16.6), (93.2, 20.4))
-    arrow(ax, (63.6, 40), (76, 30.6))
-    arrow(ax, (66.7, 37.6), (66.7, 13), (69.4, 13))

@@ -1,4 +1,4 @@
-"""Figures of notebook 03: six tokens, the dual-path block, where a patch looks, and maps beside one another."""
+"""Figures of notebook 03: six tokens, where a patch looks, and maps beside one another."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from clipad.studies.dual_path_surgery import Example
 from clipad.studies.figures import (
     ANOMALOUS,
     COLOURS,
-    DARK,
     MAP,
     NORMAL,
-    arrow,
     bar_below,
-    box,
     contour,
     draw,
     heatmap,
@@ -29,86 +26,9 @@ from clipad.studies.figures import (
     subplots,
 )
 
-DUAL_PATH_BLOCK = (
-    "One block of the dual path. Ordinary path (grey): q-k attention gives a, added to x, then the MLP. Surgery path "
-    "(green): the same v, mixed by v-v attention, through the same output projection (and ls_1) gives s, added to the "
-    "path; the switch opens at blocks 0, L/4, L/2 and 3L/4, where the path restarts with s alone. A stage feature "
-    "(blue) takes the class token from the ordinary path and the patch tokens from the surgery path."
-)
 KINDS = {"q-k": COLOURS["grey"], "v-v": COLOURS["green"]}
 SIGNED = "RdBu_r"
 """for values with a sign: white is 0, red anomalous"""
-
-
-def _plus(ax, x, y, colour=DARK):
-    ax.text(x, y, "+", ha="center", va="center", fontsize=10, zorder=3)
-    ax.add_patch(plt.Circle((x, y), 1.25, facecolor="white", edgecolor=colour, zorder=2))
-
-
-def dual_path_block() -> Figure:
-    """One block of the dual path, and how a stage is read; drawn by us after METHOD.md section 4."""
-    figure, ax = plt.subplots(figsize=(9.6, 4.0))
-    ax.set(xlim=(0, 100), ylim=(0, 42))
-    ax.axis("off")
-    _ordinary_path(ax)
-    _surgery_path(ax)
-    _stage_reading(ax)
-    return figure
-
-
-def _ordinary_path(ax) -> None:
-    ax.text(1, 40, "ordinary path = plain CLIP", fontsize=9, color=DARK)
-    ax.text(0, 33, "$x$", fontsize=11, va="center")
-    arrow(ax, (2.5, 33), (75.5, 33))
-    box(ax, 6, 24, 6, 4, "ln_1", "grey")
-    box(ax, 16, 22, 8, 8, "in_proj\n$q,\\ k,\\ v$", "grey")
-    box(ax, 29, 23.5, 15, 5, "softmax($qk^T/\\sqrt{d}$) $v$", "grey")
-    box(ax, 48.5, 23.5, 7.5, 5, "out_proj\nls_1", "grey")
-    box(ax, 63, 23.5, 9, 5, "ln_2, MLP", "grey")
-    arrow(ax, (9, 33), (9, 28.5))
-    arrow(ax, (12.4, 26), (15.6, 26))
-    arrow(ax, (24.4, 26), (28.6, 26))
-    arrow(ax, (44.4, 26), (48.1, 26))
-    arrow(ax, (56.4, 26), (59, 26), (59, 31.7))
-    _plus(ax, 59, 33)
-    ax.text(57.6, 29.6, "$a$", fontsize=10, ha="right")
-    arrow(ax, (64.5, 33), (64.5, 29.1))
-    arrow(ax, (72.4, 26), (76.8, 26), (76.8, 31.7))
-    _plus(ax, 76.8, 33)
-    arrow(ax, (78.1, 33), (97, 33))
-    ax.text(98, 33, "$x$", fontsize=11, va="center")
-
-
-def _surgery_path(ax) -> None:
-    colour = COLOURS["green"]
-    box(ax, 29, 11.5, 15, 5, "softmax($vv^T/\\sqrt{d}$) $v$", "green")
-    box(ax, 48.5, 11.5, 7.5, 5, "out_proj\nls_1", "green")
-    arrow(ax, (20, 21.6), (20, 14), (28.6, 14), colour=colour)
-    ax.text(19, 17.5, "$v$", fontsize=10, ha="right", color=colour)
-    arrow(ax, (44.4, 14), (48.1, 14), colour=colour)
-    arrow(ax, (56.4, 14), (59, 14), (59, 7.3), colour=colour)
-    ax.text(57.6, 9.2, "$s$", fontsize=10, ha="right", color=colour)
-    _plus(ax, 59, 6, colour)
-    ax.text(0, 6, "path", fontsize=10, va="center", color=colour)
-    ax.plot([5.5, 33], [6, 6], color=colour, linewidth=1.1)
-    arrow(ax, (39, 6), (57.7, 6), colour=colour)
-    ax.plot([33, 38.3], [6, 9], color=colour, linewidth=1.6)
-    restart = "restart: open at blocks $0,\\ L/4,\\ L/2,\\ 3L/4$"
-    ax.text(36, 2.5, restart, fontsize=8, ha="center", color=colour)
-    ax.text(48.2, 18.2, "same weights", fontsize=7.5, ha="left", color=DARK)
-    ax.text(52.2, 20.1, "↕", fontsize=9, ha="center", va="center", color=DARK)
-    arrow(ax, (60.3, 6), (97, 6), colour=colour)
-    ax.text(98, 6, "path", fontsize=10, va="center", color=colour)
-    ax.text(64, 2.5, "no feed-forward part", fontsize=8, color=colour)
-
-
-def _stage_reading(ax) -> None:
-    stage = "stage feature $F$\nln_post, projection\n$B\\times(N{+}1)\\times C$"
-    box(ax, 80.5, 13.5, 16, 9.5, stage, "blue")
-    arrow(ax, (90.5, 33), (90.5, 23.5))
-    ax.text(91.2, 28, "class\ntoken", fontsize=8, va="center")
-    arrow(ax, (84.5, 6), (84.5, 13), colour=COLOURS["green"])
-    ax.text(85.2, 9.5, "patch tokens", fontsize=8, va="center", color=COLOURS["green"])
 
 
 def six_tokens(v: np.ndarray, weights: Mapping[str, np.ndarray]) -> tuple[Figure, str]:
