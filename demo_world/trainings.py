@@ -152,8 +152,7 @@ def measured_after(backbone: Backbone) -> pd.DataFrame:
     test = after_clip_ad.split(keep(plus, load_dataset("demo")))
     memory = after_clip_ad.remember(kept_aux)
     settings, _ = after_clip_ad.choose(sdp, after_clip_ad.split(kept_aux), memory)
-    computed = after_clip_ad.every_idea(test, memory, settings)
-    maps = after_clip_ad.every_map((sdp, plus, alone), test, computed, settings)
+    maps, _ = after_clip_ad.every_map((sdp, plus, alone), test, memory, settings)
     scores = after_clip_ad.compared(maps, sdp, test.tested, resamples=20)
     tables = {name: scores.table(name).drop(index="mean")[list(METRICS)] for name in maps}
     return pd.concat(tables, names=["method", "category"]).reset_index()

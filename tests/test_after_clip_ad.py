@@ -134,15 +134,26 @@ def test_few_flawless_images_are_refused(kept):
 def test_memory_is_balanced_and_forgets_a_category(kept):
     memory = study.remember(kept[1])
     assert memory.labels.mean() == 0.5
-    rest = memory.without("pill")
-    assert set(rest.categories) == {"carpet"}
-    assert len(rest.keys[0]) == len(rest.labels) < len(memory.labels)
+    keys, labels = memory.others("pill", 2)
+    assert torch.equal(keys, memory.keys[2][torch.from_numpy(memory.categories == "carpet")])
+    assert len(keys) == len(labels) < len(memory.labels)
 
 
-def test_values_come_in_the_order_of_the_data_set(kept):
+def test_values_are_sums_over_stages_in_the_order_of_the_data_set(kept):
     test = study.split(kept[1])
-    shown = test.values(lambda c, stages: stages[0][..., 0])
-    torch.testing.assert_close(shown, test.tokens[0][..., 0])
+    shown = test.values(lambda tokens, bank: tokens[..., 0])
+    torch.testing.assert_close(shown, sum(tokens[..., 0] for tokens in test.tokens))
+    one = test.idea("one PCA of 4", 0.9)[test.tested.where("pill")]
+    pairs = zip(test.stages("pill"), test.bank["pill"], strict=True)
+    expected = sum(ideas.subspace_residual(x, bank[:4], 0.9) for x, bank in pairs)
+    torch.testing.assert_close(one, expected)
+
+
+def test_the_batch_adds_up_neighbourhoods_to_the_largest(kept):
+    test = study.split(kept[1])
+    found = test.idea("the batch", 3)[test.tested.where("pill")]
+    expected = sum(ideas.batch_scores(x, (1, 3)) for x in test.stages("pill"))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.slow
@@ -151,9 +162,5 @@ def test_the_free_choices_come_from_what_was_tried(kept):
     memory = study.remember(features)
     settings, tried = study.choose(sdp, study.split(features), memory)
     best = tried.loc[tried.groupby("what")["pro"].idxmax()].set_index("what")["value"]
-    assert best["variance"] == settings.variance
-    assert best["temperature"] == settings.temperature
-    assert best["largest neighbourhood"] == max(settings.sizes)
-    assert (best["lengths"] == "kept") == (settings.scaled is ideas.standardised)
-    assert best["weight of nearest"] == settings.nearest_weight
-    assert best["weight of the batch"] == settings.batch_weight
+    assert best.to_dict() == settings
+    assert len(tried) == 2 + 4 + 3 + 4 + 7 + 7

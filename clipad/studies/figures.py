@@ -308,6 +308,23 @@ def category_dots(table: pd.DataFrame, title: str, before: str, after: str) -> F
     return figure
 
 
+def joined_dots(table: pd.DataFrame, xlabel: str, level: float | None = None) -> Figure:
+    """Fractions as percent: a row per index, a dot per column, joined by a grey line; the red line is a ``level``."""
+    figure, ((ax,),) = subplots(1, 1, (7.5, 0.4 * len(table) + 1.1))
+    shown, places = 100 * table, range(len(table))
+    ax.hlines(places, shown.min(axis=1), shown.max(axis=1), color="0.75", zorder=0)
+    for (name, values), colour, marker in zip(
+        shown.items(), ("blue", "orange", "grey"), "oDs", strict=False
+    ):
+        ax.plot(values, places, marker, color=COLOURS[colour], label=name)
+    if level is not None:
+        ax.axvline(100 * level, color=COLOURS["red"])
+    name_rows(ax, list(table.index))
+    ax.set_xlabel(xlabel)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 def growth(
     frames: Mapping[str, pd.DataFrame], metrics: Sequence[str], base: Mapping, title: str
 ) -> Figure:

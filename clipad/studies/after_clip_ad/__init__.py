@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,16 +22,7 @@ from clipad.datasets import Dataset, read_image
 from clipad.detectors import SDP
 from clipad.dual_path import staged_features
 from clipad.evaluation import batches
-from clipad.studies.after_clip_ad.ideas import (
-    SIZES,
-    batch_scores,
-    learned_directions,
-    nearest_patch,
-    retrieved,
-    standardised,
-    subspace_residual,
-    unit_length,
-)
+from clipad.studies.after_clip_ad.ideas import IDEAS, SIZES, learned_directions
 from clipad.studies.common import Kept, Scores, score
 from clipad.studies.opposite_predictions import patch_coverage, untrained
 from clipad.studies.trainings import Finding
@@ -38,10 +30,10 @@ from clipad.surgery import similarity_map
 
 FEWEST = 6
 """flawless images of a category: four references, and two that are tested"""
-VARIANCES = (0.5, 0.7, 0.9, 0.99)
-TEMPERATURES = (0.02, 0.05, 0.1, 0.2)
 WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-"""what is tried on the auxiliary collection, beside neighbourhoods up to each of ``SIZES``"""
+"""of another map that is added to SDP's, tried on the auxiliary collection"""
+OF_THE_PRODUCT = ("nearest of 4", "one PCA of 4", "the batch")
+"""ideas that need nothing but images of the product itself"""
 
 USES = {
     "SDP": "text",
@@ -91,19 +83,36 @@ class Split:
     """of the tested images, per stage M x N x D"""
     bank: dict[str, list[torch.Tensor]]
     """of the flawless ones, category -> per stage n x N x D"""
+    by_size: dict[int, torch.Tensor] = field(default_factory=dict)
+    """size of the neighbourhood -> values of the batch, which take the time and are computed once"""
 
     def stages(self, category: str) -> list[torch.Tensor]:
         """The tokens of a category's tested images."""
         at = torch.from_numpy(self.tested.where(category))
         return [tokens[at] for tokens in self.tokens]
 
-    def values(self, compute: Callable[[str, list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
-        """``compute(category, its stages)`` -> M x N of every category, put together in the data set's order."""
-        found = self.tokens[0].new_empty(self.tokens[0].shape[:2])
+    def values(self, compute: Callable, known: Callable | None = None) -> torch.Tensor:
+        """``compute(tokens, known)`` -> M x N of each category, summed over stages, in the data set's order.
+
+        ``known(category, stage)``: what the tokens are compared with; None for four of the flawless images.
+        """
+        known = known or (lambda category, stage: self.bank[category][stage][:4])
+        found = self.tokens[0].new_zeros(self.tokens[0].shape[:2])
         for category in self.tested.dataset.categories:
             at = torch.from_numpy(self.tested.where(category))
-            found[at] = compute(category, self.stages(category))
+            for stage, tokens in enumerate(self.tokens):
+                found[at] += compute(tokens[at], known(category, stage))
         return found
+
+    def idea(self, name: str, value: Any, known: Callable | None = None) -> torch.Tensor:
+        """The same of one of ``IDEAS``, with a value of its free choice."""
+        compute = IDEAS[name].compute
+        if name != "the batch":
+            return self.values(lambda tokens, near: compute(tokens, near, value), known)
+        sizes = [size for size in SIZES if size <= value]
+        for size in set(sizes) - set(self.by_size):
+            self.by_size[size] = self.values(lambda tokens, near: compute(tokens, near, size))
+        return sum(self.by_size[size] for size in sizes)
 
 
 def split(
@@ -153,10 +162,10 @@ class Memory:
     categories: np.ndarray
     """P: which category a patch comes from"""
 
-    def without(self, category: str) -> Memory:
-        """The patches of all other categories."""
-        other = torch.from_numpy(self.categories != category)
-        return Memory([k[other] for k in self.keys], self.labels[other], self.categories[other])
+    def others(self, category: str, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and labels of a stage without the category's own, which its images are not tested with."""
+        there = torch.from_numpy(self.categories != category)
+        return self.keys[stage][there], self.labels[there]
 
 
 def remember(kept: Kept, seed: int = 0) -> Memory:
@@ -173,81 +182,35 @@ def remember(kept: Kept, seed: int = 0) -> Memory:
 
 # All of them -----------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Settings:
-    """The free choices of the ideas."""
-
-    scaled: Callable = unit_length
-    variance: float = 0.99
-    sizes: tuple[int, ...] = SIZES
-    temperature: float = 0.1
-    nearest_weight: float = 0.0
-    batch_weight: float = 0.0
+SUMS = {
+    "SDP + nearest of 4": ("nearest of 4", "weight of nearest"),
+    "SDP + the batch": ("the batch", "weight of the batch"),
+}
+"""SDP's map plus another, and the choice that this leaves"""
 
 
-PUBLISHED = Settings()
-"""as WinCLIP+ and AnomalyDINO, SubspaceAD and MuSc have it; MRAD's temperature could not be read"""
+def choose(sdp: SDP, aux: Split, memory: Memory) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Every free choice (its name -> value) by mean PRO on the auxiliary collection, and what was tried: ``what``,
+    ``value``, ``pro``.
 
-
-def choose(sdp: SDP, aux: Split, memory: Memory) -> tuple[Settings, pd.DataFrame]:
-    """Every free choice by mean PRO on the auxiliary collection, and what was tried: ``what``, ``value``, ``pro``.
-
-    Retrieval tests no category with its own patches. The demo's CLIP was shown defects of these products, so the
-    levels say nothing; the choice is all that is used.
+    The demo's CLIP was shown defects of these products, so the levels say nothing; the choice is all that is used.
     """
+    chosen, maps, rows = {}, {"SDP": aux.tested.maps(sdp)}, []
 
-    def near(scaled):
-        return aux.values(lambda c, stages: nearest_of(stages, aux.bank[c], 4, scaled))
+    def best_of(choice: str, tried: Mapping[Any, np.ndarray]) -> np.ndarray:
+        pro = {value: mean_pro(own, aux.tested) for value, own in tried.items()}
+        rows.extend((choice, value, found) for value, found in pro.items())
+        chosen[choice] = max(pro, key=pro.get)
+        return tried[chosen[choice]]
 
-    nearest = {"kept": standardised, "divided out": unit_length}
-    tried = {("lengths", name): to_maps(sdp, near(scaled)) for name, scaled in nearest.items()}
-    for v in VARIANCES:
-        found = aux.values(lambda c, stages: subspace_of(stages, aux.bank[c], 4, v))
-        tried["variance", v] = to_maps(sdp, found)
-    found = 0  # each size once: it is what takes the time
-    for size in SIZES:
-        found = found + aux.values(lambda c, stages: batch_scores(stages, (size,)))
-        tried["largest neighbourhood", size] = to_maps(sdp, found)
-    for t in TEMPERATURES:
-        found = aux.values(lambda c, stages: retrieved_from(stages, memory.without(c), t))
-        tried["temperature", t] = to_maps(sdp, found)
-    pro = {key: mean_pro(maps, aux.tested) for key, maps in tried.items()}
-
-    def best(what):
-        return max((key for key in pro if key[0] == what), key=pro.get)
-
-    sdp_map = aux.tested.maps(sdp)
-    sums = {"weight of nearest": "lengths", "weight of the batch": "largest neighbourhood"}
-    for what, added in sums.items():
-        for w in WEIGHTS:
-            pro[what, w] = mean_pro(sdp_map + w * tried[best(added)], aux.tested)
-    settings = Settings(
-        scaled=nearest[best("lengths")[1]],
-        variance=best("variance")[1],
-        sizes=tuple(s for s in SIZES if s <= best("largest neighbourhood")[1]),
-        temperature=best("temperature")[1],
-        nearest_weight=best("weight of nearest")[1],
-        batch_weight=best("weight of the batch")[1],
-    )
-    rows = [(what, value, found) for (what, value), found in pro.items()]
-    return settings, pd.DataFrame(rows, columns=["what", "value", "pro"])
-
-
-def nearest_of(stages, bank, k: int, scaled: Callable = standardised) -> torch.Tensor:
-    """Nearest patches of the bank's first k images, summed over stages."""
-    return sum(nearest_patch(x, y[:k], scaled) for x, y in zip(stages, bank, strict=True))
-
-
-def subspace_of(stages, bank, k: int, variance: float) -> torch.Tensor:
-    """Residuals from one PCA a stage of the bank's first k images, summed over stages."""
-    return sum(subspace_residual(x, y[:k], variance) for x, y in zip(stages, bank, strict=True))
-
-
-def retrieved_from(stages, memory: Memory, temperature: float) -> torch.Tensor:
-    """Retrieved labels, summed over stages."""
-    pairs = zip(stages, memory.keys, strict=True)
-    return sum(retrieved(x, keys, memory.labels, temperature) for x, keys in pairs)
+    for name, idea in IDEAS.items():
+        known = memory.others if name == "retrieval" else None
+        tried = {v: to_maps(sdp, aux.idea(name, v, known)) for v in idea.tried}
+        if tried:
+            maps[name] = best_of(idea.choice, tried)
+    for added, choice in SUMS.values():
+        best_of(choice, {w: maps["SDP"] + w * maps[added] for w in WEIGHTS})
+    return chosen, pd.DataFrame(rows, columns=["what", "value", "pro"])
 
 
 def to_maps(sdp: SDP, values: torch.Tensor) -> np.ndarray:
@@ -260,42 +223,30 @@ def mean_pro(maps: np.ndarray, kept: Kept) -> float:
     return kept.mean_metrics(maps, maps.max(axis=(1, 2)))["pixel_pro"]
 
 
-def every_idea(test: Split, memory: Memory, settings: Settings) -> dict[str, Callable]:
-    """The methods that are functions of the tokens: name -> (category, its stages) -> M x N."""
-    directions = [learned_directions(keys, memory.labels) for keys in memory.keys]
-    return by_neighbours(test, settings) | {
-        "learned directions": lambda c, stages: sum(
-            f(x) for f, x in zip(directions, stages, strict=True)
-        ),
-        "retrieval": lambda c, stages: retrieved_from(stages, memory, settings.temperature),
-    }
-
-
-def by_neighbours(test: Split, settings: Settings) -> dict[str, Callable]:
-    """Those of `every_idea` that need nothing but images of the product itself."""
-    return {
-        "nearest of 4": lambda c, stages: nearest_of(stages, test.bank[c], 4, settings.scaled),
-        "one PCA of 4": lambda c, stages: subspace_of(stages, test.bank[c], 4, settings.variance),
-        "the batch": lambda c, stages: batch_scores(stages, settings.sizes),
-    }
-
-
 def every_map(
-    detectors: Sequence[SDP], test: Split, computed: Mapping[str, Callable], settings: Settings
-) -> dict[str, np.ndarray]:
-    """Maps M x S x S of the tested images, by the names of ``USES``, and of the ideas "..., published".
+    detectors: Sequence[SDP], test: Split, memory: Memory, settings: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Maps M x S x S of the tested images, by the names of ``USES``, and of the ideas "..., published"; and the
+    milliseconds per image that an idea took.
 
-    ``detectors``: SDP first, SDP+, its layers alone; ``computed``: `every_idea`.
+    ``detectors``: SDP first, SDP+, its layers alone; ``settings``: of :func:`choose`.
     """
-    sdp = detectors[0]
+    sdp, spent = detectors[0], {}
+    directions = [learned_directions(keys, memory.labels) for keys in memory.keys]
+    known = {"retrieval": memory.others, "learned directions": lambda c, stage: directions[stage]}
     found = {d.name: test.tested.maps(d) for d in detectors}
-    found |= {name: to_maps(sdp, test.values(f)) for name, f in computed.items()}
-    found["SDP + nearest of 4"] = found["SDP"] + settings.nearest_weight * found["nearest of 4"]
-    found["SDP + the batch"] = found["SDP"] + settings.batch_weight * found["the batch"]
-    published = by_neighbours(test, PUBLISHED).items()
-    return {name: found[name] for name in USES} | {
-        f"{name}, published": to_maps(sdp, test.values(f)) for name, f in published
-    }
+    for name, idea in IDEAS.items():
+        begun = time.perf_counter()
+        values = test.idea(name, settings.get(idea.choice), known.get(name))
+        spent[name] = 1000 * (time.perf_counter() - begun) / len(values)
+        found[name] = to_maps(sdp, values)
+    for name, (added, choice) in SUMS.items():
+        found[name] = found["SDP"] + settings[choice] * found[added]
+    found = {name: found[name] for name in USES}
+    for name in OF_THE_PRODUCT:
+        published = test.idea(name, IDEAS[name].published)
+        found[f"{name}, published"] = to_maps(sdp, published)
+    return found, spent
 
 
 def compared(
@@ -313,7 +264,7 @@ def compared(
 
 
 def shots(
-    sdp: SDP, test: Split, settings: Settings, draws: int, seed: int = 0, ks=(1, 2, 4, 8)
+    sdp: SDP, test: Split, settings: Mapping, draws: int, seed: int = 0, ks=(1, 2, 4, 8)
 ) -> pd.DataFrame:
     """What k flawless images give: columns ``idea``, ``k``, ``draw`` (which images) and ``pro`` (mean over categories).
 
@@ -323,12 +274,15 @@ def shots(
     for draw in range(draws):
         rng = np.random.default_rng([seed, draw])
         order = {c: torch.from_numpy(rng.permutation(len(b[0]))) for c, b in test.bank.items()}
-        bank = {c: [stage[order[c]] for stage in b] for c, b in test.bank.items()}
         for k in ks:
-            near = test.values(lambda c, stages: nearest_of(stages, bank[c], k, settings.scaled))
-            pca = test.values(lambda c, stages: subspace_of(stages, bank[c], k, settings.variance))
-            for idea, values in (("nearest", near), ("one PCA", pca)):
-                rows.append((idea, k, draw, mean_pro(to_maps(sdp, values), test.tested)))
+            for idea in ("nearest of 4", "one PCA of 4"):
+                values = test.idea(
+                    idea,
+                    settings[IDEAS[idea].choice],
+                    lambda category, stage: test.bank[category][stage][order[category][:k]],
+                )
+                pro = mean_pro(to_maps(sdp, values), test.tested)
+                rows.append((idea.removesuffix(" of 4"), k, draw, pro))
     return pd.DataFrame(rows, columns=["idea", "k", "draw", "pro"])
 
 
@@ -347,15 +301,15 @@ def other_tokens(backbone: Backbone, dataset: Dataset, seed: int = 0) -> dict[st
     }
 
 
-def controls(sdp: SDP, kept: Kept, settings: Settings, seed: int = 0) -> pd.DataFrame:
+def controls(sdp: SDP, kept: Kept, settings: Mapping, seed: int = 0) -> pd.DataFrame:
     """The ideas without masks on other tokens: columns ``tokens``, ``idea``, ``pro`` (mean over categories)."""
     rows = []
     for name, tokens in other_tokens(sdp.backbone, kept.dataset, seed).items():
         test = split(kept, tokens, seed=seed)
-        for idea, compute in by_neighbours(test, settings).items():
-            pro = mean_pro(to_maps(sdp, test.values(compute)), test.tested)
-            rows.append({"tokens": name, "idea": idea, "pro": pro})
-    return pd.DataFrame(rows)
+        for idea in OF_THE_PRODUCT:
+            values = test.idea(idea, settings[IDEAS[idea].choice])
+            rows.append((name, idea, mean_pro(to_maps(sdp, values), test.tested)))
+    return pd.DataFrame(rows, columns=["tokens", "idea", "pro"])
 
 
 def place_alone(sdp: SDP, kept_aux: Kept, test: Split) -> float:
@@ -365,17 +319,18 @@ def place_alone(sdp: SDP, kept_aux: Kept, test: Split) -> float:
     return mean_pro(to_maps(sdp, often.expand(len(test.tokens[0]), -1)), test.tested)
 
 
-def extra_cost(
-    sdp: SDP, test: Split, memory: Memory, computed: Mapping[str, Callable]
-) -> pd.DataFrame:
-    """What an idea costs on the first category, above what SDP needs: ``ms per image``, and ``MB`` remembered.
+def extra_cost(sdp: SDP, test: Split, memory: Memory, spent: Mapping[str, float]) -> pd.DataFrame:
+    """What an idea costs above what SDP needs: ``ms per image`` (``spent``), and ``MB`` remembered for a category.
 
     The row SDP is the image tower with both paths and the map.
     """
     category = test.tested.dataset.categories[0]
     stages, first = test.stages(category), test.tested.where(category)[:8]
-    images = [test.tested.dataset[i].image_path for i in first]
-    batch = torch.stack([sdp.backbone.preprocess(read_image(path)) for path in images])
+    images = [read_image(test.tested.dataset[i].image_path) for i in first]
+    batch = torch.stack([sdp.backbone.preprocess(image) for image in images])
+    begun = time.perf_counter()
+    sdp.predict(batch, category)
+    own = 1000 * (time.perf_counter() - begun) / len(batch)
     numbers = {
         "SDP": 0,
         "learned directions": sum(2 * x.shape[2] + 1 for x in stages),
@@ -384,13 +339,5 @@ def extra_cost(
         "one PCA of 4": sum(x.shape[2] ** 2 for x in stages),
         "the batch": sum(x.numel() for x in stages),
     }
-    timed = {"SDP": (lambda: sdp.predict(batch, category), len(batch))}
-    for name, compute in computed.items():
-        timed[name] = (lambda compute=compute: compute(category, stages), len(stages[0]))
-    rows = {}
-    for name, (call, count) in timed.items():
-        begun = time.perf_counter()
-        call()
-        spent = 1000 * (time.perf_counter() - begun) / count
-        rows[name] = {"ms per image": spent, "MB": 4e-6 * numbers[name]}
-    return pd.DataFrame(rows).T
+    table = pd.DataFrame({"ms per image": {"SDP": own, **spent}, "MB": numbers})
+    return table.assign(MB=4e-6 * table["MB"])

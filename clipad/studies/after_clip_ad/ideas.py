@@ -1,4 +1,4 @@
-"""The ideas of notebook 08, one stage each; a method is the sum over stages.
+"""The ideas of notebook 08, one stage each; a method is the sum over stages. The table ``IDEAS`` is at the end.
 
 Shapes: B images, M images of a category's test set, n flawless images, P remembered patches, N patches of an image,
 D width of the image tower.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
-from clipad.studies.inspection import nearest_patch, standardised  # noqa: F401  (both are 08's, too)
+from clipad.studies.inspection import nearest_patch, standardised
 
 SHARE = 0.3
 """of the other images, those that a patch is compared with in the end (MuSc: the lowest 30 %)"""
@@ -46,13 +48,10 @@ def batch_distance(
     return torch.stack(found)
 
 
-def batch_scores(stages: Sequence[torch.Tensor], sizes: Sequence[int] = SIZES) -> torch.Tensor:
-    """The batch as its own reference: M x N, summed over stages and neighbourhoods."""
-    return sum(
-        batch_distance(neighbourhood_means(standardised(tokens), size))
-        for tokens in stages
-        for size in sizes
-    )
+def batch_scores(tokens: torch.Tensor, sizes: Sequence[int] = SIZES) -> torch.Tensor:
+    """The batch as its own reference: M x N x D -> M x N, summed over neighbourhoods."""
+    tokens = standardised(tokens)
+    return sum(batch_distance(neighbourhood_means(tokens, size)) for size in sizes)
 
 
 def unit_length(tokens: torch.Tensor) -> torch.Tensor:
@@ -104,3 +103,46 @@ def learned_directions(keys: torch.Tensor, labels: torch.Tensor) -> Callable:
     return lambda tokens: (
         (tokens - mean) / spread @ direction + float(fitted.intercept_[0])
     ).sigmoid()
+
+
+@dataclass(frozen=True)
+class Idea:
+    """``compute``: (tokens B x N x D, what is known at this stage, value of the free choice) -> B x N.
+
+    ``choice``: what is free; ``tried``: its values; ``published``: what the authors of the idea take.
+    """
+
+    compute: Callable[[torch.Tensor, Any, Any], torch.Tensor]
+    choice: str = ""
+    tried: tuple = ()
+    published: Any = None
+
+
+LENGTHS = {"kept": standardised, "divided out": unit_length}
+IDEAS = {
+    "nearest of 4": Idea(
+        lambda tokens, bank, lengths: nearest_patch(tokens, bank, LENGTHS[lengths]),
+        choice="lengths",
+        tried=tuple(LENGTHS),
+        published="divided out",  # WinCLIP+, AnomalyDINO
+    ),
+    "one PCA of 4": Idea(
+        subspace_residual,
+        choice="variance",
+        tried=(0.5, 0.7, 0.9, 0.99),
+        published=0.99,  # SubspaceAD
+    ),
+    "the batch": Idea(
+        lambda tokens, _, size: batch_scores(tokens, [size]),  # added up to the largest
+        choice="largest neighbourhood",
+        tried=SIZES,
+        published=5,  # MuSc
+    ),
+    "retrieval": Idea(
+        lambda tokens, memory, temperature: retrieved(tokens, *memory, temperature),
+        choice="temperature",
+        tried=(0.02, 0.05, 0.1, 0.2),  # MRAD's could not be read
+    ),
+    "learned directions": Idea(lambda tokens, directions, _: directions(tokens)),
+}
+"""Known are n x N x D flawless tokens, nothing, P x D keys with P labels, and what :func:`learned_directions` gave."""
