@@ -22,7 +22,7 @@ _HOME = {
     "winclip": ["WinCLIP"],
     "backbone": ["Backbone", "load_backbone"],
     "datasets": ["Dataset", "Sample", "load_dataset", "read_image", "read_mask"],
-    "metrics": ["image_metrics", "pixel_metrics", "pro_200_thresholds", "pro_curve"],
+    "metrics": ["image_metrics", "pixel_metrics", "pro_200_thresholds"],
     "evaluation": ["Result", "evaluate"],
     "published": ["data_dir", "published_results", "protocol"],
     "studies.experiments": ["Experiment", "experiment", "make_detector"],

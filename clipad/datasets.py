@@ -22,18 +22,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from clipad.files import (
+    BROKEN_LINK,
     IMAGE_SUFFIXES,
-    MASK_FOLDERS,
     did_you_mean,
-    masks_beside,
     nfc,
-    plain,
     printable,
     scan,
 )
@@ -79,19 +76,11 @@ DEMO = {
 
 
 class LayoutError(ValueError):
-    """The root does not have the layout of the data set that was asked for."""
-
-
-class OutsideRootError(ValueError):
-    """A path or link of the data set leads outside its root."""
+    """The root does not have the layout of the data set that was asked for, or a file of it lies outside."""
 
 
 class UnreadableImageError(OSError):
-    """The file is no image that can be decoded: another format, truncated, or of an unsupported pixel type."""
-
-
-class ImageTooLargeError(UnreadableImageError):
-    """The image has more than `PIXEL_LIMIT` pixels and was not decoded."""
+    """The file is no image that can be decoded: another format, truncated, too large, or without a range of values."""
 
 
 class MaskSizeError(ValueError):
@@ -109,9 +98,9 @@ def read_image(path: str | Path) -> Image.Image:
     rounded, without stretching its contrast; 16-bit RGB PNGs are cut to their upper 8 bits by Pillow.
 
     Raises `UnreadableImageError` (naming the file) for anything that is not a complete PNG, JPEG, BMP, TIFF or
-    WebP image, or has floating-point or 32-bit pixels; `ImageTooLargeError` above `PIXEL_LIMIT` pixels.
+    WebP image, has more than `PIXEL_LIMIT` pixels, or floating-point or 32-bit ones.
     """
-    return readable(path, decode(path))
+    return eight_bit(decode(path))
 
 
 def read_photograph(path: str | Path) -> tuple[Image.Image, set[str]]:
@@ -121,7 +110,7 @@ def read_photograph(path: str | Path) -> tuple[Image.Image, set[str]]:
     """
     image = decode(path)
     found = remarks(image)
-    return readable(path, ImageOps.exif_transpose(image) if "turned" in found else image), found
+    return eight_bit(ImageOps.exif_transpose(image) if "turned" in found else image), found
 
 
 def read_mask(
@@ -150,7 +139,7 @@ def native_mask(path: str | Path, expected_size: tuple[int, int] | None = None) 
     if expected_size is not None and image.size != tuple(expected_size):
         raise MaskSizeError(
             f"mask {path} has {image.width} x {image.height} pixels, its image {expected_size[0]} x "
-            f"{expected_size[1]}. Both are taken as stored (EXIF orientation is ignored); save them in one size"
+            f"{expected_size[1]}: both are taken as stored (EXIF orientation is ignored)"
         )
     if image.mode in ("1", "L", "F", "P") or image.mode.startswith("I"):
         return np.asarray(image) > 0
@@ -194,41 +183,29 @@ def decode(path: str | Path, header_only: bool = False) -> Image.Image:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > PIXEL_LIMIT:  # before any pixel is decoded
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+                raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels")
             if not header_only:
                 image.load()
             return image
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except (Image.DecompressionBombError, MemoryError) as error:
-        raise ImageTooLargeError(
-            f"{path} is too large ({error}): the limit is {PIXEL_LIMIT:,} pixels (clipad.datasets.PIXEL_LIMIT). "
-            "Scale the image down, or raise the limit if you trust the file"
-        ) from error
     except Exception as error:  # a decoder meets broken data with whatever it happens to raise
         raise UnreadableImageError(
-            f"cannot read image {path}: {error}. Expected a complete {', '.join(IMAGE_FORMATS)} file; "
-            "fetch it again or remove it"
+            f"cannot read image {path}: {error}. Expected a complete {', '.join(IMAGE_FORMATS)} file "
+            f"of at most {PIXEL_LIMIT:,} pixels"
         ) from error
-
-
-def readable(path: str | Path, image: Image.Image) -> Image.Image:
-    """`eight_bit` of what was decoded from a file, which its error names."""
-    try:
-        return eight_bit(image)
-    except ValueError as error:
-        raise UnreadableImageError(f"cannot read image {path}: {error}") from error
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """Mode L or RGB (see `read_image`); ValueError for pixels without a defined range."""
+    """Mode L or RGB; see `read_image`."""
     if image.mode in ("L", "RGB"):
         return image
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                "the pixels are floating-point or 32-bit numbers without a defined range; save it with 8 or 16 bits"
+            raise UnreadableImageError(
+                f"cannot read image {getattr(image, 'filename', '')}: the pixels are floating-point or 32-bit numbers "
+                "without a defined range; save it with 8 or 16 bits"
             )
         grey = np.round(values / 257).astype(np.uint8)  # 65535 / 257 = 255
         return Image.fromarray(grey).convert("RGB")
@@ -269,6 +246,9 @@ class Sample:
     label: int
     defect: str
     object_mask_path: Path | None = None
+
+
+PATHS = ("image_path", "mask_path", "object_mask_path")
 
 
 @dataclass(frozen=True)
@@ -346,7 +326,7 @@ def load_dataset(
     good, normal or ok. Where there is none, or two, the sub-folders are named and the answer is asked for.
 
     Raises ValueError (unknown name or category, with the nearest one), FileNotFoundError (root, image, mask or list
-    missing), `LayoutError`, `OutsideRootError`.
+    missing), `LayoutError`.
     """
     dataset, problems = list_dataset(name, root, normal_folder)
     if problems:
@@ -371,48 +351,27 @@ def list_dataset(
         )
     root = Path(root).expanduser() if root else data_dir() / "demo" / "collections" / name
     root = _locate(name, root.resolve() if ".." in root.parts else root.absolute())
-    listed = LAYOUTS[name].find(root, normal_folder)
-    found = [part for item in listed for part in _checked(item, root)]
-    samples = [part for part in found if isinstance(part, Sample)]
-    problems = [part for part in found if isinstance(part, Exception)]
+    samples, problems = [], []
+    for sample in LAYOUTS[name].find(root, normal_folder):
+        paths = {part: getattr(sample, part) for part in PATHS if getattr(sample, part)}
+        wrong = {part: _unusable(path, root) for part, path in paths.items()}
+        wrong = {part: problem for part, problem in wrong.items() if problem}
+        problems += wrong.values()
+        if "image_path" not in wrong:
+            samples.append(replace(sample, **dict.fromkeys(wrong)))
     if not samples and not problems:
-        problems.append(LayoutError(f"{root} holds no test images. {_expected(name, root)}"))
-    rest = left_over(root, samples) if name == "folder" else []
-    if len(rest) > len(samples):
-        reason = f"{len(samples)} images of {root} fit a layout and {len(rest)} do not, such as "
-        reason += f"{rest[0].relative_to(root)}: give the folder that holds them. "
-        problems.append(LayoutError(f"{reason}Expected {LAYOUTS[name].text}"))
+        raise LayoutError(f"{root} holds no test images. {_expected(name, root)}")
     categories = tuple(dict.fromkeys(s.category for s in samples))
+    if "mean" in categories:
+        problems.append(ValueError("a category cannot be called 'mean', as a table's last row is"))
     return Dataset(name, root, categories, tuple(samples)), problems
 
 
-def _checked(item: Group | Sample | Exception, root: Path) -> Iterator[Sample | Exception]:
-    """A group's samples, without those that cannot be used and those of their masks that cannot be reached; and why."""
-    if isinstance(item, Exception):
-        yield item
-        return
-    if isinstance(item, Group):
-        for sample in item.samples():
-            yield from _checked(sample, root)
-        return
-    name = os.path.relpath(item.image_path, root)
-    if item.category == "mean":
-        yield ValueError("a category cannot be called 'mean', as the last row of a table is")
-    elif printable(name) != name:
-        yield ValueError(f"{printable(name)}: the name is not UTF-8, rename it")
-    elif reason := _unreachable(item.image_path, root):
-        yield reason
-    else:
-        for part in ("mask_path", "object_mask_path"):
-            path = getattr(item, part)
-            if path and (reason := _unreachable(path, root)):
-                yield reason
-                item = replace(item, **{part: None})
-        yield item
-
-
-def _unreachable(path: Path, root: Path) -> Exception | None:
-    """Why a file cannot be used: it is missing or, once links are followed, outside the root."""
+def _unusable(path: Path, root: Path) -> Exception | None:
+    """Why a file cannot be used: it is missing, not in UTF-8, or, once links are followed, outside the root."""
+    name = os.path.relpath(path, root)
+    if printable(name) != name:
+        return ValueError(f"{printable(name)}: the name is not UTF-8, rename it")
     try:
         real = os.path.realpath(path, strict=True)
     except OSError as error:
@@ -420,68 +379,13 @@ def _unreachable(path: Path, root: Path) -> Exception | None:
         return FileNotFoundError(f"{path} is {kind} ({error.strerror})")
     if Path(real).is_relative_to(os.path.realpath(root)):
         return None
-    return OutsideRootError(
+    return LayoutError(
         f"{path} leads to {real}, outside the root {root}. "
         "Copy the file into the root, or give a root that holds everything (the root itself may be a link)"
     )
 
 
-def left_over(root: Path, samples: Iterable[Sample]) -> list[Path]:
-    """Photographs below a root that belong to no sample and lie in no folder that is not for testing."""
-    used = {path for s in samples for path in (s.image_path, s.mask_path, s.object_mask_path)}
-    return [
-        path
-        for path in scan(root, used).photographs
-        if not set(path.relative_to(root).parts) & set(NO_TEST_IMAGES)
-    ]
-
-
 # ---------------------------------------------------------------------------------------------- layouts
-
-
-class Group(NamedTuple):
-    """A folder of images with one label, and where their masks lie, if they have any."""
-
-    images: Path
-    category: str
-    label: int
-    defect: str
-    masks: Path | None = None  # every image needs one, called as it is, with or without `ending`
-    ending: str = "_mask"
-    objects: Path | None = None  # masks of the object, ending in _object; no image needs one
-    all_images: bool = False  # also x.png beside x.jpg, which is a mask elsewhere
-
-    def samples(self) -> Iterator[Sample | Exception]:
-        masks_of, objects_of = _by_stem(self.masks, self.ending), _by_stem(self.objects, "_object")
-        for image in _images(self.images) if self.all_images else _photographs(self.images):
-            masks, objects = masks_of[nfc(image.stem)], objects_of[nfc(image.stem)]
-            if self.masks and not masks:
-                yield _no_mask(image, self.masks / image.stem, self.ending)
-            if len(masks) > 1:
-                both = f"{masks[0]} and {masks[1]}"
-                yield ValueError(f"two masks for one image: {both}. Remove one")
-            mask, of_object = (found[0] if found else None for found in (masks, objects))
-            yield Sample(image, mask, self.category, self.label, self.defect, of_object)
-
-
-def _by_stem(folder: Path | None, ending: str) -> dict[str, list[Path]]:
-    """Masks by the stem of their image: masks pair by name, never by position."""
-    masks = defaultdict(list)
-    for path in _images(folder) if folder else []:
-        masks[nfc(path.stem).removesuffix(ending)].append(path)
-    return masks
-
-
-def _no_mask(image: Path, place: Path, ending: str) -> Exception:
-    if place.is_dir():
-        return LayoutError(
-            f"{place} is a folder of masks of one image, as in MVTec LOCO AD, whose metric (sPRO) is not ours: put one "
-            f"mask an image there ({place.name}{ending}.png), or take ground_truth away to work with labels only"
-        )
-    return FileNotFoundError(f"no mask for {image}: expected {place}{ending}.png")
-
-
-Found = Iterable[Group | Sample | Exception]
 
 
 @dataclass(frozen=True)
@@ -490,46 +394,84 @@ class Layout:
 
     text: str  # for error messages
     signs: Sequence[tuple[str, ...]]  # what a root has to hold: all the paths of one of these
-    find: Callable[[Path, str], Found]  # what a root holds; the name of its normal folders
+    find: Callable[[Path, str], Iterable[Sample]]  # what a root holds; the name of normal folders
 
     def fits(self, root: Path) -> bool:
         return any(all((root / path).exists() for path in sign) for sign in self.signs)
 
 
+def _samples(
+    images: Iterable[Path],
+    category: str,
+    label: int,
+    defect: str,
+    masks: Path | None = None,
+    ending: str = "_mask",
+    objects: Path | None = None,
+) -> Iterator[Sample]:
+    """Images with one label. In ``masks`` each has one, called as it is, with or without ``ending``; in ``objects``
+    each may have one, ending in _object."""
+    masks_of, objects_of = _by_stem(masks, ending), _by_stem(objects, "_object")
+    for image in images:
+        stem = nfc(image.stem)
+        mask = masks_of.get(stem)
+        if masks and not mask:
+            mask = masks / f"{image.stem}{ending}.png"  # which will be called missing
+            if (masks / image.stem).is_dir():
+                raise LayoutError(
+                    f"{masks / image.stem} is a folder of masks of one image, as in MVTec LOCO AD, whose metric (sPRO) "
+                    f"is not ours: put one mask an image there ({mask.name}), or take ground_truth away to work with "
+                    "labels only"
+                )
+        yield Sample(image, mask, category, label, defect, objects_of.get(stem))
+
+
+def _by_stem(folder: Path | None, ending: str) -> dict[str, Path]:
+    """Masks by the stem of their image: masks pair by name, never by position."""
+    masks = {}
+    for path in _images(folder) if folder else []:
+        other = masks.setdefault(nfc(path.stem).removesuffix(ending), path)
+        if other != path:
+            raise ValueError(f"two masks for one image: {other} and {path}. Remove one")
+    return masks
+
+
+def _by_defect(
+    images: dict[Path, list[Path]], category: str, truth: Path, normal: str
+) -> Iterator[Sample]:
+    """Images by the folder of their defect; masks in truth/ground_truth/<defect>/ (where that is not there, there are
+    none), object masks in truth/object/<defect>/. ``normal``: the name of the normal folder, in lower case."""
+    masks = truth / "ground_truth"
+    for folder, found in images.items():
+        label = int(nfc(folder.name).lower() != normal)
+        yield from _samples(
+            found,
+            category,
+            label,
+            folder.name if label else "good",
+            masks / folder.name if label and masks.is_dir() else None,
+            objects=truth / "object" / folder.name,
+        )
+
+
 def _in_categories(name: str, known: Iterable[str]) -> Layout:
     """MVTec AD's layout, of known categories only."""
 
-    def find(root: Path, _="") -> Found:
+    def find(root: Path, _="") -> Iterator[Sample]:
         for folder in _folders(root):
-            if not (folder / "test").is_dir():
-                continue
             category = nfc(folder.name)
-            if category not in known:
-                hint = f"{did_you_mean(category, known)}. Use dataset='folder' for other data"
-                yield LayoutError(f"{folder} is no category of {name!r}{hint}")
-            yield from _by_defect(folder / "test", category, folder, "good")
+            if (folder / "test").is_dir():
+                if category not in known:
+                    hint = f"{did_you_mean(category, known)}. Use dataset='folder' for other data"
+                    raise LayoutError(f"{folder} is no category of {name!r}{hint}")
+                images = {path: _images(path) for path in _folders(folder / "test")}
+                yield from _by_defect(images, category, folder, "good")
 
     text = "<category>/test/<defect>/NNN.png and <category>/ground_truth/<defect>/NNN_mask.png"
     return Layout(text, [(f"{category}/test",) for category in known], find)
 
 
-def _by_defect(
-    images: Path, category: str, truth: Path, normal: str, masked: bool = True
-) -> Iterator[Group]:
-    """Images in images/<defect>/, masks in truth/ground_truth/<defect>/, object masks in truth/object/<defect>/."""
-    for folder in _class_folders(images):
-        label = int(nfc(folder.name).lower() != normal)
-        yield Group(
-            folder,
-            category,
-            label,
-            folder.name if label else "good",
-            masks=truth / "ground_truth" / folder.name if label and masked else None,
-            objects=truth / "object" / folder.name,
-        )
-
-
-def _visa(root: Path, _="") -> Found:
+def _visa(root: Path, _="") -> Iterable[Sample]:
     path = root / "split_csv" / "1cls.csv"
     if not path.is_file():  # as the data set's own script converts it
         return _in_categories("visa", EXPECTED["visa"]).find(root)
@@ -544,7 +486,7 @@ def _visa(root: Path, _="") -> Found:
     return sorted(samples, key=lambda s: (s.category, s.label, s.image_path.name))
 
 
-def _headct(root: Path, _="") -> Found:
+def _headct(root: Path, _="") -> Iterable[Sample]:
     folder = root / "head_ct" / "head_ct"
     folder = folder if folder.is_dir() else folder.parent
     samples = []
@@ -554,64 +496,106 @@ def _headct(root: Path, _="") -> Found:
     return sorted(samples, key=lambda s: s.image_path.name)
 
 
-def _isic(root: Path, _="") -> Found:
+def _rows(
+    path: Path, root: Path, columns: tuple[str, ...], labels: tuple[str, str]
+) -> Iterator[tuple[dict[str, str], int]]:
+    """Row and label (0 or 1) of a CSV file whose last of ``columns`` holds one of two ``labels``."""
+    if problem := _unusable(path, root):
+        raise problem
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, restval="", skipinitialspace=True)
+        found = reader.fieldnames or []
+        if not set(columns) <= set(found):
+            raise LayoutError(
+                f"{path}: expected the columns {', '.join(columns)}; found {', '.join(found) or 'none'}"
+            )
+        for row in reader:
+            said = row[columns[-1]]
+            if said not in labels:
+                raise LayoutError(
+                    f"{path}, line {reader.line_num}: {columns[-1]} is {said!r}, expected {' or '.join(labels)}"
+                )
+            yield row, labels.index(said)
+
+
+def _isic(root: Path, _="") -> Iterable[Sample]:
+    images = _images(root / "ISBI2016_ISIC_Part1_Test_Data")
     masks = root / "ISBI2016_ISIC_Part1_Test_GroundTruth"
-    images = root / "ISBI2016_ISIC_Part1_Test_Data"
-    return [Group(images, "skin", 1, "lesion", masks, "_Segmentation")]
+    return _samples(images, "skin", 1, "lesion", masks, "_Segmentation")
 
 
-def _clinicdb(root: Path, _="") -> Found:
-    return [Group(root / "Original", "colon", 1, "polyp", root / "Ground Truth", "")]
+def _clinicdb(root: Path, _="") -> Iterable[Sample]:
+    return _samples(_images(root / "Original"), "colon", 1, "polyp", root / "Ground Truth", "")
 
 
-def _brainmri(root: Path, _="") -> Found:
+def _brainmri(root: Path, _="") -> Iterator[Sample]:
     # The archive holds every image twice: inside this folder and beside it.
     inside = root / "brain_tumor_dataset"
     root = inside if (inside / "yes").is_dir() else root
-    yield Group(root / "no", "brain ct", 0, "good", all_images=True)
-    yield Group(root / "yes", "brain ct", 1, "tumour", all_images=True)
+    yield from _samples(_images(root / "no"), "brain ct", 0, "good")
+    yield from _samples(_images(root / "yes"), "brain ct", 1, "tumour")
 
 
-def _folder(root: Path, normal_folder: str = "") -> Found:
-    """Data set "folder", see `load_dataset`."""
+def _folder(root: Path, normal_folder: str = "") -> list[Sample]:
+    """Data set "folder", see `load_dataset`: one category, or else one in each sub-folder."""
     if (root / "meta.json").is_file():
         return _meta_json(root)
-    found = _folder_category(root, normal_folder)
-    if found is None:
-        within = [_folder_category(folder, normal_folder) for folder in _class_folders(root)]
-        found = [item for items in within if items for item in items]
-    groups = [item for item in found if isinstance(item, Group)]
-    if normal_folder.lower() not in ("", "none") and all(group.label for group in groups):
-        names = ", ".join(sorted({group.images.name for group in groups})[:20])
-        found.append(LayoutError(f"{root} has no folder {normal_folder!r}; found {names}"))
-    return found
+    listed = scan(root)
+    photographs = defaultdict(list)
+    for path in for_testing([*listed.photographs, *listed.skipped.get(BROKEN_LINK, [])], root):
+        photographs[path.parent].append(path)
+    samples = _folder_category(root, photographs, normal_folder)
+    if samples is None:
+        folders = dict.fromkeys(root / path.relative_to(root).parts[0] for path in photographs)
+        found = [_folder_category(path, photographs, normal_folder) for path in folders]
+        samples = [sample for category in found for sample in category or []]
+    if normal_folder.lower() not in ("", "none") and all(sample.label for sample in samples):
+        names = ", ".join(sorted({folder.name for folder in photographs})[:20])
+        raise LayoutError(f"{root} has no folder {normal_folder!r}; found {names}")
+    used = {sample.image_path for sample in samples}
+    rest = [path for paths in photographs.values() for path in paths if path not in used]
+    if len(rest) > len(samples):
+        raise LayoutError(
+            f"{len(samples)} images of {root} fit a layout and {len(rest)} do not, such as "
+            f"{rest[0].relative_to(root)}: give the folder that holds them. {_expected('folder', root)}"
+        )
+    return samples
 
 
-def _folder_category(folder: Path, normal_folder: str) -> list[Group | Exception] | None:
-    """One category, or None if `folder` is not one (see `load_dataset`)."""
+def for_testing(photographs: Iterable[Path], root: Path) -> list[Path]:
+    """Those that lie in no folder of other images (for training, of objects, ...), sorted."""
+    other = set(NO_TEST_IMAGES)
+    return sorted(path for path in photographs if not other & set(path.relative_to(root).parts))
+
+
+def _folder_category(
+    folder: Path, photographs: dict[Path, list[Path]], normal_folder: str
+) -> list[Sample] | None:
+    """One category, or None if `folder` is not one (see `load_dataset`); ``photographs`` by their folder."""
     tests = [folder / name for name in ("test_public", "test") if (folder / name).is_dir()]
     images = tests[0] if tests else folder
     truth = images if images.name == "test_public" else folder  # MVTec AD 2 has its masks there
     category = nfc(folder.name)
-    flat = _photographs(images)
-    classes = [path.name for path in _class_folders(images) if _photographs(path)]
+    flat = photographs.get(images, [])
+    classes = {path: found for path, found in photographs.items() if path.parent == images}
+    names = [path.name for path in classes]
     if flat and classes:
-        reason = f"{images} holds images ({flat[0].name}, ...) beside sub-folders of images "
-        reason += f"({', '.join(classes)}): move them into a sub-folder, so that they have a label"
-        return [LayoutError(reason)]
+        raise LayoutError(
+            f"{images} holds images ({flat[0].name}, ...) beside sub-folders of images ({', '.join(names)}): move "
+            "them into a sub-folder, so that they have a label"
+        )
     if flat:
-        return [Group(images, category, -1, "unknown")]
-    normal = _normal_name(classes, normal_folder)
-    words = {word for name in classes for word in re.split("[-_ ]", nfc(name).lower())}
-    states = words & STATES or images.name in ("test", "test_public")
-    if classes and normal is None and not normal_folder and states:
-        reason = f"{images} has the sub-folders {', '.join(classes[:20])}: which one holds flawless images? "
-        reason += "Labels are not guessed: give normal_folder=NAME (--normal-folder on the command line), "
-        return [LayoutError(f"{reason}or none if no image is flawless")]
+        return list(_samples(flat, category, -1, "unknown"))
+    normal = _normal_name(names, normal_folder)
+    words = {word for name in names for word in re.split("[-_ ]", nfc(name).lower())}
+    if classes and normal is None and not normal_folder and (tests or words & STATES):
+        raise LayoutError(
+            f"{images} has the sub-folders {', '.join(names[:20])}: which one holds flawless images? Labels are not "
+            "guessed: give normal_folder=NAME (--normal-folder on the command line), or none if no image is flawless"
+        )
     if normal is None and not tests:
         return None
-    masked = (truth / "ground_truth").is_dir()
-    return list(_by_defect(images, category, truth, normal or "", masked))
+    return list(_by_defect(classes, category, truth, normal or ""))
 
 
 def _normal_name(names: list[str], given: str) -> str | None:
@@ -619,13 +603,11 @@ def _normal_name(names: list[str], given: str) -> str | None:
     lower, wanted = [nfc(name).lower() for name in names], nfc(given).lower()
     if wanted == "none" and names:
         return ""
-    if wanted:
-        return wanted if wanted in lower else None
-    known = [name for name in lower if name in NORMAL_NAMES]
-    return known[0] if len(known) == 1 else None
+    known = [name for name in lower if name in ([wanted] if wanted else NORMAL_NAMES)]
+    return known[0] if len(set(known)) == 1 else None
 
 
-def _meta_json(root: Path) -> Found:
+def _meta_json(root: Path) -> list[Sample]:
     """The list that AdaCLIP, AnomalyCLIP and others write: {"test": {category: [{"img_path", "mask_path", ...}]}}."""
     path = root / "meta.json"
     samples = []
@@ -637,9 +619,10 @@ def _meta_json(root: Path) -> Found:
             kind = str(row.get("specie_name") or "anomaly") if label else "good"
             samples.append(Sample(root / row["img_path"], mask, nfc(category), label, kind))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        form = "{'test': {category: [{'img_path', 'mask_path', 'anomaly'}]}}"
-        reason = f"{path} is not the expected list, {form} ({type(error).__name__}: {error})"
-        return [LayoutError(f"{reason}: mend it or take it away")]
+        raise LayoutError(
+            f"{path} is not the expected list, {{'test': {{category: [{{'img_path', 'mask_path', 'anomaly'}}]}}}} "
+            f"({type(error).__name__}: {error}): mend it or take it away"
+        ) from error
     return sorted(samples, key=lambda s: (s.category, s.image_path))
 
 
@@ -677,25 +660,18 @@ LAYOUTS = {
 
 
 def _locate(name: str, root: Path) -> Path:
-    """The folder that has the layout: root itself, one folder below it, or one above."""
-    if not root.exists():
-        raise FileNotFoundError(f"the root of data set {name!r} does not exist: {root}")
+    """The folder that has the layout: root itself, one folder below it, or the one above."""
     if not root.is_dir():
-        raise NotADirectoryError(
-            f"the root of data set {name!r} is no folder: {root}. Unpack it first if it is an archive"
-        )
-    layout = LAYOUTS[name]
-    if layout.fits(root):
-        return root
-    found = [folder for folder in _folders(root) if layout.fits(folder)]
-    if not found and root.name not in EXPECTED.get(name, ()) and layout.fits(root.parent):
-        found = [root.parent]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise LayoutError(
-            f"{root} holds data set {name!r} more than once: {', '.join(map(str, found))}. Give one of them"
-        )
+        kind = "is no folder (unpack an archive first)" if root.exists() else "does not exist"
+        raise FileNotFoundError(f"the root of data set {name!r} {kind}: {root}")
+    above = [] if root.name in EXPECTED.get(name, ()) else [root.parent]
+    for places in ([root], _folders(root), above):
+        found = [place for place in places if LAYOUTS[name].fits(place)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            several = f"more than once: {', '.join(map(str, found))}. Give one of them"
+            raise LayoutError(f"{root} holds data set {name!r} {several}")
     raise LayoutError(
         f"{root} does not have the layout of data set {name!r}. {_expected(name, root)}"
     )
@@ -703,67 +679,21 @@ def _locate(name: str, root: Path) -> Path:
 
 def _expected(name: str, root: Path) -> str:
     """What was expected at a root, what is there, and for which data set that would do."""
-    found = "an empty folder"
-    if any(root.iterdir()):
-        folders = [folder.name for folder in _folders(root)]
-        found = f"{len(_images(root))} images and {len(folders)} sub-folders"
-        found += f" ({', '.join(folders[:8])}{', ...' if len(folders) > 8 else ''})"
+    names = [path.name for path in _visible(root)]
+    found = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "an empty folder"
     fitting = [other for other in EXPECTED if other != name and LAYOUTS[other].fits(root)]
-    if not fitting and name != "folder" and _folder(root):
-        fitting = ["folder"]
-    hint = f" This is a layout for dataset={fitting[0]!r}." if fitting else ""
-    return f"Expected {LAYOUTS[name].text}; found {found}.{hint}"
-
-
-def _rows(
-    path: Path, root: Path, columns: tuple[str, ...], labels: tuple[str, str]
-) -> Iterator[tuple[dict[str, str], int]]:
-    """Row and label (0 or 1) of a CSV file whose last of ``columns`` holds one of two ``labels``."""
-    if problem := _unreachable(path, root):
-        raise problem
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restval="")
-        reader.fieldnames = found = [cell.strip() for cell in reader.fieldnames or []]
-        if not set(columns) <= set(found):
-            raise LayoutError(
-                f"{path}: expected the columns {', '.join(columns)}; found {', '.join(found) or 'none'}"
-            )
-        for row in reader:
-            said = row[columns[-1]].strip()
-            if said not in labels:
-                raise LayoutError(
-                    f"{path}, line {reader.line_num}: {columns[-1]} is {said!r}, expected {' or '.join(labels)}"
-                )
-            yield {column: row[column].strip() for column in columns}, labels.index(said)
+    hint = "Images of your own are dataset='folder'."
+    if fitting:
+        hint = f"This is a layout for dataset={fitting[0]!r}."
+    return f"Expected {LAYOUTS[name].text}; found {found}. {hint}"
 
 
 def _folders(folder: Path) -> list[Path]:
     return [path for path in _visible(folder) if path.is_dir()]
 
 
-def _class_folders(folder: Path) -> list[Path]:
-    """Sub-folders that may be categories or kinds of defect: no masks, no training images."""
-    return [
-        path
-        for path in _folders(folder)
-        if path.name not in NO_TEST_IMAGES
-        and (plain(path.name) not in MASK_FOLDERS or (path / "test").is_dir())
-    ]
-
-
 def _images(folder: Path) -> list[Path]:
-    """Files with an image's suffix, broken links among them; no pipes, whose opening would wait for ever."""
-    return [
-        path
-        for path in _visible(folder)
-        if path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or not path.exists())
-    ]
-
-
-def _photographs(folder: Path) -> list[Path]:
-    images = _images(folder)
-    masks = masks_beside(images)
-    return [path for path in images if path not in masks]
+    return [path for path in _visible(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -150,6 +150,7 @@ MASK_FOLDERS = ("mask", "masks", "gt", "groundtruth", "label", "labels")
 MASK_FOLDERS += ("annotation", "annotations", "segmentation", "segmentations")
 MASK_ENDINGS = ("_mask", "_masks", "_label", "_gt", "_seg", "_segmentation", "_annotation")
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found")
+BROKEN_LINK = "broken link"
 RESULT_MARK = "clipad-results"
 """an empty file that `clipad` leaves in a folder of its own pictures: they are not scored again"""
 
@@ -242,12 +243,12 @@ def _no_image(path: Path) -> str:
     """Why this file is no photograph, from its name and kind; empty if it may be one."""
     if _hidden(path.name):
         return "hidden"
-    if not path.exists():
-        return "broken link"
-    if not path.is_file():
-        return "no file but a pipe or device"
     suffix = path.suffix.lower() or "no suffix"
-    return "" if suffix in IMAGE_SUFFIXES else f"in a format that is not read ({suffix})"
+    if suffix not in IMAGE_SUFFIXES:
+        return f"in a format that is not read ({suffix})"
+    if not path.exists():
+        return BROKEN_LINK
+    return "" if path.is_file() else "no file but a pipe or device"
 
 
 def _hidden(name: str) -> bool:

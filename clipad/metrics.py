@@ -2,7 +2,6 @@
 
 "Exact" means over all thresholds: no binning, ties counted as ties. AUROC and AP equal scikit-learn's
 ``roc_auc_score`` and ``average_precision_score``; F1-max is the largest F1 on its ``precision_recall_curve``.
-(For plots, take the ROC and precision-recall curves from scikit-learn; ``pro_curve`` is here.)
 
 PRO (per-region overlap; Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021): at each
 threshold, the share that is detected of each 8-connected region of the masks, averaged over the regions of
@@ -84,27 +83,6 @@ def pixel_metrics(scores: ArrayLike, masks: ArrayLike) -> dict[str, float]:
         return dict.fromkeys(METRICS, float("nan"))
     weights, regions = _region_weights(masks)
     return _of_one(scores, masks, weights, regions.sum())
-
-
-def pro_curve(scores: ArrayLike, masks: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """The whole curve whose area up to a false positive rate of 0.3 is PRO.
-
-    Arguments and errors as in ``pixel_metrics``, but both classes must be present (ValueError).
-
-    Returns:
-        False positive rate and mean overlap with the regions: the corners of a polyline from (0, 0) to
-        (1, 1), two for each distinct score of an anomalous pixel.
-    """
-    scores, masks = _checked(scores, masks, "N x H x W", "masks")
-    if masks.all() or not masks.any():
-        raise ValueError("the curve needs anomalous and normal pixels, found one of the two.")
-    curve = _curve(scores, masks, _region_weights(masks)[0])
-    above = curve.fp.copy()
-    above[curve.tied] -= curve.ties
-    # Flat between two anomalous scores, sloped where normal scores tie with one.
-    rate = np.stack([above, curve.fp], axis=-1).ravel() / curve.fp[-1]
-    overlap = np.stack([np.append(0, curve.overlap[:-1]), curve.overlap], axis=-1).ravel()
-    return rate[1:-1], overlap[1:-1] / overlap[-1]
 
 
 def pro_200_thresholds(scores: ArrayLike, masks: ArrayLike) -> float:

@@ -17,7 +17,6 @@ from clipad.metrics import (
     image_metrics,
     pixel_metrics,
     pro_200_thresholds,
-    pro_curve,
     resampled_metrics,
 )
 
@@ -148,26 +147,6 @@ def test_brute_force(data):
     assert_same(pixel_metrics(scores, masks), brute_force(scores, masks), 1e-12)
 
 
-@settings(max_examples=50, deadline=None)
-@given(maps_and_masks())
-def test_pro_curve_is_what_pro_integrates(data):
-    scores, masks = data
-    assume(two_classes(masks))
-    rate, overlap = pro_curve(scores, masks)
-    assert (rate[0], overlap[0], rate[-1]) == (0, 0, 1)
-    assert overlap[-1] == pytest.approx(1, abs=1e-12)
-    assert (np.diff(rate) >= 0).all()
-    assert (np.diff(overlap) >= 0).all()
-    grid = np.unique(np.append(rate[rate < 0.3], [0, 0.3]))
-    after = [np.interp(x, rate, overlap) for x in grid]  # at a jump, np.interp takes its upper end
-    before = [-np.interp(-x, -rate[::-1], -overlap[::-1]) for x in grid]  # and here its lower end
-    area = sum(
-        (x1 - x0) * (a + b) / 2
-        for x0, x1, a, b in zip(grid, grid[1:], after, before[1:], strict=False)
-    )
-    assert area / 0.3 == pytest.approx(pixel_metrics(scores, masks)["pro"], abs=1e-12)
-
-
 def test_diagonal_neighbours_are_one_region():
     masks = np.zeros((1, 8, 8), bool)
     masks[0, 1, 1] = masks[0, 2, 2] = True  # one 8-connected region of 2 pixels
@@ -268,8 +247,6 @@ def test_one_class_gives_nan_without_a_warning(value):
     assert pixel.keys() == {"auroc", "f1_max", "ap", "pro"}
     assert image.keys() == {"auroc", "f1_max", "ap"}
     assert np.isnan([*pixel.values(), *image.values()]).all()
-    with pytest.raises(ValueError, match="one of the two"):
-        pro_curve(scores, masks)
 
 
 # --- the approximation with 200 thresholds ---
@@ -409,12 +386,11 @@ def test_the_callers_arrays_stay_as_they_were():
     scores.flags.writeable = masks.flags.writeable = False
     pixel_metrics(scores, masks)
     pro_200_thresholds(scores, masks)
-    pro_curve(scores, masks)
     assert np.array_equal(scores, before[0])
     assert np.array_equal(masks, before[1])
 
 
-@pytest.mark.parametrize("function", [pixel_metrics, pro_curve, pro_200_thresholds])
+@pytest.mark.parametrize("function", [pixel_metrics, pro_200_thresholds])
 @pytest.mark.parametrize(
     ("change", "message"),
     [

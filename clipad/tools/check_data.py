@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,11 @@ from clipad.datasets import (
     MaskSizeError,
     Sample,
     decode,
-    left_over,
+    eight_bit,
+    for_testing,
     list_dataset,
     native_mask,
-    readable,
+    native_size,
     remarks,
     resize_mask,
     two_levels,
@@ -38,7 +39,6 @@ class DatasetReport:
 
     name: str
     root: Path
-    image_size: int
     table: pd.DataFrame
     problems: list[str]
     notes: list[str]
@@ -69,6 +69,7 @@ class DatasetReport:
 COUNTS = ["normal", "anomalous", "unlabelled", "masks", "unreadable", "missing_masks"]
 COUNTS += ["wrong_size_masks", "empty_masks", "vanished_masks", "converted", "duplicates"]
 LABELS = {0: "normal", 1: "anomalous", -1: "unlabelled"}
+PROBLEMS = ("unreadable", "wrong_size_masks", "empty_masks")
 MOSTLY = 0.5
 """a mask that marks more than this share of its image is probably the wrong way round"""
 NOTES = {
@@ -80,6 +81,7 @@ NOTES = {
     "lossy mask": "JPEG masks: compression noise above 0 counts as anomalous",
     "soft mask": "masks with more than eight grey values: every value above 0 counts as anomalous, so soft edges grow",
 }
+"""what is worth a word, and the word"""
 
 
 def check_dataset(
@@ -105,18 +107,16 @@ def check_dataset(
     image_size = image_size or (96 if name in DEMO else 240)
     dataset, faults = list_dataset(name, root, normal_folder)
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
-        rows = pool.map(lambda sample: _inspect(sample, image_size), dataset.samples)
-        rows = list(
-            tqdm(rows, f"checking {name}", len(dataset), unit="image", disable=not progress)
-        )
-    files = pd.DataFrame(rows, columns=["category", "mode", "digest", "marked", "problems"])
-    counts = pd.DataFrame([row["counts"] for row in rows], columns=list({*COUNTS, *NOTES, "flat"}))
-    files = files.join(counts.fillna(0).astype(int))
-    files["duplicates"] = files["digest"].notna() & files["digest"].duplicated()
+        found = pool.map(lambda sample: list(_facts(sample, image_size)), dataset)
+        bar = tqdm(found, f"checking {name}", len(dataset), unit="image", disable=not progress)
+        rows = [row for rows in bar for row in rows]
+    facts = pd.DataFrame(rows, columns=["category", "kind", "path", "said"])
+    again = facts[facts["kind"] == "digest"].duplicated("said")
+    facts.loc[again[again].index, "kind"] = "duplicates"
     if all(sample.mask_path is None for sample in dataset):
-        files["missing_masks"] = 0
-    table = _table(name, files)
-    problems = [*map(str, faults), *(text for row in files["problems"] for text in row)]
+        facts = facts[facts["kind"] != "missing_masks"]
+    table = _table(name, facts)
+    problems = [*map(str, faults), *facts["said"][facts["kind"].isin(PROBLEMS)]]
     for row in table.itertuples():
         wanted = (row.expected_normal, row.expected_anomalous)
         if not pd.isna(wanted[0]) and (row.normal, row.anomalous) != wanted:
@@ -129,89 +129,83 @@ def check_dataset(
                 f"{row.category}: the masks mark {row.anomalous_pixels:.0%} of the pixels as anomalous: are they the "
                 "wrong way round (255 = background)?"
             )
-    flat = [sample.image_path for sample, one in zip(dataset, files["flat"], strict=True) if one]
-    if flat:
-        names = _some(dataset, flat)
-        problems.append(
-            f"{len(flat)} images have at most two colours, so they are masks or empty: {names}"
-        )
-    return DatasetReport(name, dataset.root, image_size, table, problems, _notes(dataset, files))
+    if flat := _named(dataset, facts["path"][facts["kind"] == "flat"]):
+        problems.append(f"images with at most two colours, so masks or empty: {flat}")
+    return DatasetReport(name, dataset.root, table, problems, _notes(dataset, facts))
 
 
-def _inspect(sample: Sample, image_size: int) -> dict:
-    """What reading the files of one sample showed; ``counts`` are columns of the table and notes."""
-    path, size = sample.image_path, None
-    row = {"category": sample.category, "counts": Counter(), "problems": []}
-    counts: Counter = row["counts"]
-    counts[LABELS[sample.label]] += 1
-    counts["missing_masks"] += sample.label == 1 and sample.mask_path is None
+def _facts(sample: Sample, image_size: int) -> Iterator[tuple[str, str, Path, object]]:
+    """(category, kind, path, said) for all that reading the files of one sample shows. Kinds are columns of the table,
+    names of ``PROBLEMS`` and ``NOTES``, and "mode", "digest", "flat" and "marked"; ``said`` is a text or a value."""
+    image, mask, objects = sample.image_path, sample.mask_path, sample.object_mask_path
+    missing = sample.label == 1 and mask is None
+    found = [(image, {LABELS[sample.label]: True, "missing_masks": missing})]
+    size = None
     try:
-        image = decode(path)
-        shown, size = readable(path, image), image.size
-        row |= {"mode": image.mode, "digest": content_hash(path)}
-        counts.update(remarks(image))
-        counts["converted"] += image.mode not in ("L", "RGB")
-        counts["misnamed"] += path.suffix.lower() not in SUFFIXES_OF[image.format]
-        counts["flat"] += two_levels(shown)
+        size = native_size(image)
+        found.append((image, _of_image(image)))
     except OSError as error:
-        counts["unreadable"] += 1
-        row["problems"].append(str(error))
-    for path in filter(None, (sample.mask_path, sample.object_mask_path)):
+        found.append((image, {"unreadable": str(error)}))
+    for path in filter(None, (mask, objects)):
         try:
-            mask = native_mask(path, size)
-        except (MaskSizeError, OSError) as error:
-            kind = "wrong_size_masks" if isinstance(error, MaskSizeError) else "unreadable"
-            counts[kind] += 1
-            row["problems"].append(str(error))
-            continue
-        if not mask.any():
-            counts["empty_masks"] += 1
-            row["problems"].append(f"mask {path} has no pixel > 0")
-        if path == sample.mask_path:
-            counts["masks"] += 1
-            if mask.any():
-                row["marked"] = float(mask.mean())
-                counts["vanished_masks"] += not resize_mask(mask, image_size).any()
-                counts[_blurred(path)] += 1
-    return row
+            marked = native_mask(path, size)
+            empty = not marked.any() and f"mask {path} has no pixel > 0"
+            more = _of_mask(path, marked, image_size) if path == mask else {}
+            found.append((path, {"empty_masks": empty} | more))
+        except MaskSizeError as error:
+            found.append((path, {"wrong_size_masks": str(error)}))
+        except OSError as error:
+            found.append((path, {"unreadable": str(error)}))
+    for path, kinds in found:
+        yield from ((sample.category, kind, path, said) for kind, said in kinds.items() if said)
 
 
-def _blurred(path: Path) -> str | None:
-    """The kind of mask whose edges are not sharp: it has more grey values than numbers of classes would."""
-    if path.suffix.lower() in SUFFIXES_OF["JPEG"]:
-        return "lossy mask"
+def _of_image(path: Path) -> dict[str, object]:
     image = decode(path)
-    return "soft mask" if image.mode == "L" and image.getcolors(8) is None else None
+    return dict.fromkeys(remarks(image), True) | {
+        "mode": image.mode,
+        "digest": content_hash(path),
+        "converted": image.mode not in ("L", "RGB"),
+        "misnamed": path.suffix.lower() not in SUFFIXES_OF[image.format],
+        "flat": two_levels(eight_bit(image)),
+    }
 
 
-def _table(name: str, files: pd.DataFrame) -> pd.DataFrame:
+def _of_mask(path: Path, mask: np.ndarray, image_size: int) -> dict[str, object]:
+    image, lossy = decode(path), path.suffix.lower() in SUFFIXES_OF["JPEG"]
+    return {
+        "masks": True,
+        "marked": float(mask.mean()),
+        "vanished_masks": mask.any() and not resize_mask(mask, image_size).any(),
+        "lossy mask": lossy,  # a soft one has more grey values than numbers of classes would
+        "soft mask": not lossy and image.mode == "L" and image.getcolors(8) is None,
+    }
+
+
+def _table(name: str, facts: pd.DataFrame) -> pd.DataFrame:
     expected = EXPECTED.get(name, {})
-    order = list(dict.fromkeys([*expected, *files["category"]]))
-    groups = files.groupby("category")
-    table = groups[COUNTS].sum().reindex(order, fill_value=0)
-    table["anomalous_pixels"] = groups["marked"].mean()
+    order = list(dict.fromkeys([*expected, *facts["category"]]))
+    counts = pd.crosstab(facts["category"], facts["kind"])
+    table = counts.reindex(index=order, columns=COUNTS, fill_value=0)
+    marked = facts[facts["kind"] == "marked"]
+    table["anomalous_pixels"] = marked["said"].astype(float).groupby(marked["category"]).mean()
     for i, column in enumerate(("expected_normal", "expected_anomalous")):
         table[column] = [expected.get(category, (np.nan, np.nan))[i] for category in order]
-    return table.reset_index()
+    return table.rename_axis(index="category", columns=None).reset_index()
 
 
-def _notes(dataset: Dataset, files: pd.DataFrame) -> list[str]:
-    modes = files["mode"].value_counts()
-    notes = []
-    if len(modes):
-        notes.append("image modes: " + ", ".join(f"{mode} {n}" for mode, n in modes.items()))
+def _notes(dataset: Dataset, facts: pd.DataFrame) -> list[str]:
+    modes = facts["said"][facts["kind"] == "mode"].value_counts()
+    notes = ["image modes: " + ", ".join(f"{mode} {n}" for mode, n in modes.items())]
     for kind, text in NOTES.items():
-        seen = [sample for sample, one in zip(dataset, files[kind], strict=True) if one]
-        if seen:
-            paths = [s.mask_path if "mask" in kind else s.image_path for s in seen]
-            notes.append(f"{text}: {len(paths)} ({_some(dataset, paths)})")
+        if names := _named(dataset, facts["path"][facts["kind"] == kind]):
+            notes.append(f"{text}: {names}")
     if dataset.name == "folder":
-        used = {path for s in dataset for path in (s.mask_path, s.object_mask_path)}
-        rest = left_over(dataset.root, dataset)
-        if rest:
-            notes.append(f"photographs that no layout takes: {len(rest)} ({_some(dataset, rest)})")
-        skipped = scan(dataset.root, used).skipped_lines(dataset.root)
-        notes += [f"left out: {line}" for line in skipped]
+        used = {path for s in dataset for path in (s.image_path, s.mask_path, s.object_mask_path)}
+        rest = scan(dataset.root, used)
+        if names := _named(dataset, for_testing(rest.photographs, dataset.root)):
+            notes.append(f"photographs that no layout takes: {names}")
+        notes += [f"left out: {line}" for line in rest.skipped_lines(dataset.root)]
         names = ", ".join(f"'a flawless {category}'" for category in dataset.categories[:5])
         notes.append(f"the prompts will say {names}: folders should be called as their product")
         normal = sorted({s.image_path.parent.name for s in dataset if s.label == 0})
@@ -220,6 +214,8 @@ def _notes(dataset: Dataset, files: pd.DataFrame) -> list[str]:
     return notes
 
 
-def _some(dataset: Dataset, paths: list[Path]) -> str:
-    shown = ", ".join(printable(str(path.relative_to(dataset.root))) for path in paths[:5])
-    return f"{shown}{', ...' if len(paths) > 5 else ''}"
+def _named(dataset: Dataset, paths: Iterable[Path]) -> str:
+    """How many files, and the first five of them; empty if there are none."""
+    names = [printable(str(path.relative_to(dataset.root))) for path in paths]
+    more = ", ..." if len(names) > 5 else ""
+    return f"{len(names)} ({', '.join(names[:5])}{more})" if names else ""
