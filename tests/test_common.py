@@ -1,3 +1,6 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -36,10 +39,7 @@ def kept(tiny_backbone, data):
 def test_scores_of_kept_features_are_those_of_evaluate(tiny_backbone, data, kind):
     detector = kind(tiny_backbone, rvs="mean")
     kept = common.keep(detector, data, batch_size=3)
-    probabilities = np.concatenate(
-        [kept.predict(detector, c).probabilities.numpy() for c in data.categories]
-    )
-    scores = common.score({"it": kept.maps(detector)}, {"it": probabilities}, kept, resamples=3)
+    scores = common.score({"it": kept.predict_all(detector)}, kept, resamples=3)
     expected = evaluate(detector, data, progress=False).table
     found = scores.table("it")
     for metric in common.METRICS:
@@ -104,6 +104,19 @@ def test_images_with_nothing_to_count_are_left_out():
     images, wide = common.scores_of_images({"m": frame}, ["x"], resamples=50).interval("x", "m")
     assert images.estimate == 1
     assert images.verdict() == wide.verdict() == "higher"
+
+
+def test_a_notebook_without_both_labels_keeps_its_record_and_ends(data, capsys):
+    finished = []
+    normal = replace(data, samples=tuple(s for s in data if s.label == 0))
+    with pytest.raises(SystemExit) as stop:
+        common.need_both_labels(
+            SimpleNamespace(dataset=normal, finish=lambda: finished.append(True)), "this notebook"
+        )
+    assert not stop.value.code
+    assert finished == [True]
+    assert "normal images only" in capsys.readouterr().out
+    common.need_both_labels(SimpleNamespace(dataset=data), "this notebook")  # goes on
 
 
 def test_verdicts_say_what_the_interval_says():

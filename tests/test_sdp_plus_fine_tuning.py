@@ -80,7 +80,7 @@ def test_training_aligns_the_difference_of_patches_with_that_of_the_texts(
 
 
 def test_without_masks_images_are_still_scored(tiny_backbone, kept, layers):
-    blind = common.Kept(kept.dataset, kept.reads, kept.features, kept.labels, None)
+    blind = common.Kept(kept.dataset, None, kept.reads, kept.features)
     detector = SDPPlus(tiny_backbone, layers, rvs="mean")
     found = study.mean_metrics(detector, blind)
     assert np.isnan(found["pixel_auroc"])

@@ -7,8 +7,8 @@ too, and within each its images, so it speaks of other categories as well. Metho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,10 @@ from scipy.stats import binomtest
 
 from clipad.datasets import Dataset
 from clipad.detectors import Detector, Features, Prediction
-from clipad.evaluation import batches, category_metrics, read_masks
+from clipad.evaluation import COLUMNS, batches, category_metrics, read_masks
 from clipad.metrics import draw_counts, pixel_metrics
 
-METRICS = (
-    *(f"pixel_{m}" for m in ("auroc", "f1_max", "ap", "pro")),
-    *(f"image_{m}" for m in ("auroc", "f1_max", "ap")),
-    *(f"class_{m}" for m in ("auroc", "f1_max", "ap")),
-)
+METRICS = tuple(COLUMNS)
 METRIC_NAMES = {
     f"{level}_{metric}": f"{level} {name}"
     for level in ("image", "class", "pixel")
@@ -183,6 +179,20 @@ def intervals_over_categories(values: np.ndarray, seed: int = 0) -> tuple[Interv
     return from_draws(estimate, values[:, 1:].mean(axis=0)), from_draws(estimate, wide)
 
 
+def scores_of(
+    found: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    metrics: Sequence[str],
+    resamples: int,
+    seed: int = 0,
+) -> Scores:
+    """Scores from what was measured: method -> category -> metric -> the estimate, then draws; NaN where missing."""
+    methods, categories = tuple(found), tuple(next(iter(found.values())))
+    values = np.full((len(methods), len(categories), len(metrics), 1 + resamples), np.nan)
+    for m, c, k in np.ndindex(values.shape[:3]):
+        values[m, c, k] = found[methods[m]][categories[c]].get(metrics[k], np.nan)
+    return Scores(methods, categories, tuple(metrics), values, seed)
+
+
 def scores_of_images(
     frames: Mapping[str, pd.DataFrame], columns: Sequence[str], resamples=RESAMPLES, seed: int = 0
 ) -> Scores:
@@ -192,81 +202,113 @@ def scores_of_images(
     image with NaN is left out of that mean.
     """
     first = next(iter(frames.values()))
-    categories = tuple(dict.fromkeys(first["category"]))
-    values = np.full((len(frames), len(categories), len(columns), 1 + resamples), np.nan)
+    found = {name: {} for name in frames}
     rng = np.random.default_rng(seed)
-    for c, category in enumerate(categories):
+    for category in first["category"].unique():
         rows = (first["category"] == category).to_numpy()
         counts = draw_counts(np.ones(rows.sum(), int), resamples, rng)
-        for f, frame in enumerate(frames.values()):
+        for name, frame in frames.items():
             own = frame.loc[rows, list(columns)].to_numpy(float)
             known = ~np.isnan(own)
             with np.errstate(invalid="ignore"):
-                values[f, c] = ((counts @ np.where(known, own, 0)) / (counts @ known)).T
-    return Scores(tuple(frames), categories, tuple(columns), values, seed)
+                means = (counts @ np.where(known, own, 0)) / (counts @ known)
+            found[name][category] = dict(zip(columns, means.T, strict=True))
+    return scores_of(found, columns, resamples, seed)
 
 
 # Features kept --------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Kept:
-    """What a detector's backbone made of a data set, in its order: other texts and heads are then tried in no time."""
+class Labelled:
+    """The images of a data set, in its order, with what is known of them."""
 
     dataset: Dataset
-    reads: tuple
-    features: Features
-    labels: np.ndarray
     masks: np.ndarray | None
     """N x S x S, None where the data set has no masks"""
 
+    def __post_init__(self):
+        self.labels = np.array([s.label for s in self.dataset])
+        self.categories = np.array([s.category for s in self.dataset])
+
     def where(self, category: str) -> np.ndarray:
         """Positions of a category's images."""
-        return np.array([i for i, s in enumerate(self.dataset) if s.category == category])
+        return np.flatnonzero(self.categories == category)
 
-    def predict(self, detector: Detector, category: str) -> Prediction:
-        """What a detector says of a category's images. ValueError for one that reads other features."""
+    def metrics_by_category(
+        self,
+        maps: np.ndarray,
+        probabilities: np.ndarray,
+        with_map=True,
+        resamples: int | None = None,
+        seed: int = 0,
+    ) -> dict[str, dict[str, Any]]:
+        """Category -> ``METRICS`` that can be taken of maps N x S x S and class probabilities N.
+
+        With ``resamples`` each is an array: the estimate, then as many draws of the images, for a seed always the same.
+        ``with_map``: see :func:`clipad.evaluation.image_score`.
+        """
+        found = {}
+        for c, category in enumerate(self.dataset.categories):
+            at = self.where(category)
+            labels, masks = self.labels[at], None if self.masks is None else self.masks[at]
+            counts = None
+            if resamples is not None:
+                counts = draw_counts(labels, resamples, np.random.default_rng([seed, c]))
+            found[category] = category_metrics(
+                maps[at], masks, probabilities[at], labels, with_map, counts
+            )
+        return found
+
+    def mean_metrics(self, maps: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
+        """``METRICS``, mean over categories, without intervals; NaN where undefined."""
+        rows = self.metrics_by_category(maps, probabilities)
+        return pd.DataFrame(rows.values()).reindex(columns=METRICS).mean().to_dict()
+
+
+def labelled(dataset: Dataset, image_size: int) -> Labelled:
+    """Read the masks, where there are any."""
+    masks = read_masks(list(dataset), image_size) if dataset.has_masks else None
+    return Labelled(dataset, masks)
+
+
+@dataclass
+class Kept(Labelled):
+    """What a detector's backbone made of a data set: other texts and heads are then tried in no time."""
+
+    reads: tuple
+    features: Features
+
+    def predict(
+        self, detector: Detector, category: str, text: torch.Tensor | None = None
+    ) -> Prediction:
+        """What a detector says of a category's images, under its own or other text vectors C x 2.
+
+        ValueError for a detector that reads other features.
+        """
         if self.reads[: len(detector.reads)] != detector.reads:
             raise ValueError(
                 f"{detector.name} reads {detector.reads}, but {self.reads} were kept: keep its own features"
             )
-        own = self.features[torch.from_numpy(self.where(category))]
-        return detector.score(own.to(detector.backbone.device), category)
+        own = self.features[torch.from_numpy(self.where(category))].to(detector.backbone.device)
+        return detector.score_with(own, detector.text_vectors(category) if text is None else text)
+
+    def predict_all(
+        self, detector: Detector, texts: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Maps N x S x S and class probabilities N of all images; ``texts``: other text vectors per category."""
+        size = detector.backbone.image_size
+        maps = np.empty((len(self.dataset), size, size), np.float32)
+        probabilities = np.empty(len(self.dataset), np.float32)
+        for category in self.dataset.categories:
+            at = self.where(category)
+            found = self.predict(detector, category, texts and texts[category])
+            maps[at], probabilities[at] = found.maps, found.probabilities
+        return maps, probabilities
 
     def maps(self, detector: Detector) -> np.ndarray:
         """The maps of all images, N x S x S."""
-        return self._all({c: self.predict(detector, c) for c in self.dataset.categories})[0]
-
-    def with_text(
-        self, detector: Detector, text: Mapping[str, torch.Tensor]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Maps N x S x S and class probabilities N of a detector under other text vectors, C x 2 per category."""
-        found = {}
-        for category in self.dataset.categories:
-            own = self.features[torch.from_numpy(self.where(category))]
-            own = own.to(detector.backbone.device)
-            found[category] = detector.score_with(own, text[category])
-        return self._all(found)
-
-    def _all(self, found: Mapping[str, Prediction]) -> tuple[np.ndarray, np.ndarray]:
-        """The predictions of all categories in the order of the data set."""
-        size = next(iter(found.values())).maps.shape[-1]
-        maps = np.empty((len(self.dataset), size, size), np.float32)
-        probabilities = np.empty(len(self.dataset), np.float32)
-        for category, prediction in found.items():
-            at = self.where(category)
-            maps[at], probabilities[at] = prediction.maps, prediction.probabilities
-        return maps, probabilities
-
-    def mean_metrics(self, maps: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-        """``METRICS`` of all images' maps and class probabilities, mean over categories, without intervals; NaN where
-        undefined."""
-        rows = []
-        for category in self.dataset.categories:
-            at = self.where(category)
-            masks = None if self.masks is None else self.masks[at]
-            rows.append(category_metrics(maps[at], masks, probabilities[at], self.labels[at]))
-        return pd.DataFrame(rows).reindex(columns=METRICS).mean().to_dict()
+        return self.predict_all(detector)[0]
 
 
 def keep(detector: Detector, dataset: Dataset, batch_size: int = 16) -> Kept:
@@ -274,9 +316,8 @@ def keep(detector: Detector, dataset: Dataset, batch_size: int = 16) -> Kept:
     backbone = detector.backbone
     found = batches(backbone, list(dataset), batch_size)
     parts = [detector.features(images).to("cpu") for _, images in found]
-    masks = read_masks(list(dataset), backbone.image_size) if dataset.has_masks else None
-    labels = np.array([s.label for s in dataset])
-    return Kept(dataset, detector.reads, Features.cat(parts), labels, masks)
+    masks = labelled(dataset, backbone.image_size).masks
+    return Kept(dataset, masks, detector.reads, Features.cat(parts))
 
 
 def thinned(dataset: Dataset, per_category: int) -> Dataset:
@@ -291,54 +332,37 @@ def thinned(dataset: Dataset, per_category: int) -> Dataset:
 
 
 def score(
-    maps: Mapping[str, np.ndarray],
-    probabilities: Mapping[str, np.ndarray],
-    kept: Kept,
+    predictions: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    data: Labelled,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    map_in_image_score: Mapping[str, bool] | None = None,
+    without_map: Collection[str] = (),
 ) -> Scores:
-    """``METRICS`` of several methods' maps (N x S x S each) and class probabilities (N each) on the same draws."""
-    dataset = kept.dataset
-    values = np.full((len(maps), len(dataset.categories), len(METRICS), 1 + resamples), np.nan)
-    for c, category in enumerate(dataset.categories):
-        at = kept.where(category)
-        masks = None if kept.masks is None else kept.masks[at]
-        counts = draw_counts(kept.labels[at], resamples, np.random.default_rng([seed, c]))
-        for d, name in enumerate(maps):
-            with_map = True if map_in_image_score is None else map_in_image_score[name]
-            found = category_metrics(
-                maps[name][at], masks, probabilities[name][at], kept.labels[at], with_map, counts
-            )
-            for m, metric in enumerate(METRICS):
-                if metric in found:
-                    values[d, c, m] = found[metric]
-    return Scores(tuple(maps), tuple(dataset.categories), METRICS, values, seed)
+    """``METRICS`` of several methods on the same draws: name -> maps N x S x S and class probabilities N.
+
+    ``without_map``: methods whose image score is the class probability alone.
+    """
+    found = {
+        name: data.metrics_by_category(*pair, name not in without_map, resamples, seed)
+        for name, pair in predictions.items()
+    }
+    return scores_of(found, METRICS, resamples, seed)
 
 
-def scores_by_text(
-    detector: Detector,
-    kept: Kept,
-    texts: Mapping[str, Mapping[str, torch.Tensor]],
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Scores:
-    """The same detector and features with several sets of text vectors (per category C x 2), on the same draws."""
-    found = {name: kept.with_text(detector, text) for name, text in texts.items()}
-    maps, probabilities = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
-    return score(maps, probabilities, kept, resamples, seed)
+def leave(run, why: str) -> None:
+    """End a notebook early and without an error, with a word, where its data has nothing to say; keeps the record."""
+    print(f"Skipped: {why}")
+    run.finish()
+    raise SystemExit(0)
 
 
 def need_both_labels(run, what: str) -> None:
-    """Leave a notebook early, with a word, where there is nothing to compare: no labels, or one of the two only."""
+    """Leave where there is nothing to compare: no labels, or one of the two only."""
     found = {s.label for s in run.dataset}
-    if run.dataset.has_masks or found >= {0, 1}:
-        return
-    there = {0: "normal", 1: "anomalous", -1: "unlabelled"}
-    kinds = " and ".join(there[label] for label in sorted(found))
-    print(f"Skipped: {what}. {run.dataset.name} has {kinds} images only; metrics need both kinds.")
-    run.finish()
-    raise SystemExit(0)
+    if not (run.dataset.has_masks or found >= {0, 1}):
+        there = {0: "normal", 1: "anomalous", -1: "unlabelled"}
+        kinds = " and ".join(there[label] for label in sorted(found))
+        leave(run, f"{what}. {run.dataset.name} has {kinds} images only; metrics need both kinds.")
 
 
 # Images by rule -------------------------------------------------------------------------------------------------
@@ -356,9 +380,7 @@ def worst_median_best(values: Sequence[float]) -> list[int]:
     >>> worst_median_best([3, 1, float("nan"), 2]), worst_median_best([5, 4])
     ([1, 3, 0], [1, 0])
     """
-    values = np.asarray(values, dtype=float)
-    order = np.flatnonzero(~np.isnan(values))
-    order = order[np.argsort(values[order], kind="stable")]
+    order = pd.Series(list(values), dtype=float).dropna().sort_values(kind="stable").index
     places = [0, len(order) // 2, len(order) - 1] if len(order) >= 3 else range(len(order))
     return [int(order[place]) for place in places]
 
@@ -381,26 +403,6 @@ def chosen_by_rule(dataset: Dataset, maps: np.ndarray, masks: np.ndarray | None)
 # Claims ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Claim:
-    """One finding of a run: a line of the table that is the reproduction."""
-
-    id: str
-    sentence: str
-    source: str
-    """where the statement comes from: "paper 3.2", "released program", "ours" """
-    metric: str
-    verdict: str
-    estimate: float
-    low: float
-    high: float
-    low_wide: float
-    high_wide: float
-    level: float
-    scope: str
-    p: float
-
-
 def claim(
     run,
     id: str,
@@ -418,7 +420,8 @@ def claim(
     ``sentence``: what is compared or measured. ``found``: (images, wide) as :meth:`Scores.interval` gives them; the
     verdict is the wide one's, or, for one interval alone, that one's: name its ``scope`` then ("these categories").
     ``level``: None for a difference (against 0, signed points); a number for a rate or metric that is held against
-    it, such as .5. ``then``: what follows, one text or one per verdict.
+    it, such as .5. ``source``: where the statement comes from: "paper 3.2", "released program", "ours". ``then``: what
+    follows, one text or one per verdict.
     """
     images, wide = found if isinstance(found, tuple) else (None, found)
     scope = scope or ("other images and categories" if images else "other images")
@@ -432,22 +435,25 @@ def claim(
         text += f" For other images of these categories alone: {images:{sign}}, {narrow}."
     follows = then if isinstance(then, str) else then.get(verdict, "")
     display(Markdown(f"{text} {follows}".strip()))
-    ends = ((images or wide).low, (images or wide).high, wide.low, wide.high)
-    numbers = (wide.estimate, *ends, level or 0.0)
-    _keep_claim(run, Claim(id, sentence, source, metric, verdict, *numbers, scope, p))
+    told = {"id": id, "sentence": sentence, "source": source, "metric": metric, "scope": scope}
+    told |= {"verdict": verdict, "level": level or 0.0}
+    _keep_claim(run, told, images or wide, replace(wide, p=p))
 
 
 def fact(run, id: str, sentence: str, holds: bool, *, source: str = "ours", then: str = "") -> None:
     """The same for what is exact and needs no interval, such as an identity: ``holds`` or ``does not hold``."""
-    verdict, nan = "holds" if holds else "does not hold", float("nan")
+    verdict = "holds" if holds else "does not hold"
     display(Markdown(f"**Found here:** {sentence}: **{verdict}**. {then}".strip()))
-    kept = Claim(id, sentence, source, "", verdict, *[nan] * 5, 0.0, "as computed", nan)
-    _keep_claim(run, kept)
+    told = {"id": id, "sentence": sentence, "source": source, "metric": "", "scope": "as computed"}
+    unmeasured = Interval(np.nan, np.nan, np.nan)
+    _keep_claim(run, told | {"verdict": verdict, "level": 0.0}, unmeasured, unmeasured)
 
 
-def _keep_claim(run, new: Claim) -> None:
-    others = [c for c in run.results.get("claims", []) if c["id"] != new.id]
-    run.record("claims", [*others, asdict(new)])
+def _keep_claim(run, told: dict, images: Interval, wide: Interval) -> None:
+    others = [c for c in run.results.get("claims", []) if c["id"] != told["id"]]
+    told |= {"estimate": wide.estimate, "low": images.low, "high": images.high}
+    told |= {"low_wide": wide.low, "high_wide": wide.high, "p": wide.p}
+    run.record("claims", [*others, told])
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -456,29 +462,31 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
     [0.03, 0.06, 0.06]
     """
-    p = np.asarray(p_values, dtype=float)
-    order = np.flatnonzero(~np.isnan(p))
-    order = order[np.argsort(p[order])]
-    adjusted = p.copy()
-    steps = p[order] * np.arange(len(order), 0, -1)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(steps))
-    return adjusted
+    p = pd.Series(p_values, dtype=float)
+    ordered = p.dropna().sort_values()
+    steps = (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1)
+    return steps.reindex(p.index).to_numpy()
+
+
+def measured(claim: Mapping[str, Any]) -> str:
+    """What a claim of a record measured, with its wide interval: "PRO +1.5 [+0.7, +4.3]"; empty for a fact."""
+    ends = [claim[name] for name in ("estimate", "low_wide", "high_wide")]
+    if pd.isna(ends).any():
+        return ""
+    sign = "" if claim["level"] else "+"  # against 0: a difference
+    name = METRIC_NAMES.get(claim["metric"], claim["metric"])
+    return f"{name} {Interval(*ends):{sign}}".strip()
 
 
 def show_claims(run) -> pd.DataFrame:
     """The notebook's claims and facts as a table, with Holm's correction over the claims: shown at its end."""
     claims: list[dict[str, Any]] = run.results.get("claims", [])
-    adjusted = holm([c["p"] if c["p"] is not None else np.nan for c in claims])
+    adjusted = holm([c["p"] for c in claims])
     rows = ["| | verdict | 95 % | about | after Holm |", "|---|---|---|---|---|"]
     for entry, p in zip(claims, adjusted, strict=True):
-        told = ""
-        if None not in (entry["estimate"], entry["low_wide"], entry["high_wide"]):
-            found = Interval(entry["estimate"], entry["low_wide"], entry["high_wide"])
-            told = f"{found:{'' if entry['level'] else '+'}}"
-        metric = METRIC_NAMES.get(entry["metric"], entry["metric"])
         source = "" if entry["source"] == "ours" else f" ({entry['source']})"
         holds = "" if np.isnan(p) else "significant" if p < 0.05 else "not significant"
-        cells = (entry["sentence"] + source, entry["verdict"], f"{metric} {told}", entry["scope"])
+        cells = (entry["sentence"] + source, entry["verdict"], measured(entry), entry["scope"])
         rows.append(f"| {' | '.join(cells)} | {holds} |")
     tested = int((~np.isnan(adjusted)).sum())
     rows.append(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from clipad.files import write_atomically
-from clipad.studies.common import METRIC_NAMES, Interval
+from clipad.studies.common import measured
 
 
 def collect(records: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -34,15 +34,11 @@ def markdown(claims: pd.DataFrame, folder: str = "") -> str:
     """
     rows = ["| claim | source | verdict | 95 % | scope | notebook |", "|---|---|---|---|---|---|"]
     for claim in claims.fillna({"metric": ""}).to_dict(orient="records"):
-        ends = [claim[name] for name in ("estimate", "low_wide", "high_wide")]
-        measured = ""
-        if not any(map(pd.isna, ends)):
-            sign = "" if claim["level"] else "+"  # against 0: a difference
-            name = METRIC_NAMES.get(claim["metric"], claim["metric"])
-            measured = f"{name} {Interval(*ends):{sign}}".strip()
         notebook = f"[{claim['notebook'][:2]}]({folder}{claim['notebook']}.ipynb)"
         verdict, scope = f"**{claim['verdict']}**", claim["scope"]
-        rows.append(_row(claim["sentence"], claim["source"], verdict, measured, scope, notebook))
+        rows.append(
+            _row(claim["sentence"], claim["source"], verdict, measured(claim), scope, notebook)
+        )
     return "\n".join(rows)
 
 

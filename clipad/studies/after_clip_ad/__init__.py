@@ -144,10 +144,9 @@ def subset(kept: Kept, positions: np.ndarray) -> Kept:
     """Some of the images, in the data set's order."""
     return Kept(
         replace(kept.dataset, samples=tuple(kept.dataset[i] for i in positions)),
+        None if kept.masks is None else kept.masks[positions],
         kept.reads,
         kept.features[torch.from_numpy(positions)],
-        kept.labels[positions],
-        None if kept.masks is None else kept.masks[positions],
     )
 
 
@@ -254,10 +253,9 @@ def compared(
 ) -> Scores:
     """All metrics on the same draws. Methods with text have the class probability and the published image score; for
     the others both are the map's maximum, because without text there is no class probability."""
-    text = {category: sdp.text_vectors(category) for category in kept.dataset.categories}
-    _, probability = kept.with_text(sdp, text)
-    scores = {n: probability if n in WITH_TEXT else m.max(axis=(1, 2)) for n, m in maps.items()}
-    return score(maps, scores, kept, resamples, seed, {n: n in WITH_TEXT for n in maps})
+    _, probability = kept.predict_all(sdp)
+    pairs = {n: (m, probability if n in WITH_TEXT else m.max(axis=(1, 2))) for n, m in maps.items()}
+    return score(pairs, kept, resamples, seed, without_map=set(maps) - WITH_TEXT)
 
 
 # Controls --------------------------------------------------------------------------------------------------------

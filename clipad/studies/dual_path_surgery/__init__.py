@@ -25,11 +25,12 @@ from clipad.evaluation import batches, read_masks
 from clipad.metrics import pixel_metrics
 from clipad.studies.common import (
     METRIC_NAMES,
-    Kept,
+    METRICS,
     Scores,
     chosen_by_rule,
     groups,
-    score,
+    labelled,
+    scores_of,
     thinned,
     within_image,
     worst_median_best,
@@ -117,20 +118,6 @@ def median_example(run, detector, category: str) -> Example:
     return example_of(run, own[chosen[min(1, len(chosen) - 1)]])
 
 
-def main_metrics(dataset: Dataset) -> list[str]:
-    """What the variants are compared by, the first one in the claims: pixels where there are masks, else images."""
-    if dataset.has_masks:
-        return ["pixel_pro", "pixel_auroc"]
-    return ["image_auroc", "image_ap"]
-
-
-def has_masks(dataset: Dataset) -> bool:
-    """Whether there is ground truth for a section that needs it; says so where there is none."""
-    if not dataset.has_masks:
-        display(Markdown(f"*Skipped: {dataset.name} has no masks.*"))
-    return dataset.has_masks
-
-
 @torch.no_grad()
 def run_variants(
     backbone, dataset: Dataset, variants: Mapping[Any, tuple], batch_size: int = 16
@@ -165,18 +152,21 @@ def score_variants(
     run, values: Mapping[str, torch.Tensor], probabilities: torch.Tensor, resamples: int
 ) -> Scores:
     """All metrics of every variant on the same draws, of maps smoothed like SDP's."""
-    dataset, size = run.dataset, run.backbone.image_size
-    masks = read_masks(list(dataset), size) if dataset.has_masks else None
-    kept = Kept(dataset, (), None, np.array([s.label for s in dataset]), masks)
+    size = run.backbone.image_size
+    data = labelled(run.dataset, size)
 
-    def scored(name: str) -> Scores:  # one at a time: maps of all variants would fill the memory
-        maps = {name: smooth_maps(values[name], size)}
-        return score(maps, {name: probabilities.numpy()}, kept, resamples, run.seed)
+    def scored(
+        patch_values: torch.Tensor,
+    ):  # one at a time: maps of all variants would fill the memory
+        maps = smooth_maps(patch_values, size)
+        return data.metrics_by_category(
+            maps, probabilities.numpy(), resamples=resamples, seed=run.seed
+        )
 
     with ThreadPoolExecutor(2) as pool:
-        found = list(tqdm(pool.map(scored, values), "metrics", len(values), unit="variant"))
-    joined = np.concatenate([one.values for one in found])
-    return replace(found[0], methods=tuple(values), values=joined)
+        found = pool.map(scored, values.values())
+        found = list(tqdm(found, "metrics", len(values), unit="variant"))
+    return scores_of(dict(zip(values, found, strict=True)), METRICS, resamples, run.seed)
 
 
 def by_group(scores: Scores, metric: str) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from clipad.datasets import Dataset, Sample, read_image
 from clipad.detectors import Detector
 from clipad.evaluation import batches, read_masks
 from clipad.metrics import image_metrics, pixel_metrics
-from clipad.studies.common import Interval, Kept, Scores, intervals_over_categories, score
+from clipad.studies.common import Interval, Scores, intervals_over_categories, labelled, score
 from clipad.studies.inspection import (
     Inspector,
     Look,
@@ -242,9 +242,8 @@ def scores_of_maps(
     maps: Mapping[str, np.ndarray], logits: np.ndarray, rest: Dataset, size: int, seed: int = 0
 ) -> Scores:
     """Metrics of several maps of the same images on the same bootstrap draws; the logit joins in the image score."""
-    masks = read_masks(list(rest), size) if rest.has_masks else None
-    kept = Kept(rest, (), None, np.array([s.label for s in rest]), masks)
-    return score(maps, dict.fromkeys(maps, logits), kept, seed=seed)
+    pairs = {name: (values, logits) for name, values in maps.items()}
+    return score(pairs, labelled(rest, size), seed=seed)
 
 
 def tiles_over_categories(

@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from IPython.display import Markdown, display
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -34,7 +33,7 @@ from clipad.dual_path import (
     queries_keys_values,
 )
 from clipad.evaluation import batches, read_masks
-from clipad.studies.common import Interval, Kept, from_draws
+from clipad.studies.common import Interval, Kept, Labelled, from_draws
 from clipad.surgery import similarity_map
 from clipad.text import representative_vector
 
@@ -97,21 +96,14 @@ def image_phenomena(
 # A data set -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Truth:
+@dataclass
+class Truth(Labelled):
     """The anomalous images of a data set that have a mask, and what is known of their pixels.
 
-    ``masks``: M x S x S bool; ``objects``: the same, or None where the data set has no object masks.
+    ``objects``: M x S x S like the masks, or None where the data set has no object masks.
     """
 
-    dataset: Dataset
-    masks: np.ndarray
     objects: np.ndarray | None
-
-    @property
-    def categories(self) -> np.ndarray:
-        """The category of each image, M."""
-        return np.array([s.category for s in self.dataset])
 
     def shares(self, grid: int) -> np.ndarray:
         """M x N: the share of each patch that the defect covers."""
@@ -164,14 +156,6 @@ def forms(truth: Truth) -> tuple[str, str, str, str]:
     filled = truth.objects.all()
     place = ("off_defect", "off the defect") if filled else ("off_object", "off the object")
     return "opposite_on_object", "the rest of the object", *place
-
-
-def need_masks(run) -> None:
-    """Where the data set has no ground truth, say so, keep the record and end the notebook there, without an error."""
-    if not run.dataset.has_masks:
-        display(Markdown("**Skipped: no masks.** All that follows counts pixels of known defects."))
-        run.finish()
-        raise SystemExit(0)
 
 
 def count_phenomena(maps: np.ndarray, truth: Truth) -> pd.DataFrame:
@@ -254,7 +238,7 @@ def untrained(backbone: Backbone, seed: int) -> Backbone:
 
 def rates_with(kept: Kept, detector: Detector, text: Mapping, truth: Truth) -> pd.Series:
     """Mean over categories of ``PHENOMENA`` with other text vectors (C x 2 per category) on features that are kept."""
-    found = count_phenomena(kept.with_text(detector, text)[0], truth)
+    found = count_phenomena(kept.predict_all(detector, text)[0], truth)
     return found.groupby("category")[list(PHENOMENA)].mean().mean()
 
 

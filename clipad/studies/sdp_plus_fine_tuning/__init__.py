@@ -118,8 +118,7 @@ def build(
 
 def mean_metrics(detector: Detector, kept: Kept) -> dict[str, float]:
     """``METRICS`` of one detector, mean over categories, without intervals; NaN where undefined."""
-    text = {category: detector.text_vectors(category) for category in kept.dataset.categories}
-    return kept.mean_metrics(*kept.with_text(detector, text))
+    return kept.mean_metrics(*kept.predict_all(detector))
 
 
 def over_trainings(

@@ -276,7 +276,7 @@ def measure(
     detector, kept: Kept, texts: Mapping[object, Mapping[str, torch.Tensor]]
 ) -> pd.DataFrame:
     """Metrics of a detector with each of many sets of text vectors: means over categories, from features kept."""
-    rows = {name: kept.mean_metrics(*kept.with_text(detector, t)) for name, t in texts.items()}
+    rows = {name: kept.mean_metrics(*kept.predict_all(detector, t)) for name, t in texts.items()}
     return pd.DataFrame(rows).T
 
 
