@@ -42,7 +42,7 @@ app: install  ## the explorer alone, as a page in the browser
 	$(BIN)/voila clipad/studies/explorer/app.ipynb --strip_sources=True
 
 notebooks: install  ## execute the notebooks and store their outputs in the repository
-	$(BIN)/clipad notebooks store
+	$(BIN)/python docs/store.py
 
 BOOK_OF ?=
 book: install  ## the notebooks that `make reproduce` executed as an offline site, book/index.html; or BOOK_OF=folder

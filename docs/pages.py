@@ -8,9 +8,9 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 from myst_nb.core.render import NbElementRenderer
+from store import without_kernel
 
 from clipad.tools.claims import markdown
-from clipad.tools.stored import without_kernel
 
 HERE = Path(__file__).parent
 NOTEBOOKS = HERE / "notebooks"

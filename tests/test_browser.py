@@ -24,7 +24,7 @@ import clipad
 from clipad.studies.experiments import Experiment
 from clipad.studies.explorer.model import Explorer
 from clipad.studies.explorer.widget import Viewer
-from clipad.tools import runner, stored
+from clipad.tools import notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOTS = ROOT / "outputs" / "browser"
@@ -54,7 +54,7 @@ def quiet_settings(folder: Path) -> None:
 def lab(tmp_path):
     """Address of a JupyterLab of our own, on this machine only, that serves a copy of the notebook."""
     pytest.importorskip("jupyterlab")
-    notebook = stored.read_notebook(runner.find_notebook("06"))
+    notebook = notebooks.read_notebook(notebooks.find_notebook("06"))
     for cell in notebook.cells:
         cell.pop("outputs", None) if cell.cell_type == "markdown" else cell.update(outputs=[])
         if "parameters" in cell.metadata.get("tags", []):
@@ -66,7 +66,7 @@ def lab(tmp_path):
     notebook.metadata.pop("widgets", None)
     served = tmp_path / "served"
     served.mkdir()
-    stored.write_notebook(notebook, served / "06_explorer.ipynb")
+    notebooks.write_notebook(notebook, served / "06_explorer.ipynb")
     quiet_settings(tmp_path / "settings")
 
     with socket.socket() as free:

@@ -9,15 +9,16 @@ import pytest
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_notebook
 
-from clipad.tools import doctor, runner, stored
+from clipad.tools import doctor, notebooks, runner
 from clipad.tools.cli import app
 from clipad.tools.parameters import guess_type, read_parameters
 
 
 @pytest.fixture
-def notebooks(tmp_path, monkeypatch):
+def project(tmp_path, monkeypatch):
     """A project of two notebooks; the second one fails when told to."""
-    monkeypatch.setattr(runner, "REPOSITORY", tmp_path)
+    for module in (notebooks, runner):
+        monkeypatch.setattr(module, "REPOSITORY", tmp_path)
     kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
     for name, lines, code in (
         ("00_first", "n: int = 1  # a number [1..9]", "print(n)"),
@@ -26,7 +27,7 @@ def notebooks(tmp_path, monkeypatch):
         cells = [new_code_cell(lines, metadata={"tags": ["parameters"]}), new_code_cell(code)]
         metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
         (tmp_path / "notebooks").mkdir(exist_ok=True)
-        stored.write_notebook(
+        notebooks.write_notebook(
             new_notebook(cells=cells, metadata=metadata), tmp_path / "notebooks" / f"{name}.ipynb"
         )
     return tmp_path
@@ -51,9 +52,7 @@ def test_version():
     assert invoke("--version").output == f"clipad {version('clipad')}\n"
 
 
-@pytest.mark.parametrize(
-    "command", [["run"], ["params"], ["doctor"], ["data", "check"], ["notebooks", "store"]]
-)
+@pytest.mark.parametrize("command", [["run"], ["params"], ["doctor"], ["data", "check"]])
 def test_every_command_has_help(command):
     done = invoke(*command, "--help")
     assert done.exit_code == 0
@@ -78,56 +77,47 @@ def test_every_command_has_help(command):
         (["params", "07"], "no notebook starts with '07'"),
     ],
 )
-def test_wrong_usage_is_told_in_one_line(notebooks, arguments, message):
+def test_wrong_usage_is_told_in_one_line(project, arguments, message):
     done = invoke(*arguments)
     assert done.exit_code == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
-    assert not (notebooks / "outputs").exists()
+    assert not (project / "outputs").exists()
 
 
-def test_missing_parameter_file_is_told(notebooks):
+def test_missing_parameter_file_is_told(project):
     done = invoke("run", "00", "-f", "nowhere.yaml")
     assert done.exit_code == 1
     assert "nowhere.yaml" in done.stderr
 
 
 @pytest.mark.slow
-def test_run(notebooks):
+def test_run(project):
     done = invoke("run", "00", "-p", "n", 5)
     assert done.exit_code == 0
     assert "00_first: ok" in done.stdout
-    assert "5" in (notebooks / "outputs" / "demo-demo" / "00_first.ipynb").read_text()
+    assert "5" in (project / "outputs" / "demo-demo" / "00_first.ipynb").read_text()
 
 
 @pytest.mark.slow
-def test_run_all_goes_on_after_a_failure(notebooks):
-    notebooks.joinpath("notebooks", "01_second.ipynb").rename(
-        notebooks / "notebooks" / "000_x.ipynb"
-    )
-    notebooks.joinpath("notebooks", "000_x.ipynb").rename(
-        notebooks / "notebooks" / "00_a.ipynb"
+def test_run_all_goes_on_after_a_failure(project):
+    project.joinpath("notebooks", "01_second.ipynb").rename(project / "notebooks" / "000_x.ipynb")
+    project.joinpath("notebooks", "000_x.ipynb").rename(
+        project / "notebooks" / "00_a.ipynb"
     )  # now the first
-    done = invoke("run", "--all", "-p", "fail", "True", "--output-dir", notebooks / "there")
+    done = invoke("run", "--all", "-p", "fail", "True", "--output-dir", project / "there")
     assert done.exit_code == 1
     assert "AssertionError" in done.stderr
     summary = done.stdout.split("minutes")[1].splitlines()
     assert [line.split()[:2] for line in summary[1:]] == [["00_a", "failed"], ["00_first", "ok"]]
-    record = json.loads((notebooks / "there" / "runs.json").read_text())
+    record = json.loads((project / "there" / "runs.json").read_text())
     assert {name: run["status"] for name, run in record.items()} == {
         "00_a": "failed",
         "00_first": "ok",
     }
 
 
-@pytest.mark.slow
-def test_store(notebooks):
-    assert invoke("notebooks", "store", "00").exit_code == 0
-    assert stored.stored_in_step(notebooks / "notebooks" / "00_first.ipynb")
-    assert not stored.stored_in_step(notebooks / "notebooks" / "01_second.ipynb")
-
-
-def test_params(notebooks):
+def test_params(project):
     lines = invoke("params", "01").output.splitlines()
     assert [line.split()[:3] for line in lines[1:]] == [
         ["n", "int", "1"],

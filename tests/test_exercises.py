@@ -8,7 +8,7 @@ import pytest
 
 from clipad.studies import exercises
 from clipad.studies.exercises import NOT_YET, SOLVED, check
-from clipad.tools.runner import notebook_paths
+from clipad.tools.notebooks import notebook_paths
 
 SOLUTION = re.compile(r"<summary>Solution.*?</summary>\s*```python\n(.*?)```", re.S)
 NOTEBOOKS = [pytest.param(path, id=path.stem[:2]) for path in notebook_paths()]

@@ -23,7 +23,7 @@ from clipad.studies.explorer.model import REFERENCES, Explorer, Settings, patch_
 from clipad.studies.explorer.panel import command
 from clipad.surgery import feature_surgery
 from clipad.text import METHODS
-from clipad.tools import cli, parameters, runner
+from clipad.tools import cli, notebooks, parameters, runner
 
 
 @pytest.fixture
@@ -321,7 +321,7 @@ def read_back(explorer, text):
     pairs = [(words[i + 1], words[i + 2]) for i, word in enumerate(words) if word == "-p"]
     texts = [words[i + 1] for i, word in enumerate(words) if word == "-y"]
     given = parameters.read_parameters(pairs, texts, [])
-    values = runner.check_parameters(runner.find_notebook("06"), given)
+    values = runner.plan([notebooks.find_notebook("06")], given)[0][1]
     compared = values.pop("compare_with", {})
     values = {name: value for name, value in values.items() if name in asdict(Settings("", ""))}
     first = explorer.settings(**values)
@@ -348,7 +348,7 @@ def test_defaults_need_no_words(explorer, start):
 
 
 def test_parameters_and_settings_have_the_same_names():
-    known = runner.inspect_parameters(runner.find_notebook("06"))
+    known = notebooks.inspect_parameters(notebooks.find_notebook("06"))
     assert set(asdict(Settings("", ""))) <= set(known)
     assert set(known["detector"].choices) == set(DETECTORS)
     assert set(known["rvs"].choices) == set(METHODS)

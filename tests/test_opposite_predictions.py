@@ -36,8 +36,7 @@ from clipad.studies.opposite_predictions import (
     who_writes_what,
     written_by_block,
 )
-from clipad.tools.runner import find_notebook
-from clipad.tools.stored import read_notebook
+from clipad.tools.notebooks import find_notebook, read_notebook
 
 SIZE = 20  # 5 % of 20 x 20 pixels are 20
 SHARES = ["opposite", "opposite_on_object"]

@@ -10,41 +10,10 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from small_notebooks import PARAMETERS, notebook
 
-from clipad.tools import runner, stored
-
-PARAMETERS = """preset: str = "demo"  # model, data and protocol [demo|paper]
-count: int = 0  # how many [1..16]
-share: float = 0.5  # which part [0..1]
-flag: bool = False  # a switch
-categories: list[str] = []  # which ones
-names: list = []  # of anything
-options: dict = {}  # of the method
-data_root: str = ""  # path of the data
-pretrained: str = ""  # published tag, or path of a checkpoint
-device: str = ""  # where to compute [cpu|cuda]"""
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-
-
-def notebook(*cells, parameters=PARAMETERS):
-    """A notebook of code cells, after a parameters cell."""
-    code = [
-        new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-        *map(new_code_cell, cells),
-    ]
-    kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
-    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
-    return new_notebook(cells=[new_markdown_cell("# Title"), *code], metadata=metadata)
-
-
-def executed(*outputs, tags=()):
-    """The same as if executed, with these outputs in its last cell."""
-    node = notebook("work()")
-    node.cells[1].execution_count, node.cells[2].execution_count = 1, 2
-    node.cells[2].metadata.tags = list(tags)
-    node.cells[2].outputs = list(outputs)
-    return node
+from clipad.tools import notebooks, runner
 
 
 @pytest.fixture
@@ -52,10 +21,14 @@ def make(tmp_path):
     def write(name, *cells, **options):
         path = tmp_path / "note books {x}" / f"{name}.ipynb"  # papermill formats braces in paths
         path.parent.mkdir(exist_ok=True)
-        stored.write_notebook(notebook(*cells, **options), path)
+        notebooks.write_notebook(notebook(*cells, **options), path)
         return path
 
     return write
+
+
+def checked(path, values):
+    return runner.plan([path], values)[0][1]
 
 
 def run(path, parameters=None, **options):
@@ -66,23 +39,21 @@ def run(path, parameters=None, **options):
 
 
 def test_find_notebook(make):
-    path = make("03_dual_path_surgery")
-    make("04_a")
-    make("05_b")
-    make("05_c")
-    assert runner.find_notebook("03", path.parent) == path
-    assert runner.find_notebook("03_dual_path_surgery.ipynb", path.parent) == path
-    assert runner.find_notebook(str(path)) == path
+    path = notebooks.find_notebook("03")
+    assert path.stem == "03_dual_path_surgery"
+    assert notebooks.find_notebook("03_dual_path_surgery.ipynb") == path
+    assert notebooks.find_notebook(str(path)) == path
+    assert notebooks.find_notebook(str(make("03_own"))).stem == "03_own"
     with pytest.raises(ValueError, match="did you mean '03_dual_path_surgery'"):
-        runner.find_notebook("dual_path_surgery", path.parent)
-    with pytest.raises(ValueError, match="several notebooks: 05_b, 05_c"):
-        runner.find_notebook("05", path.parent)
+        notebooks.find_notebook("dual_path_surgery")
+    with pytest.raises(ValueError, match="several notebooks: 00_"):
+        notebooks.find_notebook("0")
     with pytest.raises(ValueError, match="no notebook starts with ''"):
-        runner.find_notebook("", path.parent)
+        notebooks.find_notebook("")
 
 
 def test_inspect_parameters(make):
-    found = runner.inspect_parameters(make("00_a"))
+    found = notebooks.inspect_parameters(make("00_a"))
     assert list(found)[:3] == ["preset", "count", "share"]
     assert found["preset"].choices == ("demo", "paper")
     assert (found["count"].type, found["count"].low, found["count"].high) == ("int", 1, 16)
@@ -101,20 +72,20 @@ def test_inspect_parameters(make):
 )
 def test_parameters_of_another_form_are_refused(make, line, message):
     with pytest.raises(ValueError, match=message):
-        runner.inspect_parameters(make("00_a", parameters=line))
+        notebooks.inspect_parameters(make("00_a", parameters=line))
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"preset_": "demo"}, "unknown parameter 'preset_'; did you mean 'preset'"),
-        ({"preset": "papr"}, "preset cannot be 'papr'; did you mean 'paper'"),
+        ({"preset_": "demo"}, "unknown parameter 'preset_' .did you mean 'preset'"),
+        ({"preset": "papr"}, "preset cannot be 'papr' .did you mean 'paper'.*one of demo, paper"),
         ({"preset": 3}, "preset expects str, found int 3; in YAML: -y 'preset: \"03\"'"),
         ({"count": "many"}, "count expects int, found str 'many'"),
         ({"count": 1.5}, "count expects int, found float"),
         ({"count": True}, "count expects int, found bool"),
         ({"count": 17}, r"count must lie in 1\.\.16, found 17"),
-        ({"share": float("nan")}, "share expects a finite number"),
+        ({"share": float("nan")}, "share expects float, found float nan"),
         ({"share": None}, "share expects float, found NoneType"),
         ({"flag": 1}, "flag expects bool, found int"),
         ({"flag": ""}, "flag expects bool, found str"),
@@ -146,9 +117,9 @@ def test_accepted_values(make):
         "options": {"eps": 1.5},
         "count": 16,
     }
-    assert runner.check_parameters(path, given) == given
+    assert checked(path, given) == given
     empty = {"preset": 0, "count": "", "share": "", "categories": "", "options": 0, "data_root": ""}
-    assert runner.check_parameters(path, empty) == {
+    assert checked(path, empty) == {
         "preset": "",
         "count": 0,
         "share": 0.0,
@@ -161,7 +132,7 @@ def test_accepted_values(make):
 def test_paths_count_from_where_the_command_is_typed(make, tmp_path, monkeypatch):
     path = make("00_a")
     monkeypatch.chdir(tmp_path)
-    check = lambda **values: runner.check_parameters(path, values)  # noqa: E731
+    check = lambda **values: checked(path, values)  # noqa: E731
     assert check(data_root="data/x") == {"data_root": str(tmp_path / "data" / "x")}
     assert check(pretrained="laion400m_e31") == {"pretrained": "laion400m_e31"}
     Path("weights.pt").touch()
@@ -186,13 +157,12 @@ def test_own_data_under_the_name_of_the_demo_is_refused(make):
     assert not (path.parent / "out").exists()
 
 
-def test_output_folder(make, tmp_path):
-    path = make("00_a", parameters='preset: str = "demo"\ndataset: str = ""')
-    name = lambda **values: runner.output_folder(path, values).name  # noqa: E731
+def test_output_folder(tmp_path):
+    name = lambda **values: runner.output_folder(values).name  # noqa: E731
     assert name() == "demo-demo"
     assert name(preset="paper") == "paper-mvtec"
     assert name(dataset="headct") == "demo-headct"
-    assert runner.output_folder(path, {"output_dir": str(tmp_path)}) == tmp_path
+    assert runner.output_folder({"output_dir": str(tmp_path)}) == tmp_path
 
 
 # --- running ---
@@ -243,7 +213,8 @@ def test_a_killed_kernel_fails_and_names_the_cell(make):
     assert "the kernel was killed" in done.reason
     assert "`os.kill(os.getpid(), 9)`" in done.reason
     assert any(
-        "the kernel was killed" in p for p in stored.gate(stored.read_notebook(done.output_path))
+        "the kernel was killed" in p
+        for p in notebooks.faults(notebooks.read_notebook(done.output_path))
     )
 
 
@@ -310,7 +281,9 @@ def test_a_damaged_record_of_runs_is_written_anew(make):
 def test_streams_are_whole_and_bars_end_in_their_last_state(make):
     bar = "for i in range(3):\n    print(f'\\r{i} of 3', end='', file=sys.stderr, flush=True)\n    time.sleep(.2)"
     text = "print('a', flush=True); time.sleep(.2); print('b'); display('between'); print('c')"
-    cells = stored.read_notebook(run(make("00_a", "import sys, time", bar, text)).output_path).cells
+    cells = notebooks.read_notebook(
+        run(make("00_a", "import sys, time", bar, text)).output_path
+    ).cells
     assert [output.text for output in cells[-2].outputs] == ["2 of 3"]
     assert [output.get("text") for output in cells[-1].outputs] == ["a\nb\n", None, "c\n"]
 
@@ -333,187 +306,12 @@ def test_an_exception_inside_a_widget_fails(make):
     assert (done.status, done.reason) == ("failed", "in a widget: ValueError: hidden")
 
 
-# --- the gate ---
-
-
-def figure(alt=None):
-    metadata = {"image/png": {"alt": alt}} if alt is not None else {}
-    return new_output(
-        "display_data", data={"image/png": PNG, "text/plain": "<Figure>"}, metadata=metadata
-    )
-
-
-def text(content, name="stdout"):
-    return new_output("stream", name=name, text=content)
-
-
-def html(content):
-    return new_output("display_data", data={"text/html": content, "text/plain": ""})
-
-
-CLEAN = [
-    figure("Bar chart of three scores"),
-    text("see https://example.org/home/page and a ratio 1/2, /3"),
-    text(" 50%|#####     | 1/2 [00:01<00:01,  1.00s/it]", "stderr"),
-    html('<table></table><img src="data:image/png;base64,/tmp/x" alt="A map">'),
-]
-UNCLEAN = [
-    (figure(), "without alt text"),
-    (figure(" "), "without alt text"),
-    (figure("<Figure size 640x480 with 1 Axes>"), "without alt text"),
-    (html('<img src="a.png">'), "without alt text"),
-    (html('<img src="a.png" alt="">'), "without alt text"),
-    (
-        text("reading /home/somebody/data.csv"),
-        "absolute path of this machine: /home/somebody/data.csv",
-    ),
-    (text(f"reading {Path.cwd() / 'x.csv'}"), "absolute path"),
-    (text("in lib/python3.11/site-packages/torch"), "absolute path"),
-    (figure(f"From {runner.REPOSITORY}/data"), "absolute path"),
-    (text("x.py:1: FutureWarning: soon\n", "stderr"), "a warning: x.py:1: FutureWarning: soon"),
-    (new_output("error", ename="ValueError", evalue="bad", traceback=[]), "ValueError: bad"),
-]
-
-
-@pytest.mark.parametrize("output", CLEAN)
-def test_gate_accepts(output):
-    assert stored.gate(executed(output)) == []
-
-
-@pytest.mark.parametrize(("output", "problem"), UNCLEAN)
-def test_gate_refuses(output, problem):
-    problems = stored.gate(executed(output))
-    assert len(problems) == 1
-    assert problem in problems[0]
-    # the same inside an Output widget, where papermill does not look
-    node = executed(text("static"))
-    state = {"outputs": [output]}
-    node.metadata.widgets = {stored.WIDGET_STATE: {"state": {"0" * 32: {"state": state}}}}
-    problems = stored.gate(nbformat.from_dict(node))
-    assert len(problems) == 1
-    assert problem in problems[0]
-
-
-def test_gate_allows_the_warnings_that_a_cell_is_about():
-    warning = "/home/somebody/clipad/text.py:10: UserWarning: constant scores\n  warn()\n"
-    assert stored.gate(executed(text(warning, "stderr"), tags=["warns"])) == []
-    assert len(stored.gate(executed(text(warning, "stderr")))) == 1
-
-
-@pytest.mark.parametrize("unit", ["x", "/", "a:1", "9", "<img ", "Warning", "A/b+", "\\Users\\"])
-def test_the_gate_takes_linear_time(unit):
-    """2 MB without a blank or a new line; a search that is quadratic in its length would take hours."""
-    long = unit * (2_000_000 // len(unit))
-    picture = html(f'<img alt="a" src="data:image/png;base64,{long}">')
-    for output in (text(long), text(long, "stderr"), html(long), picture):
-        node = stored.merge_streams(executed(output))
-        assert isinstance(stored.gate(node), list)
-
-
-def test_gate_wants_each_cell_executed_and_a_python_kernel():
-    node = executed()
-    node.cells[2].execution_count = None
-    node.metadata.kernelspec.name = "conda-env-x"
-    problems = stored.gate(node)
-    assert problems == [
-        "code cell 2: was not executed",
-        "the kernel is 'conda-env-x', expected 'python3'",
-    ]
-
-
-def test_gate_wants_something_static_beside_controls():
-    view = {stored.WIDGET_VIEW: {"model_id": "0" * 32}, "text/plain": "IntSlider(value=0)"}
-    controls = new_output("display_data", data=view)
-    assert "controls without" in stored.gate(executed(controls))[0]
-    assert stored.gate(executed(figure("A map"), controls)) == []
-
-
-# --- stored outputs ---
-
-
-@pytest.mark.slow
-def test_what_differs_between_any_two_runs_is_not_stored(make):
-    shown = "class Shown:\n    def __repr__(self): return f'<Shown at {hex(id(self))}>'\nShown()"
-    path = make("00_a", shown, "import warnings; warnings.warn('constant scores')")
-    node = stored.read_notebook(path)
-    node.cells[3].metadata.tags = ["warns"]
-    stored.write_notebook(node, path)
-    done = run(path)
-    assert done.status == "ok", done.reason
-    stored.update_stored(path, done.output_path)
-    shown, warning = (cell.outputs[0] for cell in stored.read_notebook(path).cells[2:])
-    assert shown.data["text/plain"] == "<Shown>"
-    assert "/" not in warning.text.split("UserWarning")[0]
-
-
-@pytest.mark.slow
-def test_stored_outputs_follow_the_sources(make):
-    path = make("00_a", "print('hello')\n3", "import sys; print(' 50%|##  | 1/2', file=sys.stderr)")
-    done = run(path)
-    assert not stored.stored_in_step(path)
-    stored.update_stored(path, done.output_path)
-    assert stored.stored_in_step(path)
-    once = path.read_bytes()
-    assert once.endswith(b"}\n")
-    node = stored.read_notebook(path)
-    assert [cell.execution_count for cell in node.cells if cell.cell_type == "code"] == [1, 2, 3]
-    assert node.cells[2].outputs[0].text == "hello\n"
-    assert node.cells[3].outputs == []  # a progress bar differs between any two runs
-    assert "papermill" not in once.decode()
-    assert stored.gate(node) == []
-
-    again = run(path)  # another kernel, other times
-    stored.update_stored(path, again.output_path)
-    assert path.read_bytes() == once
-
-    node.cells[2].source += "\n# changed"
-    stored.write_notebook(node, path)
-    assert not stored.stored_in_step(path)
-    with pytest.raises(ValueError, match="changed since"):
-        stored.update_stored(path, again.output_path)
-
-
-@pytest.mark.slow
-def test_outputs_that_are_too_large_are_not_stored(make):
-    path = make("00_a", "print('x' * 1_700_000)")
-    before, done = path.read_bytes(), run(path)
-    assert done.status == "ok"
-    with pytest.raises(ValueError, match=r"has 1\.7 MB, the limit is 1\.5 MB"):
-        stored.update_stored(path, done.output_path)
-    assert path.read_bytes() == before
-
-
-@pytest.mark.slow
-def test_only_default_parameters_are_stored(make):
-    path = make("00_a", "print(count)")
-    done = run(path, {"count": 3})
-    with pytest.raises(ValueError, match="default parameters"):
-        stored.update_stored(path, done.output_path)
-    assert stored.source_hash(stored.read_notebook(done.output_path)) == stored.source_hash(
-        stored.read_notebook(path)
-    )
-
-
-@pytest.mark.slow
-def test_of_widgets_stays_what_works_without_a_kernel(make):
-    path = make("00_w", "import ipywidgets as w\nprint('twin')\nw.VBox([w.IntSlider()])")
-    kept = []
-    for _ in range(2):
-        stored.update_stored(path, run(path).output_path)
-        kept.append(path.read_bytes())
-    assert kept[0] == kept[1]
-    node = stored.read_notebook(path)
-    assert "widgets" not in node.metadata
-    _, shown = node.cells[2].outputs
-    assert list(shown.data) == ["text/plain"]
-
-
 @pytest.mark.parametrize("content", ["not JSON", "[]", "3", '{"cells": 3}', '{"a": 1}', "\xff"])
 def test_a_file_that_is_no_notebook(tmp_path, content):
     path = tmp_path / "00_a.ipynb"
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=r"00_a\.ipynb is no Jupyter notebook"):
-        runner.inspect_parameters(path)
+        notebooks.inspect_parameters(path)
 
 
 @pytest.mark.slow

@@ -61,14 +61,9 @@ def run(notebook, every, preset, pairs, texts, files, output_dir) -> None:
     Exit code: 0 all cells ran and the output is sound (or the notebook says why it skips), 1 it failed, 2 wrong usage,
     130 stopped; the same command continues.
     """
+    from clipad.tools.notebooks import find_notebook, inspect_parameters, notebook_paths
     from clipad.tools.parameters import read_parameters
-    from clipad.tools.runner import (
-        find_notebook,
-        inspect_parameters,
-        notebook_paths,
-        plan,
-        run_notebook,
-    )
+    from clipad.tools.runner import plan, run_notebook
 
     runs = []
     with one_line_errors():
@@ -167,7 +162,7 @@ def detect(
 @click.argument("notebook")
 def params(notebook) -> None:
     """Show what can be set in a notebook: name, type, default, meaning and allowed values."""
-    from clipad.tools.runner import find_notebook, inspect_parameters
+    from clipad.tools.notebooks import find_notebook, inspect_parameters
 
     with one_line_errors():
         found = inspect_parameters(find_notebook(notebook)).values()
@@ -199,10 +194,10 @@ def sweep(file, workers, scheduler, output_dir) -> None:
     with one_line_errors():
         if workers and scheduler:
             raise ValueError("--workers is for a local cluster: leave it out beside --scheduler")
-        from clipad.tools import runner
         from clipad.tools import sweep as sweeps
+        from clipad.tools.notebooks import REPOSITORY
 
-        default = runner.REPOSITORY / "outputs" / f"sweep-{Path(file).stem}"
+        default = REPOSITORY / "outputs" / f"sweep-{Path(file).stem}"
         folder = Path(output_dir or default).expanduser()
         records = sweeps.sweep(sweeps.plan(file), folder, workers, scheduler)
     failed = sum(record["status"] == "failed" for record in records)
@@ -256,32 +251,6 @@ def check_data(name, root, normal_folder, image_size) -> None:
         report = check_dataset(name, place, image_size or 0, normal_folder or "")
     click.echo(str(report))
     _exit_if(not report.ok)
-
-
-@app.group()
-def notebooks() -> None:
-    """Keep the stored notebooks (for those who change them)."""
-
-
-@notebooks.command(short_help="Run with default parameters and store the outputs.")
-@click.argument("names", nargs=-1, metavar="[NOTEBOOK]...")
-def store(names) -> None:
-    """Run notebooks (all when none is named) with their default parameters; store the outputs in notebooks/*.ipynb.
-
-    A notebook that fails, or whose output does not pass the checks, keeps its last good outputs.
-    """
-    from clipad.tools.runner import find_notebook, notebook_paths, run_notebook
-    from clipad.tools.stored import update_stored
-
-    failed = False
-    with one_line_errors():
-        for path in [find_notebook(name) for name in names] or notebook_paths():
-            done = run_notebook(path)
-            _report(done)
-            if done.status == "ok":
-                update_stored(path, done.output_path)
-            failed |= done.status != "ok"
-    _exit_if(failed)
 
 
 @contextlib.contextmanager

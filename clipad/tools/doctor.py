@@ -7,7 +7,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from clipad.tools.runner import REPOSITORY, notebook_paths, require_own_kernel
+from clipad.tools.notebooks import REPOSITORY, notebook_paths
+from clipad.tools.runner import require_own_kernel
 
 PIP = f"{sys.executable} -m pip"
 RESTORE = f"git -C {REPOSITORY} restore"

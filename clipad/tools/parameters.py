@@ -13,23 +13,16 @@ parameter a line, ``name: type = default  # help``:
 
 import ast
 import contextlib
-import difflib
 import math
 import re
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
-TYPES = {
-    "str": str,
-    "int": int,
-    "float": (int, float),
-    "bool": bool,
-    "list": list,
-    "list[str]": list,
-    "dict": dict,
-}
-EMPTY = {"str": "", "int": 0, "float": 0.0, "list": [], "list[str]": [], "dict": {}}
+from clipad.files import did_you_mean
+
+TYPES = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict}
+TYPES |= {"list": list, "list[str]": list}
 IN_YAML = {"str": '"03"', "list": '[3, "no"]', "list[str]": '[a, "03"]', "dict": "{key: value}"}
 """how values are written that ``-p`` would read as something else, or cannot say"""
 
@@ -46,22 +39,12 @@ def shown(value) -> str:
     return _short.repr(value)
 
 
-def nearest(name: str, known) -> str:
-    """What an error adds to an unknown name.
-
-    >>> nearest("sead", ["seed", "device"])
-    "did you mean 'seed'? known: seed, device"
-    """
-    close = difflib.get_close_matches(str(name)[:100], list(known), n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}known: {', '.join(known) or 'none'}"
-
-
 def require_known(names, known, what: str) -> None:
     """ValueError for the first of the names that is not known."""
     for name in names:
         if name not in known:
-            raise ValueError(f"{what}: unknown parameter {shown(name)}; {nearest(name, known)}")
+            hint = f"{did_you_mean(name, known)}; known: {', '.join(known) or 'none'}"
+            raise ValueError(f"{what}: unknown parameter {shown(name)}{hint}")
 
 
 # --- what a notebook declares ---------------------------------------------------------------------------------------
@@ -79,11 +62,41 @@ class Parameter:
     low: float = -math.inf
     high: float = math.inf
 
-    def is_path(self, value) -> bool:
-        """Whether the value names a file or folder; see the docstring of the module."""
-        if self.type != "str" or not value or "path" not in self.help.split():
+    def checked(self, value):
+        """The value as a notebook may get it: right type, allowed, a path made absolute; else ValueError."""
+        if self.type != "bool" and not isinstance(value, bool) and value in ("", 0):
+            return TYPES[self.type]()
+        if not _fits(value, self.type):
+            example = IN_YAML.get(self.type)
+            advice = f"; in YAML: -y '{self.name}: {example}'" if example else ""
+            found = f"{type(value).__name__} {shown(value)}{advice}"
+            raise ValueError(f"{self.name} expects {self.type}, found {found}")
+        if self.choices and value not in self.choices:
+            hint = f"{did_you_mean(value, self.choices)}: one of {', '.join(self.choices)}"
+            raise ValueError(f"{self.name} cannot be {shown(value)}{hint}")
+        if isinstance(value, int | float) and not self.low <= value <= self.high:
+            ends = (f"{end:g}" if math.isfinite(end) else "" for end in (self.low, self.high))
+            raise ValueError(f"{self.name} must lie in {'..'.join(ends)}, found {shown(value)}")
+        return str(Path(value).expanduser().resolve()) if self._is_path(value) else value
+
+    def _is_path(self, value) -> bool:
+        if self.type != "str" or "path" not in self.help.split():
             return False
         return self.help.startswith("path") or Path(value).expanduser().exists()
+
+
+def _fits(value, kind: str) -> bool:
+    """Whether ``value`` has the type that is written ``kind``: "float" takes an int and must be a number, "int" takes
+    no bool; items of a list are no bools (YAML reads ``[no, on]`` as such)."""
+    if isinstance(value, bool):
+        return kind == "bool"
+    if isinstance(value, list) and kind == "list[str]":
+        return all(isinstance(item, str) for item in value)
+    if isinstance(value, list) and any(isinstance(item, bool) for item in value):
+        return False
+    if kind == "float":
+        return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    return isinstance(value, TYPES[kind])
 
 
 def declared(source: str, name: str) -> dict[str, Parameter]:
@@ -97,13 +110,11 @@ def declared(source: str, name: str) -> dict[str, Parameter]:
         place = f"line {error.lineno} of the parameters cell"
         raise ValueError(f"{name}: {place} is no Python: {error.msg}") from None
     lines = source.splitlines()
-    found = [
-        _parameter(statement, lines[statement.end_lineno - 1], name) for statement in statements
-    ]
+    found = [_parameter(each, lines[each.end_lineno - 1], name) for each in statements]
     return {parameter.name: parameter for parameter in found}
 
 
-def _parameter(statement: ast.stmt, line: str, notebook: str) -> Parameter:
+def _parameter(statement: ast.stmt, last_line: str, notebook: str) -> Parameter:
     try:
         target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
         name, default = target.id, ast.literal_eval(statement.value)
@@ -119,8 +130,8 @@ def _parameter(statement: ast.stmt, line: str, notebook: str) -> Parameter:
             f"{notebook}: {name} has the type {kind} and the default {shown(default)}; "
             f"expected one of {', '.join(TYPES)}, and a default of that type"
         )
-    end = len(line.encode()[: statement.end_col_offset].decode())
-    help_text = line[end:].partition("#")[2].strip()
+    rest = last_line.encode()[statement.end_col_offset :].decode()
+    help_text = rest.partition("#")[2].strip()
     return Parameter(name, kind, default, help_text, **_limits(name, help_text))
 
 
@@ -135,47 +146,6 @@ def _limits(name: str, help_text: str) -> dict:
     return {"choices": tuple(bracket[1].split("|"))}
 
 
-# --- values ---------------------------------------------------------------------------------------------------------
-
-
-def checked(parameter: Parameter, value):
-    """The value as the notebook may get it: right type, allowed, a path made absolute; else ValueError."""
-    name, kind = parameter.name, parameter.type
-    if kind != "bool" and not isinstance(value, bool) and value in ("", 0):
-        return EMPTY[kind]
-    if not _fits(value, kind):
-        advice = f"; in YAML: -y '{name}: {IN_YAML[kind]}'" if kind in IN_YAML else ""
-        raise ValueError(
-            f"{name} expects {kind}, found {type(value).__name__} {shown(value)}{advice}"
-        )
-    for item in value if isinstance(value, list) else [value]:
-        _require_allowed(parameter, item)
-    return str(Path(value).expanduser().resolve()) if parameter.is_path(value) else value
-
-
-def _require_allowed(parameter: Parameter, item) -> None:
-    name, low, high = parameter.name, parameter.low, parameter.high
-    if isinstance(item, float) and not math.isfinite(item):
-        raise ValueError(f"{name} expects a finite number, found {item}")
-    if parameter.choices and str(item) not in parameter.choices:
-        raise ValueError(f"{name} cannot be {shown(item)}; {nearest(item, parameter.choices)}")
-    if isinstance(item, int | float) and not low <= item <= high:
-        ends = (f"{end:g}" if math.isfinite(end) else "" for end in (low, high))
-        raise ValueError(f"{name} must lie in {'..'.join(ends)}, found {shown(item)}")
-
-
-def _fits(value, kind: str) -> bool:
-    """Whether ``value`` has the type that is written ``kind``: "float" takes an int, "int" takes no bool; items of a
-    list are no bools (YAML reads ``[no, on]`` as such)."""
-    if isinstance(value, bool):
-        return kind == "bool"
-    if kind == "list[str]":
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if kind == "list":
-        return isinstance(value, list) and not any(isinstance(item, bool) for item in value)
-    return isinstance(value, TYPES[kind])
-
-
 # --- from the command line ------------------------------------------------------------------------------------------
 
 
@@ -184,31 +154,24 @@ def read_parameters(pairs, texts, files) -> dict:
 
     Raises ValueError for what is no mapping of names to plain values, OSError for a file that cannot be read.
     """
-    found = [(name, read_yaml(Path(name).expanduser())) for name in files]
-    found += [(f"-y {shown(text)}", parse_yaml(text, f"-y {shown(text)}")) for text in texts]
+    contents = {str(name): Path(name).expanduser().read_bytes() for name in files}
+    contents |= {f"-y {shown(text)}": text for text in texts}
     values = {}
-    for place, mapping in found:
+    for place, content in contents.items():
+        mapping = read_yaml(content, place)
         if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping):
             raise ValueError(f"{place} holds {shown(mapping)}, expected `name: value`")
         values |= mapping
     return values | {name: guess_type(value) for name, value in pairs}
 
 
-def read_yaml(path: Path):
-    """What a YAML file holds; ValueError that names it for what is no YAML in UTF-8, OSError if it cannot be read."""
-    try:
-        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no YAML in UTF-8: {error}") from None
-
-
-def parse_yaml(text: str, place: str):
-    """Plain values of YAML; dates stay text."""
+def read_yaml(content: str | bytes, place: str):
+    """Plain values of YAML; dates stay text. ValueError that names the place for what is no YAML (in UTF-8)."""
     import yaml
     from papermill.iorw import NoDatesSafeLoader
 
     try:
-        return yaml.load(text, NoDatesSafeLoader)
+        return yaml.load(content, NoDatesSafeLoader)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{place} is no YAML: {str(error)[:300]}") from None
 

@@ -1,7 +1,5 @@
-"""papermill made strict: wrong parameters are refused before a kernel starts, the executed notebook has to pass a gate.
-
-papermill alone ends with exit code 0 in many runs that a reader would call failed (an exception inside a widget, a
-missing figure, an unknown parameter). Here a run is "ok" only when every cell ran *and* `stored.gate` finds nothing.
+"""papermill made strict: wrong parameters are refused before a kernel starts, and a run with an error inside a widget,
+where papermill does not look, has failed (`notebooks.faults`).
 """
 
 import contextlib
@@ -14,57 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipad.files import write_atomically
-from clipad.tools.parameters import Parameter, checked, declared, nearest, require_known
-from clipad.tools.stored import (
+from clipad.tools.notebooks import (
     REPOSITORY,
     code_cells,
-    gate,
+    faults,
+    inspect_parameters,
     merge_streams,
     read_notebook,
     skip_reason,
     write_notebook,
 )
+from clipad.tools.parameters import require_known
 
-# --- notebooks and their parameters ---------------------------------------------------------------------------------
-
-
-def notebook_paths(folder=None) -> list[Path]:
-    """The numbered notebooks of the project, in order; ValueError where there are none."""
-    folder = Path(folder) if folder else REPOSITORY / "notebooks"
-    found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
-    if not found:
-        raise ValueError(
-            f"there are no notebooks in {folder}: they lie beside the package in a clone of the repository; "
-            "install from it with `pip install -e .`"
-        )
-    return found
-
-
-def find_notebook(name: str, folder=None) -> Path:
-    """The one notebook whose name starts with ``name`` ("03"), or the file itself when ``name`` is a path of one.
-
-    Raises ValueError with the nearest names when none or several fit.
-    """
-    if name.endswith(".ipynb") and Path(name).is_file():
-        return Path(name).resolve()
-    known = {path.stem: path for path in notebook_paths(folder)}
-    stem = name.removesuffix(".ipynb")
-    fitting = [known_stem for known_stem in known if stem and known_stem.startswith(stem)]
-    if len(fitting) > 1:
-        raise ValueError(f"{name!r} fits several notebooks: {', '.join(fitting)}")
-    if not fitting:
-        raise ValueError(f"no notebook starts with {name!r}; {nearest(stem, known)}")
-    return known[fitting[0]]
-
-
-def inspect_parameters(path) -> dict[str, Parameter]:
-    """The parameters of a notebook file, by name; ValueError for what `parameters.declared` refuses."""
-    cells = code_cells(read_notebook(path))
-    sources = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-    name = Path(path).name
-    if len(sources) != 1:
-        raise ValueError(f"{name}: expected one cell tagged `parameters`, found {len(sources)}")
-    return declared(sources[0], name)
+# --- parameters -----------------------------------------------------------------------------------------------------
 
 
 def plan(paths, values: dict) -> list[tuple[Path, dict]]:
@@ -76,41 +36,33 @@ def plan(paths, values: dict) -> list[tuple[Path, dict]]:
     names = {name: None for own in known.values() for name in own}
     require_known(values, names, Path(paths[0]).stem if len(paths) == 1 else "all notebooks")
     return [
-        (path, {n: checked(own[n], value) for n, value in values.items() if n in own})
+        (path, {n: own[n].checked(value) for n, value in values.items() if n in own})
         for path, own in known.items()
     ]
 
 
-def check_parameters(path, values: dict) -> dict:
-    """The values as one notebook may get them, see `plan`."""
-    return plan([path], values)[0][1]
-
-
-def output_folder(path, values: dict) -> Path:
-    """Where the executed copy goes: the parameter ``output_dir``, or ``outputs/<preset>-<dataset>`` of the clone."""
-    from clipad.studies.experiments import run_name
-
-    if values.get("output_dir"):
-        return Path(values["output_dir"]).expanduser().resolve()
-    settings = _settings(path, values)
-    name = run_name(settings.get("preset") or "demo", settings.get("dataset", ""))
-    return REPOSITORY / "outputs" / name
-
-
-def _settings(path, values: dict) -> dict:
+def all_parameters(path, values: dict) -> dict:
+    """Those of the values, and the notebook's own defaults."""
     return {name: p.default for name, p in inspect_parameters(path).items()} | values
 
 
-def _require_what_goes_together(path, values: dict) -> None:
-    """ValueError for a preset, model and data set that do not go together, or a device that this machine has not."""
-    from clipad.backbone import find_device
+def model_and_data(parameters: dict) -> dict:
+    """model, pretrained and dataset of a preset, and what was given instead; ValueError for what does not go together,
+    see :func:`clipad.studies.experiments.resolve`."""
     from clipad.studies.experiments import resolve
 
-    settings = _settings(path, values)
-    find_device(settings.get("device"))
-    if {"preset", "dataset"} <= settings.keys():
-        names = ("preset", "model", "pretrained", "dataset", "data_root")
-        resolve(**{name: settings[name] for name in names if settings.get(name)})
+    names = ("preset", "model", "pretrained", "dataset", "data_root")
+    return resolve(**{name: parameters[name] for name in names if parameters.get(name)})
+
+
+def output_folder(parameters: dict) -> Path:
+    """Where the executed copy goes: the parameter ``output_dir``, or ``outputs/<preset>-<dataset>`` of the clone."""
+    from clipad.studies.experiments import run_name
+
+    if parameters.get("output_dir"):
+        return Path(parameters["output_dir"]).expanduser().resolve()
+    name = run_name(parameters.get("preset") or "demo", parameters.get("dataset", ""))
+    return REPOSITORY / "outputs" / name
 
 
 def require_own_kernel() -> None:
@@ -151,11 +103,16 @@ def run_notebook(path, parameters=None, output_dir=None, progress_bar=True) -> R
     ``output_dir/runs.json``. Wrong parameters and a wrong kernel raise ValueError before anything starts; what goes
     wrong inside the notebook is told by the returned `Run`.
     """
+    from clipad.backbone import find_device
+
     path = Path(path).resolve()
-    values = check_parameters(path, parameters or {})
-    _require_what_goes_together(path, values)
+    [(_, values)] = plan([path], parameters or {})
+    known = all_parameters(path, values)
+    find_device(known.get("device"))
+    if {"preset", "dataset"} <= known.keys():
+        model_and_data(known)
     require_own_kernel()
-    output_path = Path(output_dir or output_folder(path, values)).resolve() / path.name
+    output_path = Path(output_dir or output_folder(known)).resolve() / path.name
     if output_path == path:
         raise ValueError(f"the executed copy would overwrite {path}: choose another output folder")
     output_path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,8 +138,8 @@ def _execute(path, output_path, values, progress_bar) -> tuple[str, str]:
     write_notebook(executed, output_path)
     if fault:
         return "failed", fault
-    if problems := gate(executed):
-        return "failed", "; ".join(problems)
+    if found := faults(executed):
+        return "failed", "; ".join(found)
     skipped = skip_reason(executed)
     return ("ok", "") if skipped is None else ("skipped", skipped)
 

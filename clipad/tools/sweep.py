@@ -14,7 +14,6 @@ retries, are Dask's.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import signal
@@ -39,14 +38,14 @@ from tqdm import tqdm
 from clipad.backbone import find_device, load_backbone
 from clipad.datasets import load_dataset
 from clipad.evaluation import evaluate, fingerprint
-from clipad.files import code_version, content_hash, write_atomically
+from clipad.files import address, code_version, content_hash, write_atomically
 from clipad.prompts import load_prompts
 from clipad.published import protocol
-from clipad.studies.experiments import DETECTORS, PRESETS, experiment, make_detector, resolve
+from clipad.studies.experiments import DETECTORS, PRESETS, experiment, make_detector
 from clipad.text import check_method
-from clipad.tools import runner
-from clipad.tools.parameters import Parameter, checked, declared, read_yaml, require_known, shown
-from clipad.tools.stored import read_notebook, source_hash
+from clipad.tools.notebooks import find_notebook, inspect_parameters, read_notebook, source_hash
+from clipad.tools.parameters import Parameter, declared, read_yaml, require_known, shown
+from clipad.tools.runner import model_and_data, require_own_kernel, run_notebook
 
 EVALUATE = f"""
 detectors: str = "sdp"  # the detector [{"|".join(DETECTORS)}]
@@ -59,13 +58,12 @@ pretrained: str = ""  # open_clip tag, path of a checkpoint, or random
 image_size: int = 0  # pixels a side, the model's own if 0 [1..]
 dataset: str = ""  # data set
 data_root: str = ""  # path of the data set
+normal_folder: str = ""  # name of the sub-folders with flawless images, for dataset folder
 categories: list[str] = []  # categories of one run, all if empty
 prompts: str = ""  # path of a YAML file with prompts
 seed: int = 0  # seed of random weights [0..]
 device: str = ""  # where to compute, a GPU if there is one
 """
-DONE = ("ok", "skipped")
-"""how a run ends that is not tried again"""
 
 
 @dataclass(frozen=True)
@@ -83,9 +81,24 @@ class Run:
 
     @property
     def address(self) -> str:
-        """Sixteen hex digits."""
-        text = json.dumps([self.name, self.parameters, self.inputs], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return address([self.name, self.parameters, self.inputs])
+
+    def folder(self, output_dir) -> Path:
+        return Path(output_dir) / "runs" / self.address
+
+    def read_record(self, output_dir) -> dict:
+        """The record, if the run has ended; else empty."""
+        path = self.folder(output_dir) / "run.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def has_ended_well(self, output_dir) -> bool:
+        return self.read_record(output_dir).get("status") in ("ok", "skipped")
+
+    def write_record(self, output_dir, found: dict) -> dict:
+        record = {"run": self.address, "name": self.name, **found, **asdict(self)}
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        write_atomically(self.folder(output_dir) / "run.json", text + "\n")
+        return record
 
 
 # --- from YAML to runs ----------------------------------------------------------------------------------------------
@@ -97,12 +110,7 @@ def plan(path) -> list[Run]:
     Everything that can be known beforehand is checked here: names and values of parameters, data sets, weights,
     prompts. Raises ValueError or FileNotFoundError with what was found and what was expected.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no sweep file {path}; notebooks/sweep_example.yaml is one to start from"
-        )
-    blocks = read_yaml(path)
+    blocks = read_yaml(Path(path).expanduser().read_bytes(), str(path))
     blocks = blocks if blocks and isinstance(blocks, list) else [blocks]
     runs = [run for block in blocks for run in _expand(block)]
     return list({run.address: run for run in runs}.values())
@@ -116,9 +124,9 @@ def _expand(block) -> Iterator[Run]:
                 yield Run("", values, _inputs(values))
         case {"notebook": name, **rest} if rest.keys() <= {"parameters"}:
             # YAML reads 05 as the number 5
-            source = runner.find_notebook(f"{name:02d}" if isinstance(name, int) else str(name))
-            known = runner.inspect_parameters(source)
-            runner.require_own_kernel()
+            source = find_notebook(f"{name:02d}" if isinstance(name, int) else str(name))
+            known = inspect_parameters(source)
+            require_own_kernel()
             known.pop("output_dir", None)  # every run has a folder of its own
             notebook = {"notebook": source_hash(read_notebook(source))}
             for values in _grid(rest.get("parameters", {}), source.stem, known):
@@ -138,23 +146,23 @@ def _grid(axes, what: str, known: dict[str, Parameter]) -> list[dict]:
     if not isinstance(axes, dict):
         raise ValueError(f"{what} has to be a mapping `name: values`, found {shown(axes)}")
     require_known(axes, known, what)
-    values = {}
+    values = {name: [parameter.default] for name, parameter in known.items()}
     for name, axis in axes.items():
         axis = axis if isinstance(axis, list) else [axis]
         if not axis:
             raise ValueError(f"{name} has no values: leave it out, or list at least one")
         if known[name].type.startswith("list"):
             axis = [value if isinstance(value, list) else [value] for value in axis]
-        values[name] = [checked(known[name], value) for value in axis]
-    for name, parameter in known.items():
-        values.setdefault(name, [parameter.default])
-    return [dict(zip(values, point, strict=True)) for point in product(*values.values())]
+        values[name] = [known[name].checked(value) for value in axis]
+    names = [*axes, *(name for name in known if name not in axes)]
+    points = product(*(values[name] for name in names))
+    return [dict(zip(names, point, strict=True)) for point in points]
 
 
 def _evaluation(values: dict) -> dict:
     """The values of an evaluation with what preset and protocol say, and without what its detector does not take, so
     that equal runs have one address."""
-    values = values | _model_and_data(values)
+    values = values | model_and_data(values)
     if values["detectors"] != "sdp_plus":
         values["layers"] = ""
     elif not values["layers"]:
@@ -169,18 +177,14 @@ def _evaluation(values: dict) -> dict:
     return values
 
 
-def _model_and_data(values: dict) -> dict:
-    names = ("preset", "model", "pretrained", "dataset", "data_root")
-    return resolve(**{name: values[name] for name in names if values.get(name)})
-
-
 def _inputs(values: dict) -> dict:
     """Hashes of code, images, weights and named files: whoever changes one of them gets other addresses."""
     found = {"code": code_version()}
     if "preset" in values:
-        chosen = values | _model_and_data(values)
-        root, categories = values.get("data_root") or None, values.get("categories")
-        found["samples"] = fingerprint(load_dataset(chosen["dataset"], root, categories))
+        chosen = values | model_and_data(values)
+        data = [chosen.get(name) or None for name in ("data_root", "categories")]
+        folder = chosen.get("normal_folder", "")
+        found["samples"] = fingerprint(load_dataset(chosen["dataset"], *data, folder))
         size, seed = values.get("image_size", 0), values.get("seed", 0)
         found["weights"] = _weights(chosen["model"], chosen["pretrained"], size, seed)
     for name in ("layers", "prompts", "train_root"):
@@ -203,8 +207,7 @@ def _file_or_folder(path: Path) -> str:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     files = sorted(file for file in (path, *path.rglob("*")) if file.is_file())
-    lines = [f"{file.relative_to(path).as_posix()} {content_hash(file)}" for file in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return address([(file.relative_to(path).as_posix(), content_hash(file)) for file in files])
 
 
 # --- one run, on a worker -------------------------------------------------------------------------------------------
@@ -221,8 +224,8 @@ def run_one(run: Run, output_dir: str, gpus: list[str]) -> dict:
         raise FileNotFoundError(
             f"the worker does not see {output_dir}: it needs the sweep's file system"
         )
-    if (done := read_record(run, output_dir))["status"] in DONE:  # by a worker that was lost
-        return done
+    if run.has_ended_well(output_dir):  # by a worker that was lost
+        return run.read_record(output_dir)
     start = time.perf_counter()
     try:
         with _one_at_a_time:
@@ -232,11 +235,16 @@ def run_one(run: Run, output_dir: str, gpus: list[str]) -> dict:
             if "device" in values:
                 values["device"] = placed(values["device"], gpus)
             compute = _run_notebook if run.notebook else _run_evaluation
-            found = compute(run, values, _folder(run, output_dir))
+            found = compute(run, values, run.folder(output_dir))
     except Exception as error:
         found = _failure(error) | {"traceback": traceback.format_exc()}
     seconds = round(time.perf_counter() - start, 1)
-    return _write_record(run, output_dir, found | {"seconds": seconds})
+    return run.write_record(output_dir, found | {"seconds": seconds})
+
+
+def _failure(error: Exception) -> dict:
+    reason = f"{type(error).__name__}: {error}"
+    return {"status": "failed", "reason": reason, "results": [], "seconds": 0.0}
 
 
 def placed(device: str, gpus: list[str]) -> str:
@@ -247,33 +255,11 @@ def placed(device: str, gpus: list[str]) -> str:
     return gpus[get_worker().name % len(gpus)]
 
 
-def _failure(error: Exception) -> dict:
-    return {"status": "failed", "reason": f"{type(error).__name__}: {error}", "results": []}
-
-
-def _folder(run: Run, output_dir) -> Path:
-    return Path(output_dir) / "runs" / run.address
-
-
-def _write_record(run: Run, output_dir, found: dict) -> dict:
-    record = {"run": run.address, "name": run.name, **found, **asdict(run)}
-    text = json.dumps(record, indent=1, ensure_ascii=False)
-    write_atomically(_folder(run, output_dir) / "run.json", text + "\n")
-    return record
-
-
-def read_record(run: Run, output_dir) -> dict:
-    """The record of a run that ended; of another one only that it has not."""
-    path = _folder(run, output_dir) / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"status": ""}
-
-
 def _run_evaluation(run: Run, values: dict, folder: Path) -> dict:
-    own = ("detectors", "layers", "rvs", "rvs_options")
-    settings = {name: value for name, value in values.items() if name not in own}
-    used = experiment("evaluate", output_dir=str(folder), **settings)
-    name, layers, *rvs = (values[name] for name in own)
-    options = {} if name == "winclip" else dict(zip(own[2:], rvs, strict=True))
+    name, layers = values.pop("detectors"), values.pop("layers")
+    options = {option: values.pop(option) for option in ("rvs", "rvs_options")}
+    used = experiment(run.name, output_dir=str(folder), **values)
+    options = {} if name == "winclip" else options
     if values["prompts"]:
         options["prompts"] = used.prompts
     detector = make_detector(name, used.backbone, layers or None, **options)
@@ -284,9 +270,9 @@ def _run_evaluation(run: Run, values: dict, folder: Path) -> dict:
 
 def _run_notebook(run: Run, values: dict, folder: Path) -> dict:
     """Executes the notebook; its numbers are those that it recorded, ``name.row.column`` (lists stay in its JSON)."""
-    if "output_dir" in runner.inspect_parameters(run.notebook):
-        values = values | {"output_dir": str(folder)}
-    done = runner.run_notebook(run.notebook, values, folder, progress_bar=False)
+    if "output_dir" in inspect_parameters(run.notebook):
+        values["output_dir"] = str(folder)
+    done = run_notebook(run.notebook, values, folder, progress_bar=False)
     record, results = folder / f"{run.name}.json", []
     if done.status == "ok" and record.is_file():
         flat = pd.json_normalize(json.loads(record.read_text(encoding="utf-8"))["results"], sep=".")
@@ -312,26 +298,25 @@ def sweep(
     """
     output_dir = Path(output_dir).expanduser().resolve()
     (output_dir / "runs").mkdir(parents=True, exist_ok=True)
-    todo = [run for run in runs if read_record(run, output_dir)["status"] not in DONE]
+    todo = [run for run in runs if not run.has_ended_well(output_dir)]
     try:
         if todo:
-            _compute(todo, len(runs), output_dir, workers, scheduler)
+            _compute(todo, output_dir, workers, scheduler)
     finally:
         # from the disk: a run may have ended right before the interruption, when nobody looked any more
-        found = [read_record(run, output_dir) for run in runs]
-        records = [record for record in found if record["status"]]
+        records = [record for run in runs if (record := run.read_record(output_dir))]
         write_table(records, output_dir / "table.csv")
     return records
 
 
-def _compute(todo: list[Run], planned: int, output_dir: Path, workers, scheduler) -> None:
+def _compute(todo: list[Run], output_dir: Path, workers, scheduler) -> None:
     """Executes the runs in ``todo`` and tells of each failure as it ends."""
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # errors say it once
     gpus = [] if scheduler else gpus_for(todo)
     workers = min(workers or len(gpus) or min(CPU_COUNT, 4), len(todo))
     with (
         Client(scheduler) if scheduler else local_cluster(workers) as client,
-        tqdm(total=planned, initial=planned - len(todo), unit="run") as bar,
+        tqdm(total=len(todo), unit="run") as bar,
     ):
         client.wait_for_workers(1, timeout=60)
         futures = client.map(run_one, todo, output_dir=str(output_dir), gpus=gpus)
@@ -344,10 +329,10 @@ def _compute(todo: list[Run], planned: int, output_dir: Path, workers, scheduler
                 left = len(run_of) + 1
                 raise OSError(f"the Dask scheduler is gone, {left} runs are not done") from None
             except Exception as error:  # its workers died (often: out of memory)
-                record = _write_record(run, output_dir, _failure(error) | {"seconds": 0.0})
+                record = run.write_record(output_dir, _failure(error))
             if record["status"] == "failed":
-                place = _folder(run, output_dir)
-                bar.write(f"{run.name} failed: {record['reason']}; see {place}", sys.stderr)
+                where = run.folder(output_dir)
+                bar.write(f"{run.name} failed: {record['reason']}; see {where}", sys.stderr)
             bar.update()
 
 
