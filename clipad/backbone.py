@@ -19,7 +19,6 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.model import convert_weights_to_lp
-from open_clip.transformer import VisionTransformer
 from PIL import Image
 
 from clipad.checkpoints import Checkpoint, download, load_weights, read_checkpoint
@@ -40,7 +39,6 @@ class Backbone:
     """
 
     def __init__(self, model, tokenizer, *, name, pretrained, mean, std, known_words=None):
-        _require_plain_vit(model.visual, name)
         self.model = model.eval().requires_grad_(False)
         self.visual = model.visual
         self.tokenizer = tokenizer
@@ -198,8 +196,13 @@ def load_backbone(
     device = find_device(device)
     config = _configuration(name)
     vision = config["vision_cfg"]
-    _require_whole_patches(image_size, vision["patch_size"])
-    vision["image_size"] = image_size or vision["image_size"]
+    patch, asked = vision["patch_size"], bool(image_size)
+    vision["image_size"] = image_size = image_size or vision["image_size"]
+    if image_size < patch or image_size % patch:
+        near = max(1, round(image_size / patch)) * patch
+        raise ValueError(
+            f"image_size={image_size} is no multiple of the model's patches of {patch} pixels; {near} is one"
+        )
     words_file = data_dir() / "demo" / "model" / "words.txt" if name == "demo" else None
     path, source, own = _find_weights(name, pretrained, seed)
     try:
@@ -210,7 +213,7 @@ def load_backbone(
             torch.manual_seed(seed)
             model = open_clip.CLIP(**config)
         if checkpoint:
-            load_weights(model, checkpoint.state, resize=bool(image_size))
+            load_weights(model, checkpoint.state, resize=asked)
     except ValueError as error:
         which = repr(str(pretrained or path))
         raise ValueError(f"the weights {which} cannot be loaded into {name}: {error}") from error
@@ -231,18 +234,14 @@ def find_device(device: str | None = None) -> torch.device:
     Raises ValueError for a device that torch does not know or does not see on this machine.
     """
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if not device:
-        return there or torch.device("cpu")
     try:
-        found = torch.device(device)
+        found = torch.device(device or there or "cpu")
     except RuntimeError:
         raise ValueError(
             f"unknown device {device!r}: 'cpu', 'cuda', 'cuda:1', 'mps', 'xpu', or empty for a GPU where there is one"
         ) from None
-    if found.type == "cpu":
-        return found
     count = torch.accelerator.device_count() if there and there.type == found.type else 0
-    if (found.index or 0) >= count:
+    if found.type != "cpu" and (found.index or 0) >= count:
         sees = f"{count} of them, counted from {found.type}:0" if count else "no GPU"
         if there and not count:
             sees = f"{there.type} only"
@@ -269,7 +268,10 @@ def _configuration(name: str) -> dict:
     found |= {key: value for key, value in vision.items() if isinstance(value, list)}  # a ResNet
     found |= {key: others[key] for key in ("custom_text", "hf_model_name") if others.get(key)}
     if found:
-        raise _not_plain(name, ", ".join(f"{key}={value}" for key, value in found.items()))
+        raise ValueError(
+            f"{name} is not a plain CLIP vision transformer ({', '.join(f'{k}={v}' for k, v in found.items())}): the "
+            "staged dual path needs one, such as ViT-B-16-plus-240, ViT-B-32, ViT-B-16 or ViT-L-14"
+        )
     return config
 
 
@@ -333,29 +335,3 @@ def _tokenizer(name: str, config: dict):
 def cache_dir() -> Path:
     """Where text embeddings are kept: ``$CLIPAD_CACHE``, else ``~/.cache/clipad``."""
     return Path(os.environ.get("CLIPAD_CACHE") or Path.home() / ".cache" / "clipad")
-
-
-def _require_plain_vit(visual, name: str) -> None:
-    """Refuse what the dual path does not cover, before anything is computed with it."""
-    if not isinstance(visual, VisionTransformer):
-        raise _not_plain(name, f"its image tower is a {type(visual).__name__}")
-    if visual.attn_pool is not None or visual.pool_type != "tok" or visual.final_ln_after_pool:
-        raise _not_plain(name, f"it pools by attention or by {visual.pool_type!r}")
-    for height, width in (visual.image_size, visual.patch_size):
-        if height != width:
-            raise _not_plain(name, f"its images or patches are {height} x {width}, not square")
-
-
-def _not_plain(name: str, reason: str) -> ValueError:
-    return ValueError(
-        f"{name} is not a plain CLIP vision transformer ({reason}): the staged dual path needs one, "
-        "such as ViT-B-16-plus-240, ViT-B-32, ViT-B-16, ViT-L-14 or ViT-L-14-336"
-    )
-
-
-def _require_whole_patches(image_size: int | None, patch_size: int) -> None:
-    if image_size and (image_size < patch_size or image_size % patch_size):
-        near = max(1, round(image_size / patch_size)) * patch_size
-        raise ValueError(
-            f"image_size={image_size} is no multiple of the model's patches of {patch_size} pixels; {near} is one"
-        )

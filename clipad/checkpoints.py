@@ -114,7 +114,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def load_weights(model, state: dict[str, torch.Tensor], resize: bool = False) -> None:
     """Fill a CLIP with weights; ``resize`` interpolates the position embeddings to the model's image size.
 
-    Raises ValueError that names every kind of mismatch, and for weights that are not finite.
+    Raises ValueError for weights that do not fit or are not finite, see :func:`fill`.
     """
     state, wanted = dict(state), model.state_dict()
     for key in UNUSED:
@@ -128,33 +128,27 @@ def load_weights(model, state: dict[str, torch.Tensor], resize: bool = False) ->
     side = math.isqrt(patches)
     if resize and side and side * side == patches:
         resize_pos_embed(state, model)
-    missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
-    other = {k for k in wanted.keys() & state.keys() if state[k].shape != wanted[k].shape}
-    if missing or unexpected or other:
-        shapes = [
-            f"{key} ({_shape(state[key])} in the file, {_shape(wanted[key])} in the model)"
-            for key in other
-        ]
-        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-        reason = "; ".join(_listed(kind, names) for kind, names in kinds.items() if names)
-        if other == {POSITIONS} and not missing and side:
+    try:
+        fill(model, state)
+    except ValueError as error:
+        given, own = (weights.get(POSITIONS, torch.empty(0)).shape for weights in (state, wanted))
+        if side and given[1:] == own[1:] and given != own:
             pixels = side * model.visual.patch_size[0]
-            reason += f". Weights of images of {pixels} pixels: load them with image_size={pixels}"
-        raise ValueError(reason)
+            hint = f"Weights of images of {pixels} pixels: load them with image_size={pixels}"
+            raise ValueError(f"{error}. {hint}") from error
+        raise
+
+
+def fill(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Load weights. ValueError that says what is missing, unexpected, of another shape or not finite."""
     for key, value in state.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"non-finite values in {key}: the file is damaged")
-    model.load_state_dict(state, strict=True)
-
-
-def _listed(kind: str, names) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{len(names)} {kind}: {', '.join(names[:3])}{more}"
-
-
-def _shape(value: torch.Tensor) -> str:
-    return " x ".join(map(str, value.shape)) or "a single number"
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()).partition(": ")[2]
+        raise ValueError(f"{reason[:1000]}{' ...' if len(reason) > 1000 else ''}") from error
 
 
 def _models(content, name: str = "") -> Iterator[tuple[str, dict[str, torch.Tensor]]]:

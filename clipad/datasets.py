@@ -113,19 +113,14 @@ def read_photograph(path: str | Path) -> tuple[Image.Image, set[str]]:
     return eight_bit(ImageOps.exif_transpose(image) if "turned" in found else image), found
 
 
-def read_mask(
-    path: str | Path, image_size: int, expected_size: tuple[int, int] | None = None
-) -> np.ndarray:
+def read_mask(path: str | Path, image_size: int) -> np.ndarray:
     """Read a ground-truth mask as an S x S bool array, S = `image_size` (METHOD.md section 1).
 
     A pixel is anomalous where any colour channel is > 0 (of a palette the index; alpha is ignored), decided at native
     size; then bilinear resize to S x S and threshold at 0.5. On the 8-bit result 127 is out and 128 is in, so that no
-    value ties.
-
-    `expected_size` is the image's (width, height), see `native_size`; another size raises `MaskSizeError`.
-    Other errors as `read_image`.
+    value ties. Errors as `read_image`.
     """
-    return resize_mask(native_mask(path, expected_size), image_size)
+    return resize_mask(native_mask(path), image_size)
 
 
 def native_size(path: str | Path) -> tuple[int, int]:
@@ -133,14 +128,19 @@ def native_size(path: str | Path) -> tuple[int, int]:
     return decode(path, header_only=True).size
 
 
-def native_mask(path: str | Path, expected_size: tuple[int, int] | None = None) -> np.ndarray:
+def require_mask_size(mask: Path, image: Path) -> None:
+    """`MaskSizeError` unless a mask is as large as its image, by their headers. Other errors as `read_image`."""
+    found, wanted = native_size(mask), native_size(image)
+    if found != wanted:
+        raise MaskSizeError(
+            f"mask {mask} has {found[0]} x {found[1]} pixels, its image {image.name} {wanted[0]} x {wanted[1]}: "
+            "both are taken as stored (EXIF orientation is ignored)"
+        )
+
+
+def native_mask(path: str | Path) -> np.ndarray:
     """The mask as H x W bool at its own size; see `read_mask`."""
     image = decode(path)
-    if expected_size is not None and image.size != tuple(expected_size):
-        raise MaskSizeError(
-            f"mask {path} has {image.width} x {image.height} pixels, its image {expected_size[0]} x "
-            f"{expected_size[1]}: both are taken as stored (EXIF orientation is ignored)"
-        )
     if image.mode in ("1", "L", "F", "P") or image.mode.startswith("I"):
         return np.asarray(image) > 0
     return np.asarray(eight_bit(image)).any(axis=-1)

@@ -7,7 +7,6 @@ that was stopped anywhere continues there and ends with the same bytes. Memory h
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,14 +21,13 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from clipad.datasets import Dataset, MaskSizeError, Sample, native_size, read_image, read_mask
+from clipad.datasets import Dataset, Sample, read_image, read_mask, require_mask_size
 from clipad.files import (
     Arrays,
     cached,
+    claim,
     content_hash,
     file_name,
-    require_same_settings,
-    require_writable,
     write_atomically,
 )
 from clipad.metrics import METRICS, image_metrics, pixel_metrics, resampled_metrics
@@ -102,9 +100,13 @@ def evaluate(
         raise ValueError(f"the data set {dataset.name} has no images")
     if batch_size < 1:
         raise ValueError(f"batch_size has to be 1 or more, found {batch_size}")
-    _check_masks(dataset)
+    with ThreadPoolExecutor(WORKERS) as pool:  # from the headers, so that no run stops at its end
+        masked = [s for s in dataset if s.mask_path is not None]
+        list(pool.map(lambda s: require_mask_size(s.mask_path, s.image_path), masked))
     settings = detector.settings | {"dataset": dataset.name, "samples": fingerprint(dataset)}
-    folder = _claim(Path(output_dir), settings) if output_dir is not None else None
+    folder = None if output_dir is None else Path(output_dir)
+    if folder:
+        claim(folder, settings)
 
     rows, frames = {}, []
     title = f"{detector.name} on {dataset.name}"
@@ -113,7 +115,7 @@ def evaluate(
             samples = [sample for sample in dataset if sample.category == category]
             place = folder and folder / "categories" / f"{file_name(category)}.npz"
             found = cached(place, lambda: _run_category(detector, samples, folder, batch_size, bar))
-            if folder is not None:
+            if folder:
                 shutil.rmtree(folder / "parts", ignore_errors=True)
             frames.append(_frame(dataset, samples, found))
             rows[category] = found["metrics"]
@@ -123,23 +125,10 @@ def evaluate(
     table.loc["mean"] = table.mean()
     table.index.name = "category"
     result = Result(table, pd.concat(frames, ignore_index=True), settings)
-    if folder is not None:
+    if folder:
         write_atomically(folder / "table.csv", result.table.to_csv())
         write_atomically(folder / "images.csv", result.images.to_csv(index=False))
     return result
-
-
-def _check_masks(dataset: Dataset) -> None:
-    """Every mask is as large as its image: from the headers, so that a wrong one stops the run before it starts."""
-
-    def check(sample: Sample) -> None:
-        image, mask = native_size(sample.image_path), native_size(sample.mask_path)
-        if image != mask:
-            name = sample.image_path.name
-            raise MaskSizeError(f"{sample.mask_path} is {mask}, its image {name} is {image}")
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(check, [s for s in dataset if s.mask_path is not None]))
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -250,7 +239,7 @@ def predict_halving(detector, images: torch.Tensor, category: str) -> tuple[torc
 def _run_category(detector, samples, folder, batch_size, bar) -> Arrays:
     """``metrics`` in the order of ``COLUMNS``, and the numbers of each image."""
     masked = any(s.mask_path is not None for s in samples) and all(s.label >= 0 for s in samples)
-    maps, probabilities, maxima = None, [], []
+    maps, probabilities = None, []
     for start in range(0, len(samples), PART):
         group = samples[start : start + PART]
         name = f"{file_name(samples[0].category)}-{start // PART:04d}.npz"
@@ -262,9 +251,8 @@ def _run_category(detector, samples, folder, batch_size, bar) -> Arrays:
             maps = np.empty((len(samples), *part["maps"].shape[1:]), dtype=np.float32)
         maps[start : start + len(group)] = part.pop("maps")
         probabilities.append(part["probabilities"])
-        maxima.append(part["map_maxima"])
 
-    probabilities, maxima = np.concatenate(probabilities), np.concatenate(maxima)
+    probabilities, maxima = np.concatenate(probabilities), maps.max(axis=(1, 2))
     labels = np.array([s.label for s in samples])
     masks = read_masks(samples, maps.shape[-1]) if masked else None
     with_map = detector.map_in_image_score
@@ -278,8 +266,8 @@ def _run_category(detector, samples, folder, batch_size, bar) -> Arrays:
 
 
 def _run_part(detector, samples, keep_maps, batch_size, bar) -> Arrays:
-    """Class probabilities, maxima of the maps, and the maps: only their maxima, N x 1 x 1, if they are not kept."""
-    maps, probabilities, maxima = [], [], []
+    """Class probabilities and the maps: only their maxima, N x 1 x 1, if they are not kept."""
+    maps, probabilities = [], []
     for category, images in batches(detector.backbone, samples, batch_size):
         found, p = predict_halving(detector, images, category)
         if not (torch.isfinite(found).all() and torch.isfinite(p).all()):
@@ -287,14 +275,9 @@ def _run_part(detector, samples, keep_maps, batch_size, bar) -> Arrays:
                 f"{detector.name} gave maps or probabilities that are not finite for {category!r}"
             )
         probabilities.append(p.numpy())
-        maxima.append(found.amax(dim=(1, 2)).numpy())
-        maps.append(found.numpy() if keep_maps else maxima[-1][:, None, None])
+        maps.append((found if keep_maps else found.amax(dim=(1, 2), keepdim=True)).numpy())
         bar.update(len(images))
-    return {
-        "probabilities": np.concatenate(probabilities),
-        "map_maxima": np.concatenate(maxima),
-        "maps": np.concatenate(maps),
-    }
+    return {"probabilities": np.concatenate(probabilities), "maps": np.concatenate(maps)}
 
 
 def _frame(dataset: Dataset, samples: list[Sample], found: Arrays) -> pd.DataFrame:
@@ -312,30 +295,12 @@ def read_masks(samples: list[Sample], image_size: int) -> np.ndarray:
     masks = np.zeros((len(samples), image_size, image_size), dtype=bool)
 
     def read(i: int) -> None:
-        size = native_size(samples[i].image_path)
-        masks[i] = read_mask(samples[i].mask_path, image_size, size)
+        require_mask_size(samples[i].mask_path, samples[i].image_path)
+        masks[i] = read_mask(samples[i].mask_path, image_size)
 
     with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(read, [i for i, s in enumerate(samples) if s.mask_path is not None]))
     return masks
-
-
-def _claim(folder: Path, settings: dict) -> Path:
-    """Make the folder, or see that it belongs to these settings."""
-    require_writable(folder)
-    path = folder / "settings.json"
-    text = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    if not path.is_file():
-        write_atomically(path, text)
-        return folder
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(
-            f"{path} is damaged: choose another output_dir or remove this one"
-        ) from None
-    require_same_settings(folder, found, json.loads(text))
-    return folder
 
 
 def _relative(path: Path, dataset: Dataset) -> str:

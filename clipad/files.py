@@ -92,6 +92,37 @@ def require_writable(folder: Path) -> None:
         raise OSError(error.errno, message) from error
 
 
+def claim(folder: Path, settings: dict, option: str = "output_dir") -> None:
+    """Make a folder for results of these settings, or see that it holds such: its ``settings.json`` says so.
+
+    Raises ValueError that names the settings which are others, and OSError where it cannot be written.
+    """
+    require_writable(folder)
+    path = folder / "settings.json"
+    text = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    if not path.is_file():
+        write_atomically(path, text)
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        message = f"{path} is damaged: choose another {option} or remove this one"
+        raise ValueError(message) from None
+    require_same_settings(folder, found, json.loads(text), option=option)
+
+
+def require_same_settings(
+    folder: Path, found: dict, wanted: dict, holds: str = "results of", option: str = "output_dir"
+) -> None:
+    """ValueError that names the settings in which what ``folder`` holds differs from what is wanted."""
+    different = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+    if different:
+        raise ValueError(
+            f"{folder} holds {holds} other settings (different: {', '.join(different)}): "
+            f"choose another {option} or remove this one"
+        )
+
+
 @cache
 def code_version() -> str:
     """Twelve hex digits over every module of the package: results of other code are never taken for this one's.
@@ -272,15 +303,3 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)  # archives made on macOS hold decomposed letters
-
-
-def require_same_settings(
-    folder: Path, found: dict, wanted: dict, holds: str = "results of", option: str = "output_dir"
-) -> None:
-    """ValueError that names the settings in which what ``folder`` holds differs from what is wanted."""
-    different = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
-    if different:
-        raise ValueError(
-            f"{folder} holds {holds} other settings (different: {', '.join(different)}): "
-            f"choose another {option} or remove this one"
-        )

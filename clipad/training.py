@@ -19,7 +19,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from clipad.backbone import Backbone
-from clipad.checkpoints import read_content
+from clipad.checkpoints import fill, read_content
 from clipad.datasets import Dataset
 from clipad.dual_path import default_stages, staged_features
 from clipad.evaluation import fingerprint, in_parts, load_images, read_masks
@@ -27,6 +27,9 @@ from clipad.files import require_same_settings, write_atomically
 from clipad.linear_layers import LinearLayers, linear_maps, stage_losses
 from clipad.prompts import CLIP_AD, Prompts
 from clipad.text import check_method, representative_vectors
+
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+"""what Adam remembers of each weight"""
 
 
 @dataclass
@@ -251,13 +254,7 @@ def _from_state(state: dict[str, torch.Tensor]) -> LinearLayers:
             f"expected fc.0.weight (C x D), fc.0.bias, fc.1.weight, ...; found {found}"
         )
     layers = LinearLayers(first.shape[1], first.shape[0], len(state) // 2)
-    try:
-        layers.load_state_dict(state)
-    except RuntimeError as error:  # names what is missing, unexpected or of another shape
-        raise ValueError(" ".join(str(error).split())) from error
-    for key, value in layers.state_dict().items():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{key} holds values that are not finite; the file is damaged")
+    fill(layers, state)
     return layers.eval().requires_grad_(False)
 
 
@@ -281,8 +278,8 @@ def _save(folder: Path, layers: LinearLayers, optimizer, rows: list[dict]) -> No
     """Layers, Adam's state and the log in one file, so that no kill can leave two that disagree."""
     state = {key: value.cpu().contiguous() for key, value in layers.state_dict().items()}
     for name, parameter in layers.named_parameters():
-        for kind, value in optimizer.state[parameter].items():
-            state[f"adam.{kind}.{name}"] = value.cpu().contiguous()
+        for kind in ADAM:
+            state[f"adam.{kind}.{name}"] = optimizer.state[parameter][kind].cpu().contiguous()
     metadata = {"settings": json.dumps(layers.settings, sort_keys=True), "log": json.dumps(rows)}
     write_atomically(_checkpoint(folder, rows[-1]["epoch"]), save(state, metadata))
     write_atomically(folder / "log.csv", pd.DataFrame(rows).to_csv(index=False))
@@ -304,11 +301,8 @@ def _resume(folder: Path, layers: LinearLayers, optimizer, epochs: int) -> list[
         if len(rows) > epochs:
             continue
         layers.load_state_dict({name: state[name] for name in layers.state_dict()})
-        for name, parameter in layers.named_parameters():
-            for kind in ("step", "exp_avg", "exp_avg_sq"):
-                value = state[f"adam.{kind}.{name}"]
-                optimizer.state[parameter][kind] = (
-                    value if kind == "step" else value.to(parameter.device)
-                )
+        names = [name for name, _ in layers.named_parameters()]
+        adam = [{kind: state[f"adam.{kind}.{name}"] for kind in ADAM} for name in names]
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(adam))})
         return rows
     return []

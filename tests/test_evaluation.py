@@ -311,5 +311,5 @@ def test_more_images_than_a_part(tiny_backbone, tmp_path):
 def test_a_mask_of_another_size_stops_the_run_before_it_starts(detector, data, monkeypatch):
     Image.new("L", (7, 9)).save(data.root / "bolt" / "ground_truth" / "dent" / "001_mask.png")
     monkeypatch.setattr(type(detector), "predict", lambda *a: pytest.fail("work started"))
-    with pytest.raises(ValueError, match=r"001_mask\.png.*\(7, 9\)"):
+    with pytest.raises(ValueError, match=r"001_mask\.png has 7 x 9"):
         evaluate(detector, data, progress=False)

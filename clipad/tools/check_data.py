@@ -22,8 +22,8 @@ from clipad.datasets import (
     for_testing,
     list_dataset,
     native_mask,
-    native_size,
     remarks,
+    require_mask_size,
     resize_mask,
     two_levels,
 )
@@ -140,15 +140,17 @@ def _facts(sample: Sample, image_size: int) -> Iterator[tuple[str, str, Path, ob
     image, mask, objects = sample.image_path, sample.mask_path, sample.object_mask_path
     missing = sample.label == 1 and mask is None
     found = [(image, {LABELS[sample.label]: True, "missing_masks": missing})]
-    size = None
+    readable = True
     try:
-        size = native_size(image)
         found.append((image, _of_image(image)))
     except OSError as error:
         found.append((image, {"unreadable": str(error)}))
+        readable = False
     for path in filter(None, (mask, objects)):
         try:
-            marked = native_mask(path, size)
+            if readable:
+                require_mask_size(path, image)
+            marked = native_mask(path)
             empty = not marked.any() and f"mask {path} has no pixel > 0"
             more = _of_mask(path, marked, image_size) if path == mask else {}
             found.append((path, {"empty_masks": empty} | more))

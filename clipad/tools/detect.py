@@ -8,7 +8,6 @@ rows of the table, each once. Memory does not grow with the number of images.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +23,11 @@ from clipad.datasets import read_photograph, two_levels
 from clipad.files import (
     RESULT_MARK,
     Scan,
+    claim,
     code_version,
     content_hash,
     file_name,
     printable,
-    require_same_settings,
     require_writable,
     write_arrays,
     write_atomically,
@@ -122,7 +121,7 @@ def detect(
         "false_alarms": false_alarms if images.flawless else None,
         "code": code_version(),
     }
-    folder = claim(Path(output_dir), settings)
+    folder = _own(Path(output_dir), settings)
     work = _Work(inspector, images.root, folder, quiet=None if progress else True)
     notes = images.notes + (work.fit(images.flawless, false_alarms) if images.flawless else [])
     unread, before = work.look_at(list(images.labels))
@@ -172,20 +171,15 @@ def demo_warning(detector, photographs) -> str:
     return "" if all(content_hash(path) in shipped for path in photographs) else DEMO_WARNING
 
 
-def claim(folder: Path, settings: dict) -> Path:
-    """Make the output folder, or see that it holds results of these settings. ValueError for any other content."""
+def _own(folder: Path, settings: dict) -> Path:
+    """The output folder for results of these settings. ValueError if it holds any other content."""
     folder = folder.expanduser().absolute()
-    path, mark = folder / "settings.json", folder / RESULT_MARK
-    if mark.is_file() and path.is_file():
-        now = json.loads(json.dumps(settings))
-        before = json.loads(path.read_text(encoding="utf-8"))
-        require_same_settings(folder, before, now, option="--out")
-        return folder
-    if folder.is_dir() and any(folder.iterdir()):
+    mark = folder / RESULT_MARK
+    if folder.is_dir() and any(folder.iterdir()) and not mark.is_file():
         raise ValueError(f"{folder} holds files that are not ours: choose another --out")
     require_writable(folder)
-    write_atomically(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     write_atomically(mark, b"")
+    claim(folder, settings, option="--out")
     return folder
 
 
