@@ -195,24 +195,24 @@ def test_impossible_options_are_refused(tiny_backbone, options, message):
 def products():
     detector = SDP(load_backbone("demo", device="cpu"), rvs="mean")
     dataset = load_dataset("demo", categories=["screw", "tile"])
-    return detector, [trials.look_at(detector, dataset, c) for c in dataset.categories]
+    return detector, [trials.Product(detector, dataset, c) for c in dataset.categories]
 
 
 def test_trials_keep_the_images_that_set_the_rule_out_of_the_count(products):
-    detector, both = products
+    _, both = products
     product = both[0]
     chosen = product.flawless[:10]
-    inspector = trials.fitted(detector, product, chosen, 0.1)
+    inspector = product.fitted(chosen, 0.1)
     rest = np.setdiff1d(np.arange(40), chosen)
-    decided = trials.decide(inspector, product, rest)
+    decided = product.decide(inspector, rest)
     assert decided["label"].tolist() == product.labels[rest].tolist()
     assert (decided["verdict"] == "bad").sum() == (
         decided["score"] > inspector.rule.threshold
     ).sum()
-    table = trials.trials(detector, both, 10, 0.1, draws=4)
+    table = trials.trials(both, 10, 0.1, draws=4)
     assert table.groupby("category").size().tolist() == [4, 4]
     assert (table["in_sample"] >= table["false_alarms"]).mean() > 0.5
-    assert trials.trials(detector, both, 20, 0.1, draws=1).empty  # nobody is left to count
+    assert trials.trials(both, 20, 0.1, draws=1).empty  # nobody is left to count
     assert (
         trials.over_categories(table, "found").verdict(0.1) == "not measured"
     )  # two categories only
@@ -222,23 +222,19 @@ def test_trials_keep_the_images_that_set_the_rule_out_of_the_count(products):
 
 
 def test_both_maps_on_the_same_images(products):
-    detector, both = products
-    parts = trials.split_for_maps(both, 10)
-    dataset = load_dataset("demo", categories=["screw", "tile"])
-    rest = trials.rest_of(both, parts, dataset)
+    kinds = {"words": "no", "both": "added"}
+    scores, rest = trials.maps_compared(products[1], 10, 0.1, kinds)
     assert len(rest) == 60
-    logits = np.concatenate([p.look.logits[at] for p, (_, at) in zip(both, parts, strict=True)])
-    maps = {n: trials.maps_of(detector, both, parts, 0.1, n) for n in ("no", "added")}
-    means = trials.scores_of_maps(maps, logits, rest, 96).means()
-    assert means.loc["added", "pixel_ap"] > means.loc["no", "pixel_ap"]
+    assert scores.categories == ("screw", "tile")
+    assert scores.means().loc["both", "pixel_ap"] > scores.means().loc["words", "pixel_ap"]
 
 
 def test_trays_hold_one_defect_or_none(products):
-    detector, both = products
+    _, both = products
     made = trials.trays(both[1], side=2, count=4, piece=48)
     assert [image.size for image in made["images"]] == [(96, 96)] * 4
     assert made["masks"].any(axis=(1, 2)).tolist() == [False, True, False, True]
-    table, maps = trials.tiles_tried(detector, made, "tile", (1, 2))
+    table, maps = trials.tiles_tried(both[1], made, (1, 2))
     assert table["tiles"].tolist() == [1, 2]
     assert maps[2].shape == (4, 96, 96)
 
@@ -248,6 +244,6 @@ def test_the_level_of_the_probability_follows_the_name(products):
     images = [detector.backbone.preprocess(read_image(s.image_path)) for s in both[0].dataset]
     features = detector.features(torch.stack(images))
     names = ["screw", "large screw", "small screw"]
-    table = trials.names_tried(detector, both[0], features, names, 0.1)
+    table = trials.names_tried(both[0], features, names, 0.1)
     assert np.ptp(table["median"]) > np.ptp(table["auroc"])
     assert table["found"].between(0, 1).all()

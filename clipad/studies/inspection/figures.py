@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,7 +39,7 @@ def _spread(values, place: int) -> np.ndarray:
 def decisions(frame: pd.DataFrame, rule) -> Figure:
     """Scores of the flawless images that set the rule, of other flawless and of defective ones, and the threshold.
 
-    ``frame``: :func:`clipad.studies.inspection.trials.decide`; ``rule``: :class:`clipad.studies.inspection.Rule`.
+    ``frame``: of :meth:`clipad.studies.inspection.trials.Product.decide`; ``rule``: the inspector's.
     """
     groups = {
         "flawless, set the rule": (rule.scores, COLOURS["grey"], "s"),
@@ -69,21 +69,6 @@ def names(table: pd.DataFrame, labels: np.ndarray) -> Figure:
     return figure
 
 
-def rates(table: pd.DataFrame, promised: float) -> Figure:
-    """False-alarm rate per category, mean over draws: scored as if new, and in sample; the line is the promise."""
-    means = 100 * table.groupby("category")[["false_alarms", "in_sample"]].mean()
-    xlabel = "false-alarm rate on other flawless images, percent (line: promised)"
-    figure, ax = _rows(list(means.index), (7.5, 0.32 * len(means) + 1.1), xlabel)
-    places = range(len(means))
-    ax.hlines(places, means["false_alarms"], means["in_sample"], color="0.75", zorder=0)
-    ax.plot(means["false_alarms"], places, "o", color=NORMAL, label="scored as if new")
-    ax.plot(means["in_sample"], places, "D", color=ANOMALOUS, label="in sample")
-    ax.axvline(100 * promised, color=COLOURS["red"])
-    ax.set_xlim(0, None)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
 def promise(table: pd.DataFrame) -> Figure:
     """How far the true false-alarm rate may be from the promised one, over the number of flawless images."""
     figure, ax = plt.subplots(figsize=(7.5, 3.2))
@@ -105,18 +90,19 @@ def promise(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def growth(table: pd.DataFrame, marks: Mapping[str, str]) -> Figure:
+def growth(table: pd.DataFrame) -> Figure:
     """Share of defective images called bad over the number of flawless images: mean and interval over categories.
 
-    ``table``: columns ``n``, ``map``, ``estimate``, ``low``, ``high``; ``marks``: map -> marker.
+    ``table``: columns ``n``, ``map``, ``estimate``, ``low``, ``high``.
     """
     figure, ax = plt.subplots(figsize=(6, 3))
-    looks = zip((-0.15, 0.15), (NORMAL, ANOMALOUS), strict=True)
-    for (name, marker), (shift, colour) in zip(marks.items(), looks, strict=True):
-        own = 100 * table[table["map"] == name].set_index("n")[["estimate", "low", "high"]]
-        places = own.index + shift
-        ax.vlines(places, own["low"], own["high"], color=colour, linewidth=1, alpha=0.6)
-        ax.plot(places, own["estimate"], marker=marker, color=colour, label=name)
+    looks = ((-0.15, NORMAL, "o"), (0.15, ANOMALOUS, "s"))
+    for (name, own), (shift, colour, marker) in zip(
+        table.groupby("map", sort=False), looks, strict=True
+    ):
+        places = own["n"] + shift
+        ax.vlines(places, 100 * own["low"], 100 * own["high"], color=colour, lw=1, alpha=0.6)
+        ax.plot(places, 100 * own["estimate"], marker=marker, color=colour, label=name)
     ax.set_xticks(sorted(set(table["n"])))
     ax.set(ylim=(0, 100), xlabel="flawless images", ylabel="defective images called bad, %")
     ax.legend(loc="lower right")
