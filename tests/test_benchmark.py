@@ -31,12 +31,14 @@ def result(detectors, data):
 
 
 def test_the_numbers_are_those_of_evaluate(result, detectors, data):
+    scores, images = result
     for detector in detectors:
         expected = evaluate(detector, data, progress=False)
-        found = result.scores.table(detector.name)
+        found = scores.table(detector.name)
         np.testing.assert_allclose(found, expected.table[found.columns], atol=1e-9)
-        images = result.images[result.images["method"] == detector.name]
-        np.testing.assert_allclose(images["score"], expected.images["image_score"], atol=1e-6)
+        own = images[images["method"] == detector.name]
+        for column in ("label", "probability", "map_max"):
+            np.testing.assert_allclose(own[column], expected.images[column], atol=1e-6)
 
 
 def test_a_stopped_benchmark_continues_and_ends_the_same(
@@ -45,13 +47,13 @@ def test_a_stopped_benchmark_continues_and_ends_the_same(
     folder = tmp_path / "kept"
     study.benchmark(detectors[:1], data, folder, resamples=10)
     monkeypatch.setattr(type(detectors[0]), "features", lambda *_: pytest.fail("computed again"))
-    again = study.benchmark(detectors, data, folder, resamples=10)
-    np.testing.assert_array_equal(again.scores.values, result.scores.values)
+    again, _ = study.benchmark(detectors, data, folder, resamples=10)
+    np.testing.assert_array_equal(again.values, result[0].values)
     damaged = sorted(folder.glob("*.npz"))[-1]
     damaged.write_bytes(damaged.read_bytes()[:100])
     monkeypatch.undo()
-    again = study.benchmark(detectors, data, folder, resamples=10)
-    np.testing.assert_array_equal(again.scores.values, result.scores.values)
+    again, _ = study.benchmark(detectors, data, folder, resamples=10)
+    np.testing.assert_array_equal(again.values, result[0].values)
 
 
 def test_smoothed_winclip_is_winclip_smoothed(tiny_backbone, data):
@@ -81,26 +83,26 @@ def test_advice_prefers_quick_methods_that_are_not_significantly_worse():
     scores = scores_of(
         {"quick": (0.80, 0.1), "equal": (0.81, 0.1), "slow": (0.85, 0.0), "worse": (0.4, 0.0)}
     )
-    found = study.advice(scores, "pixel_pro", spent, "maps", ["bolt"])
-    assert (found.best, found.take) == ("slow", "equal")
-    assert set(found.equals) == {"quick", "equal", "slow"}
+    best, equals, take = study.choose(scores, "pixel_pro", spent, ["bolt"])
+    assert (best, take) == ("slow", "equal")
+    assert set(equals) == {"quick", "equal", "slow"}
 
 
 def test_a_decision_per_image_needs_no_map():
     spent = pd.Series({"Direct": 1.0, "SDP": 1.2, "WinCLIP": 9.0})
     scores = scores_of({"Direct": (0.8, 0.1), "SDP": (0.8, 0.1), "WinCLIP": (0.81, 0.0)})
-    maps_of_textures, maps_of_objects, image = study.all_advice(scores, spent)
-    assert (maps_of_textures.use, maps_of_objects.use) == ("maps of textures", "maps of objects")
+    textures, objects, image = study.advice(scores, spent).itertuples()
+    assert (textures.use, objects.use) == ("maps of textures", "maps of objects")
     assert image.take == "CLIP's class probability"
     assert len(image.equals) == 2
+    assert "highest with WinCLIP" in study.told(image)
 
 
 def test_gallery_rows_follow_their_rule(detectors, data):
     rows = study.gallery_rows({d.name: d for d in detectors}, data, data.categories)
     assert len(rows) == len(data.categories)
     for row in rows:
-        sample = next(s for s in data if s.image_path == row.path)
-        assert sample.label == 1
+        assert row.sample.label == 1
         assert set(row.maps) == set(row.thresholds) == {d.name for d in detectors}
 
 

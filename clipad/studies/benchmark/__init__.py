@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +12,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from clipad.datasets import EXPECTED, Dataset
+from clipad.datasets import EXPECTED, Dataset, Sample
 from clipad.detectors import SDP, ClipSurgery, Detector, Direct
-from clipad.evaluation import (
-    batches,
-    category_metrics,
-    fingerprint,
-    image_score,
-    predict_halving,
-    read_masks,
-)
+from clipad.evaluation import batches, category_metrics, fingerprint, predict_halving
 from clipad.files import address, cached, code_version
 from clipad.metrics import draw_counts
 from clipad.published import published_results
@@ -32,7 +25,10 @@ from clipad.studies.common import (
     Interval,
     Scores,
     groups,
+    labelled,
+    scores_of,
     within_image,
+    worst_median_best,
 )
 from clipad.studies.sdp_plus_fine_tuning import build, layers_for
 from clipad.surgery import smooth
@@ -66,54 +62,42 @@ def methods(run, layers: str | Path = "", train_root: str | Path = "") -> dict[s
     return {detector.name: detector for detector in found}
 
 
-@dataclass
-class Benchmark:
-    """``scores`` of the methods on the same draws, and ``images``, a row per method and image."""
-
-    scores: Scores
-    images: pd.DataFrame
-
-
 def benchmark(
     detectors: Sequence[Detector],
     dataset: Dataset,
     folder: Path | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> Benchmark:
-    """All of ``METRICS`` for every detector and category, with bootstrap draws of the images.
+) -> tuple[Scores, pd.DataFrame]:
+    """All of ``METRICS`` for every detector and category, on the same bootstrap draws of the images; and a row per
+    method and image: ``method``, ``category``, ``label``, ``probability``, ``map_max``.
 
     Memory holds the maps of one category and detector at a time; with a ``folder`` each of these is kept there by all
     that decides it, so a stopped run continues.
     """
-    names, categories = tuple(d.name for d in detectors), tuple(dataset.categories)
-    values = np.full((len(names), len(categories), len(METRICS), 1 + resamples), np.nan)
-    frames = []
-    for c, category in enumerate(tqdm(categories, f"benchmark on {dataset.name}")):
+    found, frames = {detector.name: {} for detector in detectors}, []
+    for c, category in enumerate(tqdm(dataset.categories, f"benchmark on {dataset.name}")):
         part = dataset.select(category)
         labels = np.array([s.label for s in part])
         counts = draw_counts(labels, resamples, np.random.default_rng([seed, c]))
-        for d, detector in enumerate(detectors):
+        for detector in detectors:
             key = [detector.settings, fingerprint(part), code_version(), resamples, seed, c]
             path = folder and folder / f"{address(key)}.npz"
             entry = cached(path, lambda: _measure(detector, part, category, labels, counts))
-            for m, metric in enumerate(METRICS):
-                values[d, c, m] = entry.get(metric, np.nan)
-            own = {k: entry[k] for k in ("probability", "map_max", "score")}
-            own |= {"method": detector.name, "category": category, "label": labels}
+            found[detector.name][category] = entry
+            own = {"method": detector.name, "category": category, "label": labels}
+            own |= {name: entry[name] for name in ("probability", "map_max")}
             frames.append(pd.DataFrame(own))
-    scores = Scores(names, categories, METRICS, values, seed)
-    return Benchmark(scores, pd.concat(frames, ignore_index=True))
+    return scores_of(found, METRICS, resamples, seed), pd.concat(frames, ignore_index=True)
 
 
 def _measure(detector, part: Dataset, category: str, labels, counts) -> dict[str, np.ndarray]:
     maps, probabilities = predict(detector, part, category)
-    masks = read_masks(list(part), detector.backbone.image_size) if part.has_masks else None
-    with_map = detector.map_in_image_score
-    entry = category_metrics(maps, masks, probabilities, labels, with_map, counts)
-    maxima = maps.max(axis=(1, 2))
-    entry |= {"probability": probabilities, "map_max": maxima}
-    entry["score"] = image_score(probabilities, maxima, with_map)
+    masks = labelled(part, maps.shape[-1]).masks
+    entry = category_metrics(
+        maps, masks, probabilities, labels, detector.map_in_image_score, counts
+    )
+    entry |= {"probability": probabilities, "map_max": maps.max(axis=(1, 2))}
     return {name: np.asarray(value, dtype=float) for name, value in entry.items()}
 
 
@@ -143,49 +127,44 @@ def costs(detectors: Sequence[Detector], dataset: Dataset, repeats: int = 3) -> 
     return pd.Series(found, name="ms per image")
 
 
-@dataclass(frozen=True)
-class Advice:
-    """What follows from the intervals for one use: the highest method, those not significantly below it, and which of
-    these to take: the highest of those that take at most one and a half times as long as the quickest."""
+def choose(
+    scores: Scores, metric: str, spent: pd.Series, categories: Sequence[str]
+) -> tuple[str, list[str], str]:
+    """The highest method, those not significantly below it on these categories' images, and which of these to take:
+    the highest of those that take at most one and a half times as long as the quickest.
 
-    use: str
-    metric: str
-    best: str
-    equals: tuple[str, ...]
-    take: str
-
-    def __str__(self) -> str:
-        others = [name for name in self.equals if name != self.best]
-        tied = f"; not significantly below it: {', '.join(others)}" if others else ""
-        return f"**{self.use}: {self.take}** ({METRIC_NAMES[self.metric]} is highest with {self.best}{tied})"
-
-
-def advice(
-    scores: Scores, metric: str, spent: pd.Series, use: str, categories: Sequence[str]
-) -> Advice:
-    """Which method to take for these categories' images; ``spent``: milliseconds per image by method."""
+    ``spent``: milliseconds per image by method.
+    """
     means = {m: scores.interval(metric, m, None, categories)[0].estimate for m in spent.index}
     best = max(means, key=means.get)
     pairs = {m: scores.interval(metric, m, best, categories)[0] for m in spent.index}
     equals = [m for m in spent.index if pairs[m].verdict() != "lower"]
     quick = [m for m in equals if spent[m] <= 1.5 * spent[equals].min()]
-    return Advice(use, metric, best, tuple(equals), max(quick, key=means.get))
+    return best, equals, max(quick, key=means.get)
 
 
-def all_advice(scores: Scores, spent: pd.Series) -> list[Advice]:
-    """Advice for maps of textures, for maps of objects, and for a decision per image without a map."""
-    found = []
-    table = scores.table("SDP").drop("mean")
-    for name, members in groups(table["pixel_pro"].dropna().index).items():
-        found.append(advice(scores, "pixel_pro", spent, f"maps of {name}", members))
-    if table["class_auroc"].notna().any():
+def advice(scores: Scores, spent: pd.Series) -> pd.DataFrame:
+    """For maps of textures, maps of objects, and a decision per image without a map: a row per ``use`` with the
+    ``metric`` that decides, and :func:`choose`'s ``best``, ``equals`` and ``take``."""
+    measured = scores.table("SDP").drop("mean").notna()
+    rows = []
+    for kind, members in groups(measured.index[measured["pixel_pro"]]).items():
+        rows.append((f"maps of {kind}", "pixel_pro", *choose(scores, "pixel_pro", spent, members)))
+    if measured["class_auroc"].any():
         # The same number for every method but WinCLIP; the quickest way to it is Direct's.
         names = {"Direct": "CLIP's class probability", "WinCLIP": "WinCLIP's image score"}
-        use = "a decision per image without a map"
-        own = advice(scores, "class_auroc", spent[list(names)], use, scores.categories)
-        equals = tuple(names[m] for m in own.equals)
-        found.append(replace(own, best=names[own.best], equals=equals, take=names[own.take]))
-    return found
+        best, equals, take = choose(scores, "class_auroc", spent[list(names)], scores.categories)
+        found = (names[best], [names[m] for m in equals], names[take])
+        rows.append(("a decision per image without a map", "class_auroc", *found))
+    return pd.DataFrame(rows, columns=["use", "metric", "best", "equals", "take"])
+
+
+def told(row) -> str:
+    """A row of :func:`advice` in words."""
+    others = ", ".join(name for name in row.equals if name != row.best)
+    tied = f"; not significantly below it: {others}" if others else ""
+    highest = f"{METRIC_NAMES[row.metric]} is highest with {row.best}"
+    return f"**{row.use}: {row.take}** ({highest}{tied})"
 
 
 # A gallery ------------------------------------------------------------------------------------------------------
@@ -195,8 +174,7 @@ def all_advice(scores: Scores, spent: pd.Series) -> list[Advice]:
 class Row:
     """One image with its maps by every method, and per method the value that few normal pixels exceed."""
 
-    title: str
-    path: Path
+    sample: Sample
     mask: np.ndarray | None
     maps: dict[str, np.ndarray]
     thresholds: dict[str, float]
@@ -210,23 +188,20 @@ def gallery_rows(
     rows = []
     for category in categories:
         part = dataset.select(category)
-        labels = np.array([s.label for s in part])
-        if not (labels == 1).any():
+        maps = {name: predict(d, part, category)[0] for name, d in detectors.items()}
+        data = labelled(part, maps["SDP"].shape[-1])
+        rank = maps["SDP"].max(axis=(1, 2))
+        if data.masks is not None:
+            rank = within_image(maps["SDP"], data.masks)
+        ranked = worst_median_best(np.where(data.labels == 1, rank, np.nan))
+        if not ranked:
             continue
-        size, masks = detectors["SDP"].backbone.image_size, None
-        found = {name: predict(d, part, category)[0] for name, d in detectors.items()}
-        rank = found["SDP"].max(axis=(1, 2))
-        if part.has_masks:
-            masks = read_masks(list(part), size)
-            rank = within_image(found["SDP"], masks)
-        order = np.argsort(np.where(labels == 1, rank, np.inf))
-        pick = int(order[(labels == 1).sum() // 2])
-        normal = labels == 0 if (labels == 0).any() else labels == 1
-        limits = {name: float(np.quantile(maps[normal], 0.99)) for name, maps in found.items()}
-        own = {name: maps[pick] for name, maps in found.items()}
-        mask, sample = None if masks is None else masks[pick], part[pick]
-        title = f"{category}\n{sample.defect}"
-        rows.append(Row(title, sample.image_path, mask, own, limits))
+        pick = ranked[len(ranked) // 2]
+        normal = data.labels == 0 if (data.labels == 0).any() else data.labels == 1
+        limits = {name: float(np.quantile(own[normal], 0.99)) for name, own in maps.items()}
+        shown = {name: own[pick] for name, own in maps.items()}
+        mask = None if data.masks is None else data.masks[pick]
+        rows.append(Row(part[pick], mask, shown, limits))
     return rows
 
 

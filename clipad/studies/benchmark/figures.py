@@ -1,4 +1,4 @@
-"""Figures of notebook 05: methods per category, quality against time, a gallery at one rate, scalings."""
+"""Figures of notebook 05: methods per category, quality against time, a gallery at one rate, published numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from clipad.studies.common import METRIC_NAMES, Scores, groups
 from clipad.studies.figures import (
     COLOURS,
     MAP,
-    columns,
     contour,
     heatmap,
     image_array,
@@ -81,10 +80,11 @@ def gallery_at_a_rate(rows: Sequence[Row], size: int, title: str) -> Figure:
     the method's region; the defect's outline is drawn on the image alone.
     """
     names = list(rows[0].maps)
-    figure, axes = picture_grid([row.title for row in rows], ["image, defect", *names], 1.6)
+    titles = [f"{row.sample.category}\n{row.sample.defect}" for row in rows]
+    figure, axes = picture_grid(titles, ["image, defect", *names], 1.6)
     figure.suptitle(title)
     for line, row in zip(axes, rows, strict=True):
-        line[0].imshow(image_array(read_image(row.path), size))
+        line[0].imshow(image_array(read_image(row.sample.image_path), size))
         contour(line[0], row.mask)
         for ax, name in zip(line[1:], names, strict=True):
             values, limit = row.maps[name], row.thresholds[name]
@@ -104,18 +104,3 @@ def published(table: pd.DataFrame, ours: Mapping[str, str], title: str) -> Figur
         label.set_fontweight("bold" if method in ours else "normal")
     ax.set_title(title)
     return figure
-
-
-def scalings(
-    images: Sequence[np.ndarray],
-    once: np.ndarray,
-    twice: np.ndarray,
-    masks: np.ndarray,
-    titles: Sequence[str],
-) -> Figure:
-    """Images, their maps on the scale of the category, and the same scaled again image by image.
-
-    ``images``: S x S x 3; ``once``, ``twice``: N x S x S in 0-1 (``released_program.min_max``).
-    """
-    maps = {"one scale for\nthe category": once, "each image\nby itself": twice}
-    return columns(images, maps, masks, titles, dict.fromkeys(maps, (0, 1)))

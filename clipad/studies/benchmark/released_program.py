@@ -18,6 +18,7 @@ from clipad.metrics import image_metrics
 from clipad.text import representative_vectors
 
 SELECTIONS = {
+    "mean": ("mean", {}),
     "DBSCAN, eps 0.5, min_samples 15 (MVTec)": ("dbscan", {"eps": 0.5, "min_samples": 15}),
     "DBSCAN, eps 1.5, min_samples 25 (VisA)": ("dbscan", {"eps": 1.5, "min_samples": 25}),
     "mean shift, bandwidth 2": ("mean_shift", {"bandwidth": 2.0}),
@@ -29,10 +30,10 @@ SELECTIONS = {
 def without_one(images: pd.DataFrame) -> pd.DataFrame:
     """What becomes of the published image scores of a category when one of its *other* test images is taken away.
 
-    ``images``: rows of one method (:attr:`Benchmark.images`). Per category: ``largest change`` of a score (they run
-    from 0 to 2), ``orders changed`` (share of the pairs of images whose order changes, largest over the images that
-    can be taken away) and the range of the AUROC that other scaling alone makes, ``auroc low`` to ``auroc high``,
-    relative to the same images with their old scores.
+    ``images``: rows of one method, see :func:`clipad.studies.benchmark.benchmark`. Per category: ``largest change`` of
+    a score (they run from 0 to 2), ``orders changed`` (share of the pairs of images whose order changes, largest over
+    the images that can be taken away) and the range of the AUROC that other scaling alone makes, ``auroc low`` to
+    ``auroc high``, relative to the same images with their old scores.
     """
     rows = {}
     for category, frame in images.groupby("category", sort=False):
@@ -81,16 +82,11 @@ def vanished(dataset: Dataset, shrink: Sequence[float]) -> pd.DataFrame:
 
 
 def vectors_of(run, name: str) -> dict[str, torch.Tensor]:
-    """The text vectors per category of one of ``SELECTIONS``, of the plain ``mean``, or in ``float16``."""
-    method, options = SELECTIONS.get(name, ("mean", {}))
-    if name == "float16":
-        method, options = run.protocol.rvs, run.protocol.rvs_options
-    found = {}
-    for category in run.dataset.categories:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # DBSCAN that finds only noise is counted in notebook 01
-            text = representative_vectors(run.backbone, category, run.prompts, method, **options)
-        found[category] = text.half().float() if name == "float16" else text
-    return found
+    """The text vectors per category of one of ``SELECTIONS``."""
+    method, options = SELECTIONS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # DBSCAN that finds only noise is counted in notebook 01
+        return {
+            c: representative_vectors(run.backbone, c, run.prompts, method, **options)
+            for c in run.dataset.categories
+        }
