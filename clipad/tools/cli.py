@@ -143,7 +143,7 @@ def detect(
         from clipad.prompts import load_prompts
         from clipad.studies.experiments import make_detector
         from clipad.tools.detect import detect as run_detection
-        from clipad.tools.detect import summary
+        from clipad.tools.report import summary
 
         backbone = load_backbone(model, pretrained, device)
         own = {"prompts": load_prompts(prompts)} if prompts else {}

@@ -8,10 +8,8 @@ rows of the table, each once. Memory does not grow with the number of images.
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +36,12 @@ from clipad.studies.common import exact_share
 from clipad.studies.inspection import Inspector, Look, require_enough, without_specks
 from clipad.tools.photographs import Images
 from clipad.tools.report import (
+    COLUMNS,
+    ONLY_DRAWN,
+    Report,
     draw,
     find_regions,
     heat_layer,
-    no_region,
     region_mask,
     write_picture,
     write_report,
@@ -57,32 +57,6 @@ DEMO_WARNING = (
 )
 
 
-@dataclass(frozen=True)
-class Report:
-    """What ``detect`` found.
-
-    ``scores``: a row per image that was read, highest score first: image, verdict (good, check, bad; "" without
-    flawless images), score, p_value, logit, map_max, regions, area (share of the image), boxes (left, top, right,
-    bottom in pixels), width, height, label (1, 0, or -1 if not known). ``unread``: image -> why. ``skipped``: a line
-    per kind of file that is no photograph. ``settings``: all that decides the numbers. ``rule``: see
-    :class:`clipad.studies.inspection.Rule`, None without flawless images. ``observed``: what the labels say.
-    """
-
-    scores: pd.DataFrame
-    unread: dict[str, str]
-    skipped: list[str]
-    notes: list[str]
-    settings: dict
-    rule: object
-    warning: str
-    observed: dict[str, float] | None
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many images are bad, check and good."""
-        return {v: int((self.scores["verdict"] == v).sum()) for v in ("bad", "check", "good")}
-
-
 def detect(
     detector,
     images: Images,
@@ -91,7 +65,6 @@ def detect(
     false_alarms: float = 0.05,
     neighbours: str = "no",
     tiles: int = 1,
-    progress: bool = True,
 ) -> Report:
     """Score photographs, and write report.html, scores.csv, scores.json and pictures.
 
@@ -121,54 +94,34 @@ def detect(
         "false_alarms": false_alarms if images.flawless else None,
         "code": code_version(),
     }
-    folder = _own(Path(output_dir), settings)
-    work = _Work(inspector, images.root, folder, quiet=None if progress else True)
-    notes = images.notes + (work.fit(images.flawless, false_alarms) if images.flawless else [])
-    unread, before = work.look_at(list(images.labels))
-    masks = [path for path, why in unread.items() if why == MASK]
+    work = _Work(inspector, images.root, _own(Path(output_dir), settings))
+    notes = list(images.notes)
+    if images.flawless:
+        looks = work.looks(images.flawless, "flawless images", copy=False)
+        inspector.fit((look for look, _ in looks), false_alarms)
+        unread, work.unread = work.unread, {}
+        notes += [
+            f"flawless, but not used: {printable(p.name)}: {why}" for p, why in unread.items()
+        ]
+    notes += work.keep_maps(list(images.labels))
+    masks = [path for path, why in work.unread.items() if why == MASK]
     skipped = images.skipped | ({MASK: masks} if masks else {})
-    labels = {path: label for path, label in images.labels.items() if path not in unread}
-    scale = work.scale(list(labels))
-    scores = work.table(labels, scale)
+    scale = work.scale([path for path in images.labels if path not in work.unread])
+    scores = work.table(images.labels, scale)
     report = Report(
         scores=scores,
-        unread={work.name(path): why for path, why in unread.items() if why != MASK},
+        scale=scale,
+        unread={work.name(path): why for path, why in work.unread.items() if why != MASK},
         skipped=Scan((), skipped).skipped_lines(images.root),
-        notes=notes + before + _notes(scores, inspector),
+        notes=notes + _notes(scores, inspector),
         settings=settings,
         rule=inspector.rule,
         warning=demo_warning(detector, images.labels),
         observed=_observed(scores),
     )
-    write_report(report, folder, scale, inspector)
+    write_report(report, work.folder, inspector)
     work.remove_others(scores)
     return report
-
-
-def summary(report: Report, output_dir: Path, shown: int = 10) -> list[str]:
-    """What a terminal shows: counts, the images that score highest, what was left out, where the report is."""
-    lines = [f"left out: {line}" for line in report.skipped]
-    lines += [f"note: {line}" for line in report.notes]
-    lines += [f"not readable: {name}: {why}" for name, why in report.unread.items()]
-    if report.rule:
-        lines += [f"{name}: {text}" for name, text in report.rule.words().items()]
-    if report.observed:
-        lines.append("  ".join(f"{k} {v:.3f}" for k, v in report.observed.items()))
-    for row in report.scores.head(shown).itertuples():
-        why = no_region(row.verdict, row.regions)
-        lines.append(f"{row.score:8.2f}  {row.verdict:6}{row.image}  {why}".rstrip())
-    counts = ", ".join(f"{n} {verdict}" for verdict, n in report.counts.items())
-    highest = f" (the {shown} highest shown)" if len(report.scores) > shown else ""
-    said = f"{len(report.scores)} images{f': {counts}' if report.rule else ''}{highest}"
-    return [*lines, f"{said}; {output_dir / 'report.html'}"]
-
-
-def demo_warning(detector, photographs) -> str:
-    """Empty, or what has to be said first: the demo model on pictures that are not the demo's, by content."""
-    if detector.backbone.name != "demo":
-        return ""
-    shipped = {content_hash(p) for p in (data_dir() / "demo" / "collections").glob("*/*/test/*/*")}
-    return "" if all(content_hash(path) in shipped for path in photographs) else DEMO_WARNING
 
 
 def _own(folder: Path, settings: dict) -> Path:
@@ -183,17 +136,20 @@ def _own(folder: Path, settings: dict) -> Path:
     return folder
 
 
-# --------------------------------------------------------------------------------------- the work
+def demo_warning(detector, photographs) -> str:
+    """Empty, or what has to be said first: the demo model on pictures that are not the demo's, by content."""
+    if detector.backbone.name != "demo":
+        return ""
+    shipped = {content_hash(p) for p in (data_dir() / "demo" / "collections").glob("*/*/test/*/*")}
+    return "" if all(content_hash(path) in shipped for path in photographs) else DEMO_WARNING
 
 
-@dataclass
 class _Work:
-    """Images read ahead by threads, looked at in batches, and what is kept of each in the output folder."""
+    """The passes over the images, and the files that are kept of each. ``unread``: image -> why it has none."""
 
-    inspector: Inspector
-    root: Path
-    folder: Path
-    quiet: bool | None  # None: no bars where stderr is no terminal
+    def __init__(self, inspector: Inspector, root: Path, folder: Path):
+        self.inspector, self.root, self.folder = inspector, root, folder
+        self.unread: dict[Path, str] = {}
 
     def name(self, path: Path) -> str:
         return printable(path.relative_to(self.root).as_posix())
@@ -202,73 +158,65 @@ class _Work:
         name = file_name(path.relative_to(self.root).as_posix())
         return self.folder / kind / (name + ENDINGS[kind])
 
-    def fit(self, flawless: list[Path], false_alarms: float) -> list[str]:
-        """Learn from the flawless images; returns notes on those that could not be read."""
-        unread: dict[Path, str] = {}
-        looks = self._looks(flawless, unread, "flawless images", copy=False)
-        self.inspector.fit((look for look, _ in looks), false_alarms)
-        said = "flawless, but not used"
-        return [f"{said}: {printable(path.name)}: {why}" for path, why in unread.items()]
+    def looks(
+        self, paths: list[Path], what: str, copy: bool = True
+    ) -> Iterator[tuple[Look, dict[Path, dict]]]:
+        """Batches of images as the model sees them, with facts of each; those that cannot be read go to ``unread``."""
+        with (
+            ThreadPoolExecutor(4) as readers,
+            tqdm(total=len(paths), desc=what, unit="image", disable=None) as bar,
+        ):
+            for start in range(0, len(paths), BATCH):
+                group = paths[start : start + BATCH]
+                tensors, facts = [], {}
+                loaded = readers.map(lambda path: self._load(path, copy), group)
+                for path, (tensor, found) in zip(group, loaded, strict=True):
+                    if tensor is None:
+                        self.unread[path] = found
+                    else:
+                        tensors.append(tensor)
+                        facts[path] = found
+                if facts:
+                    yield self._look(tensors, facts), facts
+                bar.update(len(group))
 
-    def look_at(self, photographs: list[Path]) -> tuple[dict[Path, str], list[str]]:
-        """Keep the map of every image that is not finished. Returns those not read, with why, and notes."""
-        for kind in ENDINGS:
-            require_writable(self.folder / kind)
+    def _look(self, tensors: list[torch.Tensor], paths) -> Look:
+        try:
+            return self.inspector.look(torch.stack(tensors))
+        except ValueError as error:
+            names = ", ".join(printable(path.name) for path in list(paths)[:3])
+            raise ValueError(f"{error}: one of {names}, ...") from error
+
+    def _load(self, path: Path, copy: bool) -> tuple[torch.Tensor | None, dict | str]:
+        """What the model takes of an image, and facts; or None, and why. Writes the report's copy, if asked."""
+        try:
+            image, remarks = read_photograph(path)
+        except (OSError, ValueError, MemoryError) as error:
+            return None, str(error).replace(f"{self.root}/", "")
+        if two_levels(image):
+            return None, MASK
+        if copy:
+            write_picture(self.file("images", path), image)
+        facts = {
+            "sha256": content_hash(path),
+            "size": image.size,
+            "remarks": ",".join(sorted(remarks)),
+        }
+        return self.inspector.prepare(image), facts
+
+    def keep_maps(self, photographs: list[Path]) -> list[str]:
+        """Keep the map of every image that has none yet; returns a note on those that have."""
         with ThreadPoolExecutor(4) as pool:
-            finished = list(pool.map(self._finished, photographs))
+            finished = list(pool.map(self._is_finished, photographs))
         todo = [path for path, done in zip(photographs, finished, strict=True) if not done]
-        unread: dict[Path, str] = {}
-        for look, facts in self._looks(todo, unread, "photographs"):
+        for look, facts in self.looks(todo, "photographs"):
             maps = self.inspector.maps(look)
             for (path, known), logit, heat in zip(facts.items(), look.logits, maps, strict=True):
                 write_arrays(self.file("maps", path), known | {"logit": logit, "map": heat})
         before = f"{sum(finished)} of {len(finished)} images were finished before, skipped"
-        return unread, [before] if any(finished) else []
+        return [before] if any(finished) else []
 
-    def _looks(
-        self, paths: list[Path], unread: dict[Path, str], what: str, copy: bool = True
-    ) -> Iterator[tuple[Look, dict[Path, dict]]]:
-        """Batches of images as the model sees them, with facts of each, while threads read the next batch. Images that
-        cannot be read go to ``unread``, with the reason."""
-        groups = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
-        ahead: deque = deque()
-        with (
-            ThreadPoolExecutor(4) as readers,
-            tqdm(total=len(paths), desc=what, unit="image", disable=self.quiet) as bar,
-        ):
-            for group in [*groups, []]:
-                ahead.append({path: readers.submit(self._load, path, copy) for path in group})
-                if len(ahead) == 1:
-                    continue
-                found = {path: future.result() for path, future in ahead.popleft().items()}
-                unread |= {path: why for path, why in found.items() if isinstance(why, str)}
-                good = {path: item for path, item in found.items() if path not in unread}
-                if good:
-                    look = self._look({path: tensor for path, (tensor, _) in good.items()})
-                    yield look, {path: facts for path, (_, facts) in good.items()}
-                bar.update(len(found))
-
-    def _look(self, tensors: dict[Path, torch.Tensor]) -> Look:
-        try:
-            return self.inspector.look(torch.stack(list(tensors.values())))
-        except ValueError as error:
-            names = ", ".join(printable(path.name) for path in list(tensors)[:3])
-            raise ValueError(f"{error}: one of {names}, ...") from error
-
-    def _load(self, path: Path, copy: bool) -> tuple[torch.Tensor, dict] | str:
-        """What the model takes of an image, and facts; or why there is none. Writes the report's copy, if asked."""
-        try:
-            image, remarks = read_photograph(path)
-        except (OSError, ValueError, MemoryError) as error:
-            return str(error).replace(f"{self.root}/", "")
-        if two_levels(image):
-            return MASK
-        if copy:
-            write_picture(self.file("images", path), image)
-        facts = {"sha256": content_hash(path), "size": image.size, "remarks": ",".join(remarks)}
-        return self.inspector.prepare(image), facts
-
-    def _finished(self, path: Path) -> bool:
+    def _is_finished(self, path: Path) -> bool:
         try:
             with np.load(self.file("maps", path)) as kept:
                 same = str(kept["sha256"]) == content_hash(path)
@@ -288,30 +236,30 @@ class _Work:
         return float(low), float(high if high > low else low + 1)
 
     def table(self, labels: dict[Path, int], scale: tuple[float, float]) -> pd.DataFrame:
-        """A row per image, highest score first; draws its pictures on the way."""
+        """A row per image that was read, highest score first; draws its pictures on the way."""
+        paths = [path for path in labels if path not in self.unread]
         with ThreadPoolExecutor(4) as pool:
-            drawn = pool.map(lambda path: self._row(path, labels[path], scale), labels)
-            bar = tqdm(drawn, "report", len(labels), unit="image", disable=self.quiet)
-            rows = list(bar)
-        columns = list(rows[0]) if rows else ["image", "verdict", "score", "label", "file"]
-        return pd.DataFrame(rows, columns=columns).sort_values(
-            "score", ascending=False, kind="stable", ignore_index=True
-        )
+            drawn = pool.map(lambda path: self._row(path, labels[path], scale), paths)
+            rows = list(tqdm(drawn, "report", len(paths), unit="image", disable=None))
+        rows.sort(key=lambda row: -row["score"])
+        table = pd.DataFrame(rows, columns=[*COLUMNS, *ONLY_DRAWN])
+        return table.drop(columns="label") if -1 in labels.values() else table
 
     def _row(self, path: Path, label: int, scale: tuple[float, float]) -> dict:
         rule = self.inspector.rule
         with np.load(self.file("maps", path)) as kept:
             heat, logit = kept["map"], float(kept["logit"])
             size, remarks = tuple(map(int, kept["size"])), str(kept["remarks"])
-        threshold = rule.map_threshold if rule else np.inf
-        regions = find_regions(heat, threshold, size)
         highest = float(heat.max())
         score = rule.score(logit, highest) if rule else logit
+        threshold = rule.map_threshold if rule else np.inf
+        above = without_specks(heat, threshold)
+        regions = find_regions(above, threshold, size)
         overlay = draw(self.file("images", path), heat, scale, regions, size)
         write_picture(self.file("overlays", path), overlay)
         write_picture(self.file("heat", path), heat_layer(heat, scale))
         if regions:
-            write_picture(self.file("masks", path), region_mask(heat, threshold, size))
+            write_picture(self.file("masks", path), region_mask(above, threshold, size))
         return {
             "image": self.name(path),
             "verdict": rule.verdict(score, highest) if rule else "",
@@ -320,23 +268,22 @@ class _Work:
             "logit": logit,
             "map_max": highest,
             "regions": len(regions),
-            "area": float((without_specks(heat, threshold) > threshold).mean()) if rule else None,
+            "area": float((above > threshold).mean()) if rule else None,
             "boxes": [region.box for region in regions],
             "width": size[0],
             "height": size[1],
             "label": label,
-            "remarks": remarks,
-            "outlines": [region.outline for region in regions],
             "file": self.file("images", path).stem,
+            "outlines": [line for region in regions for line in region.outline],
+            "remarks": remarks,
         }
 
     def remove_others(self, scores: pd.DataFrame) -> None:
         """Remove what is left of images that are gone, and of regions that are none any more."""
-        present = set(scores["file"])
-        regions = set(scores["file"][scores["regions"] > 0]) if len(scores) else set()
+        present, with_regions = set(scores["file"]), set(scores["file"][scores["regions"] > 0])
         for kind in ENDINGS:
-            for path in (self.folder / kind).iterdir():
-                if path.stem not in (regions if kind == "masks" else present):
+            for path in self.folder.glob(f"{kind}/*"):
+                if path.stem not in (with_regions if kind == "masks" else present):
                     path.unlink()
 
 
@@ -362,17 +309,16 @@ def _notes(scores: pd.DataFrame, inspector: Inspector) -> list[str]:
 
 def _observed(scores: pd.DataFrame) -> dict[str, float] | None:
     """What the labels say: false alarms and defects found, with exact 95 % intervals, and AUROC."""
-    if not len(scores) or (scores["label"] < 0).any():
+    if not len(scores) or "label" not in scores:
         return None
     found = {"auroc": float(image_metrics(scores["score"], scores["label"])["auroc"])}
-    if (scores["verdict"] != "").all():
-        for label, what in ((0, "false_alarms"), (1, "defects_found")):
-            bad = scores["verdict"][scores["label"] == label] == "bad"
-            if len(bad):
-                share = exact_share(int(bad.sum()), len(bad))
-                found |= {
-                    what: share.estimate,
-                    f"{what}_low": share.low,
-                    f"{what}_high": share.high,
-                }
+    for label, what in ((0, "false_alarms"), (1, "defects_found")):
+        verdicts = scores["verdict"][scores["label"] == label]
+        if (verdicts != "").any():
+            share = exact_share(int((verdicts == "bad").sum()), len(verdicts))
+            found |= {
+                what: share.estimate,
+                f"{what}_low": share.low,
+                f"{what}_high": share.high,
+            }
     return {key: value for key, value in found.items() if not np.isnan(value)}

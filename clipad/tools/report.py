@@ -1,4 +1,4 @@
-"""What ``clipad detect`` draws and writes: regions, overlays, the HTML report, the tables."""
+"""What ``clipad detect`` draws, writes and says: regions, overlays, the HTML report, the tables, the terminal."""
 
 from __future__ import annotations
 
@@ -12,17 +12,50 @@ import contourpy
 import jinja2
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from clipad.files import write_atomically
-from clipad.studies.inspection import without_specks
+from clipad.studies.inspection import Rule
 
 MAP = "inferno"
 MOST_REGIONS = 20
 """regions that are listed of one image, the highest first"""
 NO_REGION = {"bad": "bad by score, no region", "check": "too small to outline"}
+COLUMNS = ["image", "verdict", "score", "p_value", "logit", "map_max", "regions", "area", "boxes"]
+COLUMNS += ["width", "height", "label", "file"]
+ONLY_DRAWN = ["outlines", "remarks"]
+"""columns of the table that no file holds"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``detect`` found.
+
+    ``scores``: a row per image that was read, highest score first: image, verdict (good, check, bad; "" without
+    flawless images), score, p_value, logit, map_max, regions, area (share of the image), boxes (left, top, right,
+    bottom in pixels), width, height, label (1 or 0; no column where they are not known), file (the stem of its files).
+    ``scale``: the colours of maps. ``unread``: image -> why. ``skipped``: a line per kind of file that is no
+    photograph. ``settings``: all that decides the numbers. ``rule``: None without flawless images. ``observed``: what
+    the labels say.
+    """
+
+    scores: pd.DataFrame
+    scale: tuple[float, float]
+    unread: dict[str, str]
+    skipped: list[str]
+    notes: list[str]
+    settings: dict
+    rule: Rule | None
+    warning: str
+    observed: dict[str, float] | None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many images are bad, check and good."""
+        return {v: int((self.scores["verdict"] == v).sum()) for v in ("bad", "check", "good")}
 
 
 @dataclass(frozen=True)
@@ -37,8 +70,8 @@ class Region:
 
 
 def find_regions(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> list[Region]:
-    """Regions of a map (R x R) above a threshold for an image of ``size`` (width, height), highest first; no specks."""
-    heat = without_specks(heat, threshold)
+    """Regions of a map (R x R, without specks) above a threshold for an image of ``size`` (width, height), highest
+    first."""
     # Two frames: the border's own values, so that a region there reaches the edge; low ones, which close its line.
     low = float(heat.min()) - 1
     framed = np.pad(np.pad(heat, 1, mode="edge"), 1, constant_values=low)
@@ -62,9 +95,8 @@ def find_regions(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> l
 
 
 def region_mask(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> Image.Image:
-    """Where the map has regions, as a black and white image of ``size`` (width, height)."""
-    heat = without_specks(heat, threshold).astype(np.float32)
-    large = Image.fromarray(heat).resize(size, Image.Resampling.BILINEAR)
+    """Where the map (without specks) is above the threshold, as a black and white image of ``size`` (width, height)."""
+    large = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
     return Image.fromarray(np.asarray(large) > threshold)
 
 
@@ -106,19 +138,16 @@ def write_picture(path: Path, picture: Image.Image) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-# ------------------------------------------------------------------------------------------- files
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
-def write_report(report, folder: Path, scale: tuple[float, float], inspector) -> None:
+def write_report(report: Report, folder: Path, inspector) -> None:
     """report.html, scores.csv and scores.json; the report opens offline and can be moved with its folder."""
-    write_atomically(folder / "scores.csv", scores_csv(report))
-    rows = report.scores.drop(columns=hidden(report), errors="ignore")
+    rule, rows = report.rule, report.scores.drop(columns=ONLY_DRAWN)
     content = {
         "warning": report.warning,
-        "rule": report.rule.words() if report.rule else None,
-        "thresholds": {"score": report.rule.threshold, "map": report.rule.map_threshold}
-        if report.rule
-        else None,
+        "rule": rule and rule.words(),
+        "thresholds": rule and {"score": rule.threshold, "map": rule.map_threshold},
         "counts": report.counts,
         "observed": report.observed,
         "images": json.loads(rows.to_json(orient="records")),
@@ -127,62 +156,43 @@ def write_report(report, folder: Path, scale: tuple[float, float], inspector) ->
         "notes": report.notes,
         "settings": report.settings,
     }
-    write_atomically(
-        folder / "scores.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    )
-    write_atomically(folder / "report.html", report_html(report, scale, inspector))
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(folder / "scores.csv", _csv(rows.drop(columns="file"), report.warning))
+    write_atomically(folder / "scores.json", text)
+    write_atomically(folder / "report.html", _html(report, inspector))
 
 
-def hidden(report) -> list[str]:
-    """Columns that only the page needs, and labels that nobody gave."""
-    return ["outlines", "remarks"] + ([] if has_labels(report) else ["label"])
-
-
-def has_labels(report) -> bool:
-    """Whether the user said which images are flawless."""
-    return bool(len(report.scores)) and bool((report.scores["label"] >= 0).all())
-
-
-def scores_csv(report) -> str:
+def _csv(rows: pd.DataFrame, warning: str) -> str:
     """A row per image. A text that a spreadsheet would take for a formula gets an apostrophe before it."""
-    scores = report.scores.drop(columns=["file", *hidden(report)], errors="ignore")
-    if len(scores):
-        boxes = ["; ".join(" ".join(map(str, box)) for box in boxes) for boxes in scores["boxes"]]
-        scores = scores.assign(image=scores["image"].map(harmless), boxes=boxes)
-    if report.warning:
-        scores = scores.assign(warning=report.warning)
-    return scores.to_csv(index=False)
+    boxes = ["; ".join(" ".join(map(str, box)) for box in boxes) for boxes in rows["boxes"]]
+    formula = rows["image"].str.match(r"\s*[=+\-@]")
+    rows = rows.assign(image=rows["image"].mask(formula, "'" + rows["image"]), boxes=boxes)
+    return (rows.assign(warning=warning) if warning else rows).to_csv(index=False)
 
 
-def harmless(text: str) -> str:
-    """
-    >>> harmless("=1+2.png"), harmless("a.png")
-    ("'=1+2.png", 'a.png')
-    """
-    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
-
-
-def report_html(report, scale: tuple[float, float], inspector) -> str:
+def _html(report: Report, inspector) -> str:
     """The page, from ``report.html.j2``."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
     )
-    rows = report.scores.to_dict(orient="records")
-    for row in rows:
-        row["url"] = quote(row["file"])
-        row["no_region"] = no_region(row["verdict"], row.get("regions", 0))
-        row["path"] = " ".join(_svg_path(line) for lines in row["outlines"] for line in lines)
+    rows = report.scores.assign(
+        url=report.scores["file"].map(quote),
+        no_region=list(map(no_region, report.scores["verdict"], report.scores["regions"])),
+    )
     colours = matplotlib.colormaps[MAP](np.linspace(0, 1, 9))
+    low, high = score_axis(report) if len(rows) else (0, 1)
+    ticks = MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(low, high)
     return environment.get_template("report.html.j2").render(
         report=report,
-        rows=rows,
-        rows_json=[_viewed(row, report) for row in rows],
-        has_labels=has_labels(report),
-        histogram=histogram(report),
-        method=method_in_words(report, inspector),
+        rule=report.rule,
+        scale=report.scale,
+        rows=rows.to_dict(orient="records"),
+        has_labels="label" in rows,
+        low=low,
+        high=high,
+        ticks=[tick for tick in ticks if low <= tick <= high],
+        inspector=inspector,
         colours=[matplotlib.colors.to_hex(colour) for colour in colours],
-        scale=scale,
-        map_threshold=report.rule.map_threshold if report.rule else None,
         score_name="score" if report.rule else "logit",
     )
 
@@ -192,88 +202,30 @@ def no_region(verdict: str, regions: int) -> str:
     return "" if regions else NO_REGION.get(verdict, "")
 
 
-def _viewed(row, report) -> dict:
-    """What the page's script needs of an image."""
-    verdict = f"{row['verdict']}, score" if report.rule else "logit"
-    title = f"{row['image']}: {verdict} {row['score']:.2f}, {row['width']} x {row['height']} pixels"
-    return {
-        "title": ", ".join(filter(None, (title, row["no_region"]))),
-        **{key: row[key] for key in ("url", "path", "boxes", "width", "height")},
-    }
-
-
-def _svg_path(line) -> str:
-    return "M" + "L".join(f"{x:g} {y:g}" for x, y in line) + "Z"
-
-
-def method_in_words(report, inspector) -> dict[str, str]:
-    """The settings of a report, each with what it was."""
-    backbone, settings = inspector.detector.backbone, report.settings
-    distance = "distance of each patch to the nearest patch of the flawless images"
-    near = {
-        "no": "the detector's own",
-        "alone": distance,
-        "added": f"the detector's, plus the {distance}, each on the robust scale of the flawless images",
-    }
-    score = (
-        "(z(logit) + z(map maximum)) / √2, z = distance from the median of the flawless images in units of 1.4826 MAD"
-        if report.rule
-        else "the logit, 100 × (cosine with the anomalous text − cosine with the normal text); no flawless images were "
-        "given, so there is no verdict (--normal)"
-    )
-    return {
-        "object": settings["object"],
-        "model": f"{backbone.name}, {backbone.pretrained}, reads {backbone.image_size} × {backbone.image_size} pixels",
-        "detector": settings["detector"],
-        "map": near[inspector.neighbours],
-        "tiles": "none" if inspector.tiles == 1 else f"{inspector.tiles} × {inspector.tiles}",
-        "score": score,
-        "flawless images": str(len(report.rule.logits)) if report.rule else "none",
-        "weights and sources": f"{settings['weights']}, clipad {settings['code']}",
-    }
-
-
-def histogram(report) -> dict | None:
-    """Flawless and new scores on one axis, which is 100 long, for the page's drawing; None without scores.
-
-    ``bars``: name -> (left, width, count); ``highest`` count; ``ticks``: (place, text); place of the ``threshold``, or
-    None; the same in ``words``.
-    """
-    new = report.scores["score"].to_numpy(dtype=float)
-    if not len(new):
-        return None
-    flawless = report.rule.scores if report.rule else np.array([])
-    both = np.concatenate([new, flawless])
-    low, high = float(both.min()), float(both.max())
-    words = f"{len(new)} new images between {new.min():.2f} and {new.max():.2f}"
-    threshold = report.rule.threshold if report.rule else None
-    if threshold is not None:
-        # A range in which the threshold can be seen; what is beyond goes into the last bar.
-        above = np.clip(high - threshold, 0.05 * (threshold - low), 4 * (threshold - low))
-        high = threshold + above
-        words += (
-            f", {int((new > threshold).sum())} of them above the threshold {threshold:.2f}; {len(flawless)} flawless "
-            f"images between {flawless.min():.2f} and {flawless.max():.2f}"
+def score_axis(report: Report) -> tuple[float, float]:
+    """From where to where the page draws scores: the threshold can be seen; what is beyond lies at the end."""
+    low, high = report.scores["score"].min(), report.scores["score"].max()
+    if report.rule:
+        low, threshold = min(low, report.rule.scores.min()), report.rule.threshold
+        high = threshold + np.clip(
+            high - threshold, 0.05 * (threshold - low), 4 * (threshold - low)
         )
-    if beyond := int((new > high).sum()):
-        words += f"; {beyond} scores beyond the axis are in its last bar"
-    high = high if high > low else low + 1
-    counts = {
-        name: np.histogram(np.clip(values, low, high), 30, (low, high))[0]
-        for name, values in (("flawless", flawless), ("new", new))
-    }
+    return low, high if high > low else low + 1
 
-    def place(value):
-        return 100 * (value - low) / (high - low)
 
-    ticks = MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(low, high)
-    return {
-        "bars": {
-            name: [(100 * i / 30, 100 / 30, int(n)) for i, n in enumerate(found) if n]
-            for name, found in counts.items()
-        },
-        "highest": max(1, *(int(found.max()) for found in counts.values())),
-        "ticks": [(place(tick), f"{tick:g}") for tick in ticks if low <= tick <= high],
-        "threshold": None if threshold is None else place(threshold),
-        "words": words,
-    }
+def summary(report: Report, output_dir: Path, shown: int = 10) -> list[str]:
+    """What a terminal shows: counts, the images that score highest, what was left out, where the report is."""
+    lines = [f"left out: {line}" for line in report.skipped]
+    lines += [f"note: {line}" for line in report.notes]
+    lines += [f"not readable: {name}: {why}" for name, why in report.unread.items()]
+    if report.rule:
+        lines += [f"{name}: {text}" for name, text in report.rule.words().items()]
+    if report.observed:
+        lines.append("  ".join(f"{k} {v:.3f}" for k, v in report.observed.items()))
+    for row in report.scores.head(shown).itertuples():
+        why = no_region(row.verdict, row.regions)
+        lines.append(f"{row.score:8.2f}  {row.verdict:6}{row.image}  {why}".rstrip())
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in report.counts.items())
+    highest = f" (the {shown} highest shown)" if len(report.scores) > shown else ""
+    said = f"{len(report.scores)} images{f': {counts}' if report.rule else ''}{highest}"
+    return [*lines, f"{said}; {output_dir / 'report.html'}"]
