@@ -84,16 +84,7 @@ def detect(
         require_enough(len(images.flawless), false_alarms)
     elif neighbours != "no":
         raise ValueError("nearest neighbours need flawless images: give a folder (--normal)")
-    hashes = "".join(map(content_hash, images.flawless))
-    settings = detector.settings | {
-        "object": object_name,
-        "images": printable(images.root.name),
-        "neighbours": neighbours,
-        "tiles": tiles,
-        "flawless": hashlib.sha256(hashes.encode()).hexdigest()[:16],
-        "false_alarms": false_alarms if images.flawless else None,
-        "code": code_version(),
-    }
+    settings = _settings(inspector, images, false_alarms)
     work = _Work(inspector, images.root, _own(Path(output_dir), settings))
     notes = list(images.notes)
     if images.flawless:
@@ -122,6 +113,20 @@ def detect(
     write_report(report, work.folder, inspector)
     work.remove_others(scores)
     return report
+
+
+def _settings(inspector: Inspector, images: Images, false_alarms: float) -> dict:
+    """All that decides the numbers."""
+    hashes = "".join(map(content_hash, images.flawless))
+    return inspector.detector.settings | {
+        "object": inspector.name,
+        "images": printable(images.root.name),
+        "neighbours": inspector.neighbours,
+        "tiles": inspector.tiles,
+        "flawless": hashlib.sha256(hashes.encode()).hexdigest()[:16],
+        "false_alarms": false_alarms if images.flawless else None,
+        "code": code_version(),
+    }
 
 
 def _own(folder: Path, settings: dict) -> Path:
