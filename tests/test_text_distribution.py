@@ -88,13 +88,17 @@ def test_dbscan_finds_nothing_or_is_the_mean_at_the_ends(sentences, eps, regime)
 def test_what_is_kept_is_what_the_vector_averages(two_clouds):
     e = two_clouds.of("bolt", "normal").embeddings
     options = {"eps": 0.1, "min_samples": 3}
-    kept = study.largest_cluster(e, "dbscan", **options)
+    kept = study.largest_cluster(e, **options)
     assert 0 < kept.sum() < len(e)
     vector = e[kept].mean(axis=0)
     expected = representative_vector(torch.from_numpy(e), "dbscan", **options).numpy()
     np.testing.assert_allclose(vector / np.linalg.norm(vector), expected)
-    table = study.kept_by_dbscan(two_clouds, **options)
-    assert table.loc[("bolt", "normal"), "sentences"] == f"{kept.sum()} of {len(e)}"
+    table = study.what_dbscan_does(two_clouds, [0.1], 3)
+    assert table.loc[0, "share"] == kept.mean()
+    templates = two_clouds.of("bolt", "normal").table["template"][kept]
+    assert set(table.loc[0, "templates"]) == set(templates)
+    both = [set(names) for names in table["templates"]]
+    assert study.shared_templates(table)[0.1] == len(both[0] & both[1]) / len(both[0] | both[1])
 
 
 @pytest.mark.parametrize("method", ["mean", "pca", "kde", "mean_shift"])
@@ -115,27 +119,28 @@ def test_measured_metrics_are_those_of_evaluate(tiny_backbone, sentences, tmp_pa
 
 
 def test_subsets_hold_what_they_say(sentences):
-    tables = [sentences.of("bolt", state).table for state in study.STATES]
+    table = sentences.table
     for column in ("template", "word"):
         found = study.subsets(sentences, column, (1, 2, 4, 99), draws=3)
         assert {size for size, _ in found} == {1, 2, 4}
         assert sum(size == 4 for size, _ in found) == 1  # all of them: once
         for (size, _), rows in found.items():
-            kinds = [t[column].iloc[r].unique() for t, r in zip(tables, rows, strict=True)]
-            assert [len(k) for k in kinds] == [size, size]
+            kinds = table.iloc[rows].groupby(["state", "category"])[column].agg(set)
+            assert [len(kind) for kind in kinds] == [size] * 4
+            assert kinds["normal", "bolt"] == kinds["normal", "leather"]
             if column == "template":
-                assert set(kinds[0]) == set(kinds[1])
+                assert kinds["normal", "bolt"] == kinds["anomalous", "bolt"]
     for rows in study.resampled(sentences, 3):
-        assert [len(r) for r in rows] == [len(t) for t in tables]
+        drawn = table.iloc[rows].groupby(["state", "category"])["sentence"].size()
+        assert (drawn == table.groupby(["state", "category"])["sentence"].size()).all()
 
 
 def test_one_word_is_left_out_at_a_time(sentences):
     found = study.leave_one_word_out(sentences)
     assert len(found) == len(PROMPTS.normal) + len(PROMPTS.anomalous)
-    normal, anomalous = found["normal: perfect {}"]
-    table = sentences.of("bolt", "normal").table
-    assert "perfect {}" not in set(table["word"].iloc[normal])
-    assert len(anomalous) == 16
+    left = sentences.table.iloc[found["normal: perfect {}"]]
+    assert "perfect {}" not in set(left["word"])
+    assert len(left) == len(sentences) - 2 * len(PROMPTS.templates)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -26,6 +27,9 @@ _PALETTE = sns.color_palette("colorblind")
 _PLACES = {"blue": 0, "orange": 1, "green": 2, "red": 3, "purple": 4, "grey": 7}
 COLOURS = {name: _PALETTE[i] for name, i in _PLACES.items()}
 NORMAL, ANOMALOUS = COLOURS["blue"], COLOURS["orange"]
+LOOKS = tuple(zip(COLOURS, "os^Dv*", strict=True))
+"""colour and marker of the first, second, ... series of a chart"""
+KINDS = {"textures": ("green", "s"), "objects": ("blue", "o")}
 MAP = "inferno"
 
 # At page width no label is below 9 points.
@@ -126,10 +130,13 @@ def name_rows(ax, names: Sequence[str]) -> None:
     ax.set_ylim(len(names) - 0.4, -0.6)
 
 
-def legend_below(figure: Figure, ax, columns: int = 3) -> None:
-    """The legend of one of the axes, below all of them."""
-    handles = ax.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=columns)
+def legend_below(figure: Figure, columns: int = 3) -> None:
+    """One legend below all axes, each name once."""
+    drawn = {}
+    for ax in figure.axes:
+        marks, names = ax.get_legend_handles_labels()
+        drawn |= dict(zip(names, marks, strict=True))
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=columns)
 
 
 def image_array(image, size: int) -> np.ndarray:
@@ -234,6 +241,41 @@ def heatmap(values: pd.DataFrame, ax, fontsize: float = 8, **options) -> None:
     ax.tick_params(length=0)
 
 
+def dots(
+    ax,
+    table: pd.DataFrame,
+    looks: Mapping[str, tuple[str, str]] | None = None,
+    rows: Sequence[str] | None = None,
+) -> None:
+    """Fractions as dots in percent, with their intervals as lines: a row per compared thing, a look per series.
+
+    ``table``: columns ``row``, ``series``, ``estimate`` and, where there are intervals, ``low`` and ``high``. Series of
+    a row stand below one another. ``looks``: series -> colour and marker. ``rows``: their order, from the top.
+    """
+    table = table.reset_index(drop=True)
+    rows = list(table["row"].unique() if rows is None else rows)
+    looks = looks or dict(zip(table["series"].unique(), cycle(LOOKS), strict=False))
+    nth = table.groupby("row")["series"].transform(lambda series: pd.factorize(series)[0])
+    most = nth.groupby(table["row"]).transform("max")
+    places = table["row"].map(rows.index) + (nth - most / 2) * min(0.13, 0.5 / max(1, most.max()))
+    for name, own in table.groupby("series", sort=False):
+        (colour, marker), at = looks[name], places[own.index]
+        if "low" in own:
+            ends = 100 * own["low"], 100 * own["high"]
+            ax.hlines(at, *ends, color=COLOURS[colour], linewidth=2, alpha=0.6)
+        look = {"color": COLOURS[colour], "markersize": 6, "alpha": 0.85, "label": name}
+        ax.plot(100 * own["estimate"], at, marker, **look)
+    name_rows(ax, rows)
+    ax.grid(axis="y", color="0.92")
+    ax.set_axisbelow(True)
+
+
+def rows_and_series(table: pd.DataFrame) -> pd.DataFrame:
+    """What :func:`dots` takes, from a table of rows x series."""
+    table = table.rename_axis(index="row", columns="series")
+    return table.stack(future_stack=True).rename("estimate").reset_index()
+
+
 def forest(
     table: pd.DataFrame, title: str, baseline: str = "", highlight: Sequence[str] = ()
 ) -> Figure:
@@ -250,8 +292,7 @@ def forest(
         rows = table[table["metric"] == metric].set_index("method").loc[names]
         limit = _limit_of_most(rows)
         for place, (name, row) in enumerate(rows.iterrows()):
-            colour = COLOURS["orange"] if name in highlight else COLOURS["blue"]
-            _forest_row(ax, place, row, colour, limit)
+            _forest_row(ax, place, row, "orange" if name in highlight else "blue", limit)
         ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
         against = f" against {baseline}" if baseline else ""
         ax.set(xlim=(-limit, limit), title=METRIC_NAMES.get(metric, metric))
@@ -269,19 +310,17 @@ def _limit_of_most(rows: pd.DataFrame) -> float:
     return 115 * float(np.nanmax(ends)) if np.isfinite(ends).any() else 1.0
 
 
-def _forest_row(ax, place: int, row: pd.Series, colour, limit: float) -> None:
-    estimate = 100 * row["estimate"]
+def _forest_row(ax, place: int, row: pd.Series, colour: str, limit: float) -> None:
+    colour, (estimate, *ends) = COLOURS[colour], 100 * row[["estimate", "low_wide", "high_wide"]]
     told = f"{Interval(row['estimate'], row['low_wide'], row['high_wide']):+}"
     at = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
     ax.annotate(told, (0.99, place - 0.36), fontsize=7.5, color="0.3", **at)
-    if abs(estimate) > limit:
-        edge, style = np.sign(estimate) * limit, {"arrowstyle": "-|>", "color": colour}
-        ax.annotate("", (edge, place), (0.85 * edge, place), arrowprops=style)
-        return
-    for low, high, width in (("low_wide", "high_wide", 1.2), ("low", "high", 4)):
-        ax.plot([100 * row[low], 100 * row[high]], [place] * 2, color=colour, linewidth=width)
-    clear = row["low_wide"] > 0 or row["high_wide"] < 0
-    ax.plot(estimate, place, "o", color=colour, mfc=colour if clear else "white", markersize=6)
+    ax.plot(ends, [place] * 2, color=colour, linewidth=1.2)
+    ax.plot([100 * row["low"], 100 * row["high"]], [place] * 2, color=colour, linewidth=4)
+    marker = "o" if abs(estimate) <= limit else ">" if estimate > 0 else "<"
+    clear = min(ends) > 0 or max(ends) < 0
+    look = {"color": colour, "mfc": colour if clear else "white", "markersize": 6}
+    ax.plot(np.clip(estimate, -limit, limit), place, marker, clip_on=False, **look)
 
 
 def category_dots(table: pd.DataFrame, title: str, before: str, after: str) -> Figure:
@@ -290,21 +329,15 @@ def category_dots(table: pd.DataFrame, title: str, before: str, after: str) -> F
     ``table``: :meth:`clipad.studies.common.Scores.by_category` with a column ``metric``: a panel per metric.
     """
     metrics = table["metric"].unique()
-    first = table[table["metric"] == metrics[0]].sort_values(["group", "estimate"])
-    order = list(first["category"])
-    labels = [f"{row.category} ({row.group[:-1]})" for row in first.itertuples()]
-    size = (1.6 + 3 * len(metrics), 0.3 * len(order) + 1.5)
+    row = table["category"] + " (" + table["group"].str[:-1] + ")"
+    table = table.assign(row=row, series=table["group"])
+    first = table[table["metric"] == metrics[0]].sort_values(["group", "estimate"], ascending=False)
+    size = (1.6 + 3 * len(metrics), 0.3 * len(first) + 1.5)
     figure, axes = subplots(1, len(metrics), size, title, sharey=True)
     for ax, metric in zip(axes[0], metrics, strict=True):
-        rows = table[table["metric"] == metric].set_index("category").loc[order]
-        for place, row in enumerate(rows.itertuples()):
-            colour, marker = ("green", "s") if row.group == "textures" else ("blue", "o")
-            look = {"color": COLOURS[colour], "linewidth": 2}
-            ax.plot([100 * row.low, 100 * row.high], [place] * 2, **look)
-            ax.plot(100 * row.estimate, place, marker, markersize=6, **look)
+        dots(ax, table[table["metric"] == metric], KINDS, first["row"])
         ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
         ax.set(title=METRIC_NAMES.get(metric, metric), xlabel=f"{after} − {before}, points")
-        ax.set_yticks(range(len(order)), labels)
     return figure
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from clipad.published import data_dir
 from clipad.studies.common import METRIC_NAMES, groups
-from clipad.studies.figures import COLOURS, name_rows, subplots
+from clipad.studies.figures import COLOURS, dots, rows_and_series, subplots
 
 METRICS = ("class_auroc", "image_auroc", "pixel_auroc", "pixel_f1_max", "pixel_pro")
 RATES = ("opposite", "opposite_on_object")
@@ -105,8 +105,8 @@ def plot_findings(frame: pd.DataFrame) -> Figure:
 
     Large and small differences have an axis each, so that the large ones do not hide the signs of the others.
     """
-    values = 100 * frame.drop(columns="turns round").astype(float)
-    large = values.abs().max(axis=1) > 10
+    values = frame.drop(columns="turns round").astype(float)
+    large = values.abs().max(axis=1) > 0.1
     parts = [part for part in (values[large], values[~large]) if len(part)]
     same, many = (~frame["turns round"]).sum(), values.shape[1]
     title = f"{same} of {len(frame)} findings point the same way in all {many} sets of weights"
@@ -115,11 +115,9 @@ def plot_findings(frame: pd.DataFrame) -> Figure:
     heights, size = [len(part) + 1 for part in parts], (8, 1.4 + 0.34 * len(values))
     figure, axes = subplots(len(parts), 1, size, title, height_ratios=heights)
     for ax, part in zip(axes[:, 0], parts, strict=True):
-        for i, training in enumerate(part.columns):
-            look = {"color": list(COLOURS.values())[i % len(COLOURS)], "label": training}
-            ax.plot(part[training], range(len(part)), "osD^vP"[i % 6], alpha=0.8, **look)
         turning = frame.loc[part.index, "turns round"]
-        name_rows(ax, [f"{name}  ↔" if turns else name for name, turns in turning.items()])
+        marked = part.rename(index=lambda name: f"{name}  ↔" if turning[name] else name)
+        dots(ax, rows_and_series(marked))
         for label, turns in zip(ax.get_yticklabels(), turning, strict=True):
             label.set_color(COLOURS["red"] if turns else "black")
         ax.axvline(0, color="0.3", linewidth=1, zorder=1.5)

@@ -51,7 +51,7 @@ def by_category(
         ax.set(title=METRIC_NAMES[metric], xlabel="percent")
         ax.grid(axis="y", color="0.93")
         name_rows(ax, order)
-    legend_below(figure, axes[0, 0], len(methods))
+    legend_below(figure, len(methods))
     return figure
 
 

@@ -18,10 +18,10 @@ from clipad.studies.figures import (
     NORMAL,
     bar_below,
     contour,
+    dots,
     draw,
     heatmap,
     mark_patch,
-    name_rows,
     picture_grid,
     subplots,
 )
@@ -149,27 +149,18 @@ def chance(controls: pd.DataFrame) -> tuple[Figure, str]:
 
     ``controls``: :func:`clipad.studies.dual_path_surgery.control_aurocs`.
     """
-    names = [column for column in controls.columns if column != "control"]
-    marks = {
-        "shuffled states": ("o", "grey", 5, -0.2),
-        "untrained": ("^", "blue", 6, 0.2),
-        "found": ("D", "orange", 8, 0),
-    }
-    figure, ax = plt.subplots(figsize=(7.2, 0.55 * len(names) + 1.2))
-    told = []
-    for control, (marker, colour, size, shift) in marks.items():
-        rows = 100 * controls.loc[controls["control"] == control, names]
-        places = np.broadcast_to(np.arange(len(names)) + shift, rows.shape).ravel()
-        look = {"color": COLOURS[colour], "markersize": size, "alpha": 0.8, "label": control}
-        ax.plot(rows.to_numpy().ravel(), places, marker, **look)
-        for name, (low, high) in rows.agg(["min", "max"]).items():
-            many = f"{low:.0f} to {high:.0f}" if len(rows) > 1 else f"{low:.0f}"
-            told.append(f"{name}, {control}: {many}")
+    looks = {"found": ("orange", "D"), "shuffled states": ("grey", "o"), "untrained": ("blue", "^")}
+    table = controls.melt("control", var_name="row", value_name="estimate")
+    figure, ax = plt.subplots(figsize=(7.2, 0.55 * table["row"].nunique() + 1.2))
+    dots(ax, table.rename(columns={"control": "series"}), looks)
     ax.axvline(50, color="0.3", linewidth=0.8, linestyle="--")
     ax.set(xlim=(0, 100), xlabel="pixel AUROC, mean over categories")
     ax.set(title="What a map reaches that knows nothing")
-    name_rows(ax, names)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    told = []
+    for (control, name), values in table.groupby(["control", "row"], sort=False)["estimate"]:
+        ends = sorted({f"{100 * value:.0f}" for value in (values.min(), values.max())}, key=int)
+        told.append(f"{name}, {control}: {' to '.join(ends)}")
     return figure, (
         "Diamond: this CLIP with its text. Dots: the same features with the sentences dealt to the states at random. "
         f"Triangles: untrained networks. Dashed: 50. {'; '.join(told)}."

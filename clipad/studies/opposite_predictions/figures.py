@@ -13,10 +13,11 @@ from clipad.studies.common import Interval, exact_share, groups
 from clipad.studies.figures import (
     ANOMALOUS,
     COLOURS,
+    KINDS,
     MAP,
     bare,
-    columns,
     contour,
+    dots,
     legend_below,
     mark_patch,
     name_rows,
@@ -76,20 +77,6 @@ def steps(image: np.ndarray, mask: np.ndarray, cosines: np.ndarray, values: np.n
     return figure
 
 
-def examples(
-    images: Sequence[np.ndarray],
-    masks: np.ndarray,
-    titles: Sequence[str],
-    maps: Mapping[str, tuple[np.ndarray, tuple[float, float] | None]],
-) -> Figure:
-    """Images in the first row, a row of maps per drawing; ground truth as a contour.
-
-    ``maps``: per drawing the maps (N x S x S) and their shared limits, None where each image has its own.
-    """
-    limits = {name: shared or (None, None) for name, (_, shared) in maps.items()}
-    return columns(images, {name: m for name, (m, _) in maps.items()}, masks, titles, limits)
-
-
 def scatter(panels: Mapping[tuple[str, str], pd.DataFrame], title: str) -> Figure:
     """Every anomalous image as a point: the map's mean on the defect against its mean on what it is compared with.
 
@@ -97,14 +84,13 @@ def scatter(panels: Mapping[tuple[str, str], pd.DataFrame], title: str) -> Figur
     the diagonal, are the opposite predictions.
     """
     figure, axes = subplots(1, len(panels), (3.1 * len(panels), 3.6), title)
-    looks = {"textures": ("green", "s"), "objects": ("blue", "o")}
     for ax, ((method, where), frame) in zip(axes[0], panels.items(), strict=True):
         low, high = frame[["x", "y"]].min().min(), frame[["x", "y"]].max().max()
         ends = np.array([low, high]) + np.array([-0.05, 0.05]) * (high - low or 1)
         ax.fill_between(ends, ends, ends[0], color=ANOMALOUS, alpha=0.12, linewidth=0)
         ax.plot(ends, ends, color="0.5", linewidth=1)
         for kind, members in groups(frame["category"].unique()).items():
-            own, (colour, marker) = frame[frame["category"].isin(members)], looks[kind]
+            own, (colour, marker) = frame[frame["category"].isin(members)], KINDS[kind]
             style = {"color": COLOURS[colour], "marker": marker, "alpha": 0.6, "linewidth": 0}
             ax.scatter(own["x"], own["y"], s=20, label=kind, **style)
         below = (frame["y"] < frame["x"]).sum()
@@ -114,7 +100,7 @@ def scatter(panels: Mapping[tuple[str, str], pd.DataFrame], title: str) -> Figur
     return figure
 
 
-def dots(
+def shares(
     panels: Mapping[str, pd.DataFrame],
     title: str,
     levels: Mapping[str, float] | None = None,
@@ -130,44 +116,24 @@ def dots(
     size = (1.6 + 3.7 * len(panels), 0.36 * len(named) + 1.7)
     figure, axes = subplots(1, len(panels), size, title, sharey=True)
     for ax, (name, table) in zip(axes[0], panels.items(), strict=True):
-        _draw_entries(ax, table, named)
+        dots(ax, table, STYLES, named)
         if name in (levels or {}):
             ax.axvline(100 * levels[name], color="0.3", linestyle=":", linewidth=1.2)
-        ax.set(xlabel=name, xlim=(-3, 103), axisbelow=True)
-        ax.grid(axis="y", color="0.92")
-        name_rows(ax, named)
+        ax.set(xlabel=name, xlim=(-3, 103))
         ax.spines["left"].set_visible(False)
     for row, (low, high) in (bands or {}).items():
         band = {"left": 100 * low, "height": 0.5, "color": "0.88", "zorder": 0}
         axes[0, 0].barh(named.index(row), 100 * (high - low), **band)
     if len(rows) > len(named):  # else the rows name the series
-        drawn = {}
-        for ax in axes[0]:
-            marks, names = ax.get_legend_handles_labels()
-            drawn |= dict(zip(names, marks, strict=True))
-        figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3)
+        legend_below(figure)
     return figure
 
 
-def _draw_entries(ax, table: pd.DataFrame, rows: list[str]) -> None:
-    beside = table.groupby("row")["series"].agg(list)
-    told = set()
-    for row in table.itertuples():
-        series, look = beside[row.row], _look(row.series)
-        place = rows.index(row.row) + 0.13 * (series.index(row.series) - (len(series) - 1) / 2)
-        ends, colour = [100 * row.low, 100 * row.high], look["color"]
-        ax.plot(ends, [place] * 2, color=colour, linewidth=2, alpha=0.6)
-        label = None if row.series in told else row.series
-        ax.plot(100 * row.estimate, place, linestyle="", label=label, **look)
-        told.add(row.series)
-
-
 def entry(row: str, series: str, found: Interval | float) -> dict:
-    """One mark of :func:`dots`: an estimate with its interval, or a number without one."""
+    """One mark of :func:`shares`: an estimate with its interval, or a number without one."""
     if not isinstance(found, Interval):
         found = Interval(found, np.nan, np.nan)
-    ends = {"estimate": found.estimate, "low": found.low, "high": found.high}
-    return {"row": row, "series": series} | ends
+    return {"row": row, "series": series} | vars(found)
 
 
 def by_category(frame: pd.DataFrame, column: str, series: str, shares: bool = False) -> list[dict]:
@@ -203,7 +169,7 @@ def controls(
         ax.axvline(100 * area, color="0.3", linestyle=":", label="50 %, or area off the object")
         ax.set(xlim=(-2, 102), xlabel=name)
         name_rows(ax, [f"{name}\n({len(frame)} draws)" for name, frame in draws.items()])
-    legend_below(figure, axes[0, 0])
+    legend_below(figure)
     return figure
 
 

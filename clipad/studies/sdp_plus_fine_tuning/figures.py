@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from clipad.studies import figures
 from clipad.studies.common import METRIC_NAMES
-from clipad.studies.figures import ANOMALOUS, COLOURS, NORMAL, legend_below, subplots
+from clipad.studies.figures import ANOMALOUS, COLOURS, NORMAL, dots, legend_below, subplots
 from clipad.studies.sdp_plus_fine_tuning import JointSpace, Summands
 
 
@@ -45,37 +44,21 @@ def margins(spaces: Mapping[str, JointSpace], names: Sequence[str], title: str) 
         line[0].set_ylabel("patches")
     for ax in axes[-1]:
         ax.set_xlabel("100 (cos $t_a$ − cos $t_n$)")
-    legend_below(figure, axes[0, 0])
+    legend_below(figure)
     return figure
 
 
 def chance(
     trainings: pd.DataFrame, baseline: Mapping[str, float], metrics: Sequence[str], title: str
 ) -> Figure:
-    """A dot per training (colour and marker: order of the images); the line is SDP, which is not trained."""
-    figure, axes = subplots(1, len(metrics), (2.7 * len(metrics), 2.6), title)
-    looks = {"as released": (COLOURS["blue"], "o"), "shuffled": (COLOURS["orange"], "^")}
+    """A dot per training, a row per order of the images; dashed is SDP, which is not trained."""
+    figure, axes = subplots(1, len(metrics), (3 * len(metrics), 1.8), title, sharey=True)
     for ax, metric in zip(axes[0], metrics, strict=True):
-        for place, (order, (colour, marker)) in enumerate(looks.items()):
-            own = 100 * trainings.loc[trainings["order"] == order, metric]
-            ax.plot(place + np.linspace(-0.15, 0.15, len(own)), own, marker, color=colour)
-        level = 100 * baseline[metric]
-        ax.axhline(level, color="0.4", linestyle="--", linewidth=1)
-        ax.annotate("SDP", (1.45, level), ha="right", va="bottom", fontsize=9, color="0.3")
-        ax.set_xticks([0, 1], ["order as\nreleased", "shuffled"])
-        ax.set(xlim=(-0.5, 1.5), title=f"{METRIC_NAMES[metric]}, percent")
+        columns = {"order": "row", metric: "estimate"}
+        dots(ax, trainings.rename(columns=columns).assign(series=trainings["order"]))
+        ax.axvline(100 * baseline[metric], color="0.4", linestyle="--", linewidth=1)
+        ax.set_xlabel(f"{METRIC_NAMES[metric]}, percent")
     return figure
-
-
-def growth(
-    frames: Mapping[str, pd.DataFrame], metrics: Sequence[str], baseline: Mapping, title: str
-) -> Figure:
-    """SDP+ over what grows, a panel per frame and metric: dots are trainings, the line their mean, dashed is SDP.
-
-    ``frames``: title -> rows per training; the first column is the axis.
-    """
-    frames = {name: frame.set_index(frame.columns[0]) for name, frame in frames.items()}
-    return figures.growth(frames, metrics, baseline, title)
 
 
 def fusion(parts: Summands, curve: pd.DataFrame, metrics: Sequence[str], title: str) -> Figure:

@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import DBSCAN, MeanShift
+from sklearn.cluster import DBSCAN
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
 from clipad.studies.common import Kept
@@ -40,12 +41,16 @@ class Sentences:
     table: pd.DataFrame
     embeddings: np.ndarray
 
+    def take(self, rows: np.ndarray) -> Sentences:
+        """Some of the sentences: their positions, or M bool."""
+        return Sentences(self.table.iloc[rows].reset_index(drop=True), self.embeddings[rows])
+
     def of(self, category: str, state: str | None = None) -> Sentences:
         """The sentences of one category, or of one of its states."""
         rows = self.table["category"] == category
         if state is not None:
             rows &= self.table["state"] == state
-        return Sentences(self.table[rows].reset_index(drop=True), self.embeddings[rows])
+        return self.take(rows.to_numpy())
 
     def each(self) -> Iterator[tuple[str, str, Sentences]]:
         """Category, state and its sentences, one after the other."""
@@ -106,14 +111,11 @@ def explained_variance(sentences: Sentences, seed: int = 0) -> pd.DataFrame:
     table = sentences.table
 
     def shares(e):
-        e = e - e.mean(axis=0)
-        total = (e**2).sum()
+        e = pd.DataFrame(e - e.mean(axis=0))
 
         def between(*columns):
-            group = table.groupby(list(columns)).ngroup().to_numpy()
-            sums = np.zeros((group.max() + 1, e.shape[1]))
-            np.add.at(sums, group, e)
-            return float(((sums**2).sum(axis=1) / np.bincount(group)).sum() / total)
+            means = e.groupby([table[column] for column in columns]).transform("mean")
+            return (means**2).to_numpy().sum() / (e**2).to_numpy().sum()
 
         found = {"state": between("state")}
         found["state word"] = between("state", "word") - found["state"]
@@ -165,11 +167,9 @@ def probe_accuracy(e: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> flo
 
 def word_cosines(sentences: Sentences) -> pd.DataFrame:
     """Cosines between the mean embeddings of the state words, words x words, normal ones first."""
-    groups = sentences.table.groupby(["state", "word"], sort=False).indices
-    centres = np.stack([sentences.embeddings[rows].mean(axis=0) for rows in groups.values()])
-    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
-    names = pd.MultiIndex.from_tuples(groups, names=["state", "word"])
-    return pd.DataFrame(centres @ centres.T, index=names, columns=names)
+    words = [sentences.table["state"], sentences.table["word"]]
+    centres = pd.DataFrame(sentences.embeddings).groupby(words, sort=False).mean()
+    return pd.DataFrame(cosine_similarity(centres), index=centres.index, columns=centres.index)
 
 
 def negation_pairs(words: pd.DataFrame) -> pd.DataFrame:
@@ -188,87 +188,63 @@ def negation_pairs(words: pd.DataFrame) -> pd.DataFrame:
 # What each method takes -----------------------------------------------------------------------------------------
 
 
-def largest_cluster(e: np.ndarray, method: str, **options) -> np.ndarray:
-    """M bool: the sentences that ``dbscan`` or ``mean_shift`` averages; none where all are noise."""
-    found = {"dbscan": DBSCAN, "mean_shift": MeanShift}[method](**options).fit_predict(e)
+def largest_cluster(e: np.ndarray, **options) -> np.ndarray:
+    """M bool: the sentences that DBSCAN averages; none where all are noise."""
+    found = DBSCAN(**options).fit_predict(e)
     clusters = found[found >= 0]
     return found == np.bincount(clusters).argmax() if len(clusters) else np.zeros(len(e), bool)
-
-
-def angle_to_mean(e: np.ndarray, method: str, **options) -> float:
-    """Degrees between a method's vector and the mean's."""
-    vector, mean = (_vector(e, m, **o) for m, o in ((method, options), ("mean", {})))
-    # Through the chord: the arc cosine of nearly 1 has no digits left.
-    return float(torch.rad2deg(2 * torch.asin(((vector - mean).norm() / 2).clamp(max=1))))
-
-
-def _vector(e: np.ndarray, method: str, **options) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # all noise: the mean is taken, as what_dbscan_does tells
-        return representative_vector(torch.from_numpy(e), method, **options)
 
 
 def what_dbscan_does(
     sentences: Sentences, grid: Iterable[float], min_samples: int = 15
 ) -> pd.DataFrame:
-    """A row per eps, category and state: ``share`` of the sentences used, ``angle`` to the mean in degrees and
-    ``regime``: finds nothing, selects, is the mean."""
+    """A row per category, state and eps: ``share`` of the sentences averaged, ``angle`` of their mean to that of all in
+    degrees, ``regime`` (finds nothing, selects, is the mean), ``words``, the share of the state words that occur in
+    them, and their ``templates``. Where all is noise the mean is taken."""
     rows = []
     for category, state, own in sentences.each():
+        e, words = own.embeddings, own.table["word"]
         for eps in grid:
-            options = {"eps": eps, "min_samples": min_samples}
-            share = float(largest_cluster(own.embeddings, "dbscan", **options).mean())
-            angle = angle_to_mean(own.embeddings, "dbscan", **options)
-            regime = {0: "finds nothing", 1: "is the mean"}.get(share, "selects")
-            rows.append((category, state, eps, share, angle, regime))
-    columns = ["category", "state", "eps", "share", "angle", "regime"]
-    return pd.DataFrame(rows, columns=columns)
+            kept = largest_cluster(e, eps=eps, min_samples=min_samples)
+            share = kept.mean()
+            means = [rows.mean(axis=0) for rows in (e[kept] if share else e, e)]
+            vector, mean = (m / np.linalg.norm(m) for m in means)
+            # Through the chord: the arc cosine of nearly 1 has no digits left.
+            angle = np.degrees(2 * np.arcsin(min(1, np.linalg.norm(vector - mean) / 2)))
+            row = {"category": category, "state": state, "eps": eps, "share": share, "angle": angle}
+            row["regime"] = {0: "finds nothing", 1: "is the mean"}.get(share, "selects")
+            row["words"] = words[kept].nunique() / words.nunique()
+            rows.append(row | {"templates": tuple(own.table["template"][kept].unique())})
+    return pd.DataFrame(rows)
 
 
-def shared_templates(
-    sentences: Sentences, grid: Iterable[float], min_samples: int = 15
-) -> pd.Series:
-    """Per eps, the templates that both states keep / those that either keeps, mean over categories; NaN for nothing."""
-    found = {}
-    for eps in grid:
-        kept = defaultdict(list)
-        for category, _, own in sentences.each():
-            mask = largest_cluster(own.embeddings, "dbscan", eps=eps, min_samples=min_samples)
-            kept[category].append(set(own.table["template"][mask]))
-        shares = [len(a & b) / len(a | b) for a, b in kept.values() if a | b]
-        found[eps] = np.mean(shares) if shares else np.nan
-    return pd.Series(found, name="shared templates")
+def shared_templates(found: pd.DataFrame) -> pd.Series:
+    """Per eps of :func:`what_dbscan_does`, the templates that both states keep / those that either keeps, mean over
+    categories; NaN for nothing."""
 
+    def share(templates):
+        one, other = map(set, templates)
+        return len(one & other) / len(one | other) if one | other else np.nan
 
-def kept_by_dbscan(sentences: Sentences, **options) -> pd.DataFrame:
-    """Which sentences DBSCAN averages, a row per category and state: how many, how many state words and templates
-    (articles aside) occur in them, and which templates."""
-    rows = {}
-    for category, state, own in sentences.each():
-        table = own.table.assign(template=own.table["template"].map(without_articles))
-        kept = table[largest_cluster(own.embeddings, "dbscan", **options)]
-        row = {"sentences": f"{len(kept)} of {len(table)}"}
-        for name, column in (("state words", "word"), ("templates", "template")):
-            row[name] = f"{kept[column].nunique()} of {table[column].nunique()}"
-        names = ", ".join(t.rstrip(".") for t in kept["template"].unique())
-        rows[category, state] = row | {"which templates": names or "none"}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["category", "state"])
+    shares = found.groupby(["eps", "category"])["templates"].agg(share)
+    return shares.groupby("eps").mean()
 
 
 # What counts ----------------------------------------------------------------------------------------------------
 
-Rows = tuple[np.ndarray, np.ndarray]
-"""indices into the normal and the anomalous sentences of a category, the same for every category"""
-
 
 def vectors(
-    sentences: Sentences, method: str = "mean", rows: Rows | None = None, **options
+    sentences: Sentences, method: str = "mean", rows: np.ndarray | None = None, **options
 ) -> dict[str, torch.Tensor]:
-    """Per category the two text vectors, C x 2 unit columns, from all or from some of the sentences."""
+    """Per category the two text vectors, C x 2 unit columns, from all or from some of the sentences (``rows``)."""
     found = defaultdict(list)
-    for category, state, own in sentences.each():
-        chosen = slice(None) if rows is None else rows[STATES.index(state)]
-        found[category].append(_vector(own.embeddings[chosen], method, **options))
+    for category, _, own in (sentences if rows is None else sentences.take(rows)).each():
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # all noise: the mean is taken, as what_dbscan_does tells
+            vector = representative_vector(torch.from_numpy(own.embeddings), method, **options)
+        found[category].append(vector)
     return {category: torch.stack(pair, dim=1).float() for category, pair in found.items()}
 
 
@@ -280,44 +256,48 @@ def measure(
     return pd.DataFrame(rows).T
 
 
-def _words_and_templates(sentences: Sentences) -> list[pd.DataFrame]:
-    table = sentences.of(sentences.table["category"].iloc[0]).table
-    return [table[table["state"] == state].reset_index(drop=True) for state in STATES]
+# Choices of sentences, the same in every category: their positions.
 
 
-def resampled(sentences: Sentences, draws: int, seed: int = 0) -> list[Rows]:
+def resampled(sentences: Sentences, draws: int, seed: int = 0) -> list[np.ndarray]:
     """Bootstrap samples of the sentences, with replacement within each state."""
-    rng = np.random.default_rng(seed)
-    sizes = [len(table) for table in _words_and_templates(sentences)]
-    return [tuple(rng.integers(n, size=n) for n in sizes) for _ in range(draws)]
+    rng, found = np.random.default_rng(seed), []
+    groups = sentences.table.groupby(["category", "state"], sort=False).indices
+    sizes = {state: len(own) for (_, state), own in groups.items()}
+    for _ in range(draws):
+        drawn = {state: rng.integers(size, size=size) for state, size in sizes.items()}
+        found.append(np.concatenate([own[drawn[state]] for (_, state), own in groups.items()]))
+    return found
 
 
 def subsets(
     sentences: Sentences, column: str, sizes: Iterable[int], draws: int, seed: int = 0
-) -> dict[tuple[int, int], Rows]:
+) -> dict[tuple[int, int], np.ndarray]:
     """(size, draw) -> the sentences with ``size`` random templates (``column`` "template", the same for both states) or
     state words ("word", drawn per state). Sizes above what there is are left out; the full size is taken once."""
-    rng = np.random.default_rng(seed)
-    tables = _words_and_templates(sentences)
-    names = [table[column].unique() for table in tables]
+    rng, table = np.random.default_rng(seed), sentences.table
+    names = [table[column][table["state"] == state].unique() for state in STATES]
     found = {}
     for size in sorted(size for size in set(sizes) if size <= min(map(len, names))):
         full = all(len(n) == size for n in names)
         for draw in range(1 if full else draws):
-            picked = [rng.choice(n, size, replace=False) for n in names]
-            picked = [picked[0]] * 2 if column == "template" else picked
-            pairs = zip(tables, picked, strict=True)
-            found[size, draw] = tuple(np.flatnonzero(t[column].isin(p)) for t, p in pairs)
+            normal, anomalous = (set(rng.choice(n, size, replace=False)) for n in names)
+            of_state = {
+                "normal": normal,
+                "anomalous": normal if column == "template" else anomalous,
+            }
+            pairs = zip(table["state"], table[column], strict=True)
+            found[size, draw] = np.flatnonzero([name in of_state[state] for state, name in pairs])
     return found
 
 
-def leave_one_word_out(sentences: Sentences) -> dict[str, Rows]:
+def leave_one_word_out(sentences: Sentences) -> dict[str, np.ndarray]:
     """ "state: word" -> all sentences but those with that word; a state with a single word keeps it."""
-    tables = _words_and_templates(sentences)
+    table = sentences.table
     found = {}
-    for k, (state, table) in enumerate(zip(STATES, tables, strict=True)):
-        for word in table["word"].unique() if table["word"].nunique() > 1 else ():
-            rows = [np.arange(len(t)) for t in tables]
-            rows[k] = np.flatnonzero(table["word"] != word)
-            found[f"{state}: {word}"] = tuple(rows)
+    for state in STATES:
+        words = table["word"][table["state"] == state].unique()
+        for word in words if len(words) > 1 else ():
+            left = (table["state"] != state) | (table["word"] != word)
+            found[f"{state}: {word}"] = np.flatnonzero(left)
     return found

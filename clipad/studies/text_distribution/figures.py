@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,7 +14,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from clipad.studies.common import METRIC_NAMES
-from clipad.studies.figures import ANOMALOUS, COLOURS, NORMAL, growth, heatmap, name_rows, subplots
+from clipad.studies.figures import (
+    ANOMALOUS,
+    COLOURS,
+    NORMAL,
+    dots,
+    heatmap,
+    name_rows,
+    rows_and_series,
+    subplots,
+)
 from clipad.studies.text_distribution import STATES, Sentences
 
 LOOKS = {"normal": (NORMAL, "o"), "anomalous": (ANOMALOUS, "^")}
@@ -101,14 +110,6 @@ def eps_curves(
     return figure
 
 
-def enough(
-    found: Mapping[str, pd.DataFrame], full: pd.Series, metrics: Sequence[str], title: str
-) -> Figure:
-    """Metrics over the number of templates or words: a dot per random subset, the line their mean, dashed: all."""
-    frames = {f"number of {what}": table.droplevel(1) for what, table in found.items()}
-    return growth(frames, metrics, full, title)
-
-
 def word_matrix(words: pd.DataFrame, title: str) -> Figure:
     """Cosines between state words (:func:`word_cosines`) as a heat map; a line parts the states."""
     names = [word.replace("{}", "…") for word in words.index.get_level_values("word")]
@@ -125,14 +126,10 @@ def word_matrix(words: pd.DataFrame, title: str) -> Figure:
 
 def leave_out(changes: Mapping[str, pd.Series], title: str) -> Figure:
     """Change of a metric without each state word, in points: a dot per method and word."""
-    words = list(next(iter(changes.values())).index)
+    words = pd.DataFrame(changes).rename(index=lambda word: word.replace("{}", "…"))
     figure, ax = plt.subplots(figsize=(6.4, 0.26 * len(words) + 1.2))
-    for (name, values), style in zip(changes.items(), ("o", "s"), strict=True):
-        colour = COLOURS["blue" if style == "o" else "green"]
-        ax.plot(100 * values, range(len(words)), style, color=colour, label=name)
+    dots(ax, rows_and_series(words))
     ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
-    name_rows(ax, [w.replace("{}", "…") for w in words])
     ax.set(xlabel="change in points without this word", title=title)
-    ax.grid(axis="y", color="0.93")
     ax.legend()
     return figure
