@@ -471,6 +471,18 @@ def _in_categories(name: str, known: Iterable[str]) -> Layout:
     return Layout(text, [(f"{category}/test",) for category in known], find)
 
 
+def _in_folders(*groups: tuple[str, str, int, str, str, str]) -> Layout:
+    """Folders of images with one label each: the first six arguments of `_samples`, with paths below the root."""
+
+    def find(root: Path, _="") -> Iterator[Sample]:
+        for images, category, label, defect, masks, ending in groups:
+            truth = root / masks if masks else None
+            yield from _samples(_images(root / images), category, label, defect, truth, ending)
+
+    needed = tuple(path for group in groups for path in (group[0], group[4]) if path)
+    return Layout(" and ".join(f"{path}/*" for path in needed), [needed], find)
+
+
 def _visa(root: Path, _="") -> Iterable[Sample]:
     path = root / "split_csv" / "1cls.csv"
     if not path.is_file():  # as the data set's own script converts it
@@ -516,24 +528,6 @@ def _rows(
                     f"{path}, line {reader.line_num}: {columns[-1]} is {said!r}, expected {' or '.join(labels)}"
                 )
             yield row, labels.index(said)
-
-
-def _isic(root: Path, _="") -> Iterable[Sample]:
-    images = _images(root / "ISBI2016_ISIC_Part1_Test_Data")
-    masks = root / "ISBI2016_ISIC_Part1_Test_GroundTruth"
-    return _samples(images, "skin", 1, "lesion", masks, "_Segmentation")
-
-
-def _clinicdb(root: Path, _="") -> Iterable[Sample]:
-    return _samples(_images(root / "Original"), "colon", 1, "polyp", root / "Ground Truth", "")
-
-
-def _brainmri(root: Path, _="") -> Iterator[Sample]:
-    # The archive holds every image twice: inside this folder and beside it.
-    inside = root / "brain_tumor_dataset"
-    root = inside if (inside / "yes").is_dir() else root
-    yield from _samples(_images(root / "no"), "brain ct", 0, "good")
-    yield from _samples(_images(root / "yes"), "brain ct", 1, "tumour")
 
 
 def _folder(root: Path, normal_folder: str = "") -> list[Sample]:
@@ -633,21 +627,23 @@ LAYOUTS = {
         [("split_csv/1cls.csv",), *((f"{category}/test",) for category in EXPECTED["visa"])],
         _visa,
     ),
-    "isic": Layout(
-        "ISBI2016_ISIC_Part1_Test_Data/ISIC_*.jpg and ISBI2016_ISIC_Part1_Test_GroundTruth/ISIC_*_Segmentation.png",
-        [("ISBI2016_ISIC_Part1_Test_Data", "ISBI2016_ISIC_Part1_Test_GroundTruth")],
-        _isic,
+    "isic": _in_folders(
+        (
+            "ISBI2016_ISIC_Part1_Test_Data",
+            "skin",
+            1,
+            "lesion",
+            "ISBI2016_ISIC_Part1_Test_GroundTruth",
+            "_Segmentation",
+        )
     ),
-    "clinicdb": Layout(
-        "Original/N.tif and 'Ground Truth'/N.tif", [("Original", "Ground Truth")], _clinicdb
-    ),
+    "clinicdb": _in_folders(("Original", "colon", 1, "polyp", "Ground Truth", "")),
     "headct": Layout(
         "labels.csv and head_ct/head_ct/NNN.png", [("labels.csv", "head_ct")], _headct
     ),
-    "brainmri": Layout(
-        "brain_tumor_dataset/{no,yes}/",
-        [("brain_tumor_dataset/no", "brain_tumor_dataset/yes"), ("no", "yes")],
-        _brainmri,
+    "brainmri": _in_folders(  # the archive holds every image twice: in this folder and beside it
+        ("brain_tumor_dataset/no", "brain ct", 0, "good", "", ""),
+        ("brain_tumor_dataset/yes", "brain ct", 1, "tumour", "", ""),
     ),
     "demo": _in_categories("demo", DEMO["demo"]),
     "demo_aux": _in_categories("demo_aux", DEMO["demo_aux"]),

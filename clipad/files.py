@@ -12,7 +12,7 @@ import tempfile
 import unicodedata
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -168,15 +168,8 @@ def file_name(name: str) -> str:
 
 # What lies below a folder -----------------------------------------------------------------------------------------
 
-SUFFIXES_OF = {
-    "PNG": (".png",),
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "MPO": (".jpg", ".jpeg"),  # Pillow's name of a JPEG with further frames, as phones write them
-    "BMP": (".bmp",),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-}
-IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".png")
+"""the first ones are more surely photographs: see `masks_beside`"""
 MASK_FOLDERS = ("mask", "masks", "gt", "groundtruth", "label", "labels")
 MASK_FOLDERS += ("annotation", "annotations", "segmentation", "segmentations")
 MASK_ENDINGS = ("_mask", "_masks", "_label", "_gt", "_seg", "_segmentation", "_annotation")
@@ -210,56 +203,50 @@ def scan(root: Path, used: Iterable[Path | None] = (), without: Path | None = No
     with its mark, and ``without``), pipes and devices, broken links, what cannot be opened, other formats. Files in
     ``used`` are neither.
     """
-    skipped: dict[str, list[Path]] = defaultdict(list)
-    photographs: list[Path] = []
-    seen: set[tuple[int, int]] = set()
+    used, seen = set(used), set()
+    photographs, skipped = [], defaultdict(list)
 
-    def visit(folder: Path, reason: str = "") -> None:
+    def reasons(folder: Path, reason: str = "") -> Iterator[tuple[Path, str]]:
+        """Each file with the reason why it is no photograph, empty for one; ``reason``: that of the whole folder."""
         try:
-            status = folder.stat()
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            status, entries = folder.stat(), sorted(folder.iterdir())
         except OSError as error:
-            skipped[f"cannot be opened: {error.strerror}"].append(folder)
+            yield folder, f"cannot be opened: {error.strerror}"
             return
         if (status.st_dev, status.st_ino) in seen:
             return  # a link that leads back
         seen.add((status.st_dev, status.st_ino))
-        if any(entry.name == RESULT_MARK for entry in entries) or folder == without:
+        if folder == without or folder / RESULT_MARK in entries:
             reason = reason or "results of clipad"
-        images = []
-        for entry in entries:
-            path = Path(entry.path)
-            if entry.is_dir():
-                inner = "hidden" if _hidden(entry.name) else ""
-                if plain(entry.name) in MASK_FOLDERS:
-                    inner = "in a folder of masks"
-                visit(path, reason or inner)
-            elif why := reason or _no_image(path):
-                skipped[why].append(path)
-            else:
-                images.append(path)
-        masks = masks_beside(images)
-        skipped["beside a photograph of the same name, so a mask or copy"].extend(masks)
-        photographs.extend(path for path in images if path not in masks)
+        folders = [path for path in entries if path.is_dir()]
+        for path in folders:
+            inner = "hidden" if _hidden(path.name) else ""
+            if "".join(c for c in path.name.lower() if c.isalnum()) in MASK_FOLDERS:
+                inner = "in a folder of masks"
+            yield from reasons(path, reason or inner)
+        files = {path: reason or _no_image(path) for path in set(entries) - set(folders)}
+        masks = masks_beside(path for path, why in files.items() if not why)
+        yield from files.items()
+        yield from dict.fromkeys(
+            masks, "beside a photograph of the same name, so a mask or copy"
+        ).items()
 
-    visit(root)
-    used = set(used)
-    kept = {why: sorted(set(paths) - used) for why, paths in skipped.items() if set(paths) - used}
-    return Scan(tuple(sorted(set(photographs) - used)), kept)
+    for path, why in sorted(dict(reasons(root)).items()):
+        if path not in used:
+            (skipped[why] if why else photographs).append(path)
+    return Scan(tuple(photographs), dict(skipped))
 
 
 def masks_beside(images: Iterable[Path]) -> set[Path]:
     """Of the images of one folder those that belong to another: ``x_mask.png`` to ``x.*``, ``x.png`` to ``x.jpg``.
 
-    Of equal stems the JPEG is the photograph, else the first of webp, bmp, tif and png.
+    Of equal stems the first suffix of `IMAGE_SUFFIXES` is the photograph.
     """
-    order = (*SUFFIXES_OF["JPEG"], ".webp", ".bmp", ".tif", ".tiff", ".png")
     of_stem: dict[str, list[Path]] = defaultdict(list)
-    for path in images:
+    for path in sorted(images, key=lambda path: IMAGE_SUFFIXES.index(path.suffix.lower())):
         of_stem[path.stem].append(path)
     found = set()
     for stem, paths in of_stem.items():
-        paths.sort(key=lambda path: order.index(path.suffix.lower()))
         owner = next((stem.removesuffix(e) for e in MASK_ENDINGS if stem.lower().endswith(e)), stem)
         found.update(paths if owner != stem and owner in of_stem else paths[1:])
     return found
@@ -284,10 +271,6 @@ def _no_image(path: Path) -> str:
 
 def _hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_FILES
-
-
-def plain(name: str) -> str:
-    return "".join(c for c in name.lower() if c.isalnum())
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -146,7 +146,6 @@ def test_root_may_be_the_folder_above(stand_ins, name):
     [
         ("headct", "head_ct"),
         ("brainmri", "brain_tumor_dataset"),
-        ("brainmri", "brain_tumor_dataset/yes"),
         ("clinicdb", "Original"),
         ("visa", "split_csv"),
     ],
@@ -740,7 +739,6 @@ def test_check_of_a_complete_stand_in_is_ok(tmp_path, name):
     report = check_dataset(name, make_stand_in(name, tmp_path, width=16))
     assert report.ok, report.problems
     assert report.table["duplicates"].sum() == (25 if name == "brainmri" else 0)
-    assert report.table["converted"].sum() > 0
     assert str(report).endswith("ok")
 
 
@@ -792,7 +790,6 @@ def test_check_notes_what_is_read_by_a_rule(tmp_path):
     assert report.ok, report.problems
     notes = "\n".join(report.notes)
     assert "EXIF orientation set, ignored: pixels are taken as stored: 1 (a.jpg)" in notes
-    assert "content of another type than the suffix says, read by content: 1 (b.jpg)" in notes
     assert "no layout takes: 1 (deep/deeper/c.png)" in notes
     assert "in a format that is not read (.heic)" in notes
     assert "values stay below 4096" in notes

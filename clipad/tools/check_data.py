@@ -27,7 +27,7 @@ from clipad.datasets import (
     resize_mask,
     two_levels,
 )
-from clipad.files import SUFFIXES_OF, content_hash, printable, scan
+from clipad.files import content_hash, printable, scan
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,13 @@ class DatasetReport:
 
 
 COUNTS = ["normal", "anomalous", "unlabelled", "masks", "unreadable", "missing_masks"]
-COUNTS += ["wrong_size_masks", "empty_masks", "vanished_masks", "converted", "duplicates"]
+COUNTS += ["wrong_size_masks", "empty_masks", "vanished_masks", "duplicates"]
 LABELS = {0: "normal", 1: "anomalous", -1: "unlabelled"}
 PROBLEMS = ("unreadable", "wrong_size_masks", "empty_masks")
 MOSTLY = 0.5
 """a mask that marks more than this share of its image is probably the wrong way round"""
 NOTES = {
     "duplicates": "byte-identical to an earlier image, kept",
-    "misnamed": "content of another type than the suffix says, read by content",
     "turned": "EXIF orientation set, ignored: pixels are taken as stored",
     "twelve bit": "16-bit files whose values stay below 4096: read on the 16-bit scale they are nearly black; if the "
     "camera has 12 bits, multiply by 16",
@@ -98,9 +97,9 @@ def check_dataset(
 
     The table's columns per category: `category`, `normal`, `anomalous`, `unlabelled`, `masks`, `unreadable` (images
     and masks), `missing_masks` (0 where the data set has none at all), `wrong_size_masks`, `empty_masks` (no pixel
-    > 0), `vanished_masks` (all pixels disappear at `image_size`), `converted` (images that are neither L nor RGB),
-    `duplicates` (images byte-identical to an earlier one), `anomalous_pixels` (mean share over the masks),
-    `expected_normal` and `expected_anomalous` (NaN where nothing is expected).
+    > 0), `vanished_masks` (all pixels disappear at `image_size`), `duplicates` (images byte-identical to an
+    earlier one), `anomalous_pixels` (mean share over the masks), `expected_normal` and `expected_anomalous` (NaN where
+    nothing is expected).
 
     Raises what `load_dataset` raises when there is nothing to check (root missing, another layout).
     """
@@ -139,27 +138,20 @@ def _facts(sample: Sample, image_size: int) -> Iterator[tuple[str, str, Path, ob
     names of ``PROBLEMS`` and ``NOTES``, and "mode", "digest", "flat" and "marked"; ``said`` is a text or a value."""
     image, mask, objects = sample.image_path, sample.mask_path, sample.object_mask_path
     missing = sample.label == 1 and mask is None
-    found = [(image, {LABELS[sample.label]: True, "missing_masks": missing})]
-    readable = True
-    try:
-        found.append((image, _of_image(image)))
-    except OSError as error:
-        found.append((image, {"unreadable": str(error)}))
-        readable = False
-    for path in filter(None, (mask, objects)):
+    facts = [(image, {LABELS[sample.label]: True, "missing_masks": missing})]
+    for path in filter(None, (image, mask, objects)):
         try:
-            if readable:
-                require_mask_size(path, image)
-            marked = native_mask(path)
-            empty = not marked.any() and f"mask {path} has no pixel > 0"
-            more = _of_mask(path, marked, image_size) if path == mask else {}
-            found.append((path, {"empty_masks": empty} | more))
-        except MaskSizeError as error:
-            found.append((path, {"wrong_size_masks": str(error)}))
-        except OSError as error:
-            found.append((path, {"unreadable": str(error)}))
-    for path, kinds in found:
-        yield from ((sample.category, kind, path, said) for kind, said in kinds.items() if said)
+            found = _of_image(image) if path == image else _of_mask(path, image, image_size)
+        except (MaskSizeError, OSError) as error:
+            kind = "wrong_size_masks" if isinstance(error, MaskSizeError) else "unreadable"
+            found = {kind: str(error)}
+        if path == objects:
+            found = {kind: said for kind, said in found.items() if kind in PROBLEMS}
+        facts.append((path, found))
+        if path == image and "unreadable" in found:
+            break
+    for path, found in facts:
+        yield from ((sample.category, kind, path, said) for kind, said in found.items() if said)
 
 
 def _of_image(path: Path) -> dict[str, object]:
@@ -167,20 +159,21 @@ def _of_image(path: Path) -> dict[str, object]:
     return dict.fromkeys(remarks(image), True) | {
         "mode": image.mode,
         "digest": content_hash(path),
-        "converted": image.mode not in ("L", "RGB"),
-        "misnamed": path.suffix.lower() not in SUFFIXES_OF[image.format],
         "flat": two_levels(eight_bit(image)),
     }
 
 
-def _of_mask(path: Path, mask: np.ndarray, image_size: int) -> dict[str, object]:
-    image, lossy = decode(path), path.suffix.lower() in SUFFIXES_OF["JPEG"]
+def _of_mask(path: Path, image: Path, image_size: int) -> dict[str, object]:
+    require_mask_size(path, image)
+    mask, stored = native_mask(path), decode(path)
+    lossy = stored.format in ("JPEG", "MPO")
     return {
         "masks": True,
         "marked": float(mask.mean()),
+        "empty_masks": not mask.any() and f"mask {path} has no pixel > 0",
         "vanished_masks": mask.any() and not resize_mask(mask, image_size).any(),
-        "lossy mask": lossy,  # a soft one has more grey values than numbers of classes would
-        "soft mask": not lossy and image.mode == "L" and image.getcolors(8) is None,
+        "lossy mask": lossy,
+        "soft mask": not lossy and stored.mode == "L" and stored.getcolors(8) is None,
     }
 
 
