@@ -86,19 +86,19 @@ def _first_line(error: Exception) -> str:
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """The weights in a file. ValueError for one that holds no CLIP with a vision transformer, or several."""
-    content = read_content(path)
-    candidates = list(_models(content))
-    if len(candidates) > 1:
+    flat = dict(_flat(read_content(path)))
+    models = _models(flat)
+    if len(models) > 1:
         # A training's running mean of its weights stands beside them; the weights themselves are meant.
-        candidates = [c for c in candidates if "ema" not in c[0].lower()] or candidates
-    if not candidates:
-        raise ValueError(_what_else(content))
-    if len(candidates) > 1:
+        models = {name: own for name, own in models.items() if "ema" not in name.lower()} or models
+    if not models:
+        raise ValueError(_what_else(list(flat)))
+    if len(models) > 1:
         raise ValueError(
-            f"it holds several models ({', '.join(repr(name) for name, _ in candidates)}): save the one you mean, "
+            f"it holds several models ({', '.join(map(repr, models))}): save the one you mean, "
             "torch.save(its_state_dict, 'weights.pt')"
         )
-    state = candidates[0][1]
+    state = next(iter(models.values()))
     openai = any(key in state for key in OPENAI_ONLY)
     for key in OPENAI_ONLY:
         state.pop(key, None)
@@ -151,22 +151,26 @@ def fill(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
         raise ValueError(f"{reason[:1000]}{' ...' if len(reason) > 1000 else ''}") from error
 
 
-def _models(content, name: str = "") -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Every CLIP in nested dictionaries: the name it stands under, and its weights without wrappers' prefixes."""
-    tensors, inner = {}, {}
+def _flat(content: Mapping, place: str = "") -> Iterator[tuple[str, object]]:
+    """What nested dictionaries hold, by its path such as ``state_dict/visual.proj``, without wrappers' prefixes."""
     for key, value in content.items():
-        if isinstance(value, torch.Tensor):
-            parts = (part for part in str(key).split(".") if part not in WRAPPERS)
-            tensors[".".join(parts)] = value
-        elif isinstance(value, Mapping):
-            inner[str(key)] = value
-    for key in tensors:
-        if key == FIRST or key.endswith("." + FIRST):
-            prefix = key.removesuffix(FIRST)
-            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            yield (name + "." + prefix).strip("."), own
-    for key, value in inner.items():
-        yield from _models(value, f"{name}.{key}".strip("."))
+        name = ".".join(part for part in str(key).split(".") if part not in WRAPPERS)
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{place}{name}/")
+        else:
+            yield place + name, value
+
+
+def _models(flat: Mapping) -> dict[str, dict[str, torch.Tensor]]:
+    """Every CLIP by the name it stands under: the tensors that stand beside its first weights."""
+    found = {}
+    for name in flat:
+        prefix = name.removesuffix(FIRST)
+        if prefix != name and prefix[-1:] in ("", ".", "/"):
+            own = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+            own = {k: v for k, v in own.items() if "/" not in k and isinstance(v, torch.Tensor)}
+            found[prefix.strip("./")] = own
+    return found
 
 
 OTHER_FILES = {
@@ -180,21 +184,12 @@ OTHER_FILES = {
 """part of a name in the file -> what it tells"""
 
 
-def _what_else(content: Mapping) -> str:
+def _what_else(names: list[str]) -> str:
     """What a file without a CLIP holds, in one sentence."""
-    names = [str(key) for key in _keys(content)]
     told = [said for sign, said in OTHER_FILES.items() if any(sign in name for name in names)]
     held = f"{', '.join(names[:4]) or 'nothing'}{' ...' if len(names) > 4 else ''}"
     reason = told[0] if told else f"no name ends in {FIRST!r}"
     return f"it holds no CLIP with a vision transformer but {held}; {reason}"
-
-
-def _keys(content: Mapping) -> Iterator:
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _keys(value)
-        else:
-            yield key
 
 
 STARTS = {

@@ -54,10 +54,7 @@ def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     >>> image_metrics([0.1, 0.4, 0.3, 0.9], [0, 0, 1, 1])["auroc"]
     0.75
     """
-    scores, labels = _checked(scores, labels, "N", "labels")
-    if labels.all() or not labels.any():
-        return dict.fromkeys(METRICS[:3], float("nan"))
-    return _of_one(scores, labels)
+    return _of_one(*_checked(scores, labels, "N", "labels"), METRICS[:3])
 
 
 def pixel_metrics(scores: ArrayLike, masks: ArrayLike) -> dict[str, float]:
@@ -78,11 +75,7 @@ def pixel_metrics(scores: ArrayLike, masks: ArrayLike) -> dict[str, float]:
     >>> pixel_metrics(masks.astype(np.float32), masks)
     {'auroc': 1.0, 'f1_max': 1.0, 'ap': 1.0, 'pro': 1.0}
     """
-    scores, masks = _checked(scores, masks, "N x H x W", "masks")
-    if masks.all() or not masks.any():
-        return dict.fromkeys(METRICS, float("nan"))
-    weights, regions = _region_weights(masks)
-    return _of_one(scores, masks, weights, regions.sum())
+    return _of_one(*_checked(scores, masks, "N x H x W", "masks"), METRICS)
 
 
 def pro_200_thresholds(scores: ArrayLike, masks: ArrayLike) -> float:
@@ -185,10 +178,15 @@ def _metrics(sums: np.ndarray, anomalous, normal, regions) -> dict[str, np.ndarr
     return metrics
 
 
-def _of_one(scores, anomalous, weights=None, regions=None) -> dict[str, float]:
+def _of_one(scores, anomalous, names: Sequence[str]) -> dict[str, float]:
+    """These metrics of one sample, from valid input."""
     n_anomalous = np.count_nonzero(anomalous)
     n_normal = anomalous.size - n_anomalous
+    if not n_anomalous or not n_normal:
+        return dict.fromkeys(names, float("nan"))
+    weights, regions = _region_weights(anomalous) if "pro" in names else (None, None)
     sums = _sums(_curve(scores, anomalous, weights), n_anomalous, PRO_LIMIT * n_normal)
+    regions = None if regions is None else regions.sum()
     found = _metrics(sums, n_anomalous, n_normal, regions)
     return {name: float(value) for name, value in found.items()}
 
