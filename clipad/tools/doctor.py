@@ -3,12 +3,12 @@ fix. Nothing heavy is imported before it is asked for, so that it answers where 
 """
 
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 
 from clipad.tools.notebooks import REPOSITORY, notebook_paths
-from clipad.tools.runner import require_own_kernel
 
 PIP = f"{sys.executable} -m pip"
 RESTORE = f"git -C {REPOSITORY} restore"
@@ -22,7 +22,7 @@ def diagnose() -> Iterator[tuple[str, str]]:
         (_demo_model, f"{RESTORE} data/demo/model"),
         (_demo_images, f"{RESTORE} data/demo/collections"),
         (notebook_paths, f"{RESTORE} notebooks"),
-        (require_own_kernel, f"{sys.executable} -m ipykernel install --sys-prefix"),
+        (_kernel, f"{sys.executable} -m ipykernel install --sys-prefix"),
     )
     for check, fix in checks:
         try:
@@ -56,6 +56,16 @@ def _demo_images() -> None:
     for name in ("demo", "demo_aux"):
         if problems := check_dataset(name).problems:
             raise ValueError(f"{name}: {problems[0]}")
+
+
+def _kernel() -> None:
+    """JupyterLab's kernel may be another Python (`clipad run` starts its own)."""
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    found = KernelSpecManager().get_kernel_spec("python3").argv[0]
+    # jupyter_client replaces a bare "python3" by the running interpreter
+    if found != sys.executable and not re.fullmatch(r"python[\d.]*", found):
+        raise ValueError(f"the kernel `python3` runs {found}, not {sys.executable}")
 
 
 def environment() -> str:

@@ -5,7 +5,6 @@ where papermill does not look, has failed (`notebooks.faults`).
 import contextlib
 import json
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -65,23 +64,6 @@ def output_folder(parameters: dict) -> Path:
     return REPOSITORY / "outputs" / name
 
 
-def require_own_kernel() -> None:
-    """Raises ValueError unless the kernel ``python3`` runs the Python that runs this.
-
-    A kernel specification of the user's account may hide the environment's own and start another Python.
-    """
-    from jupyter_client.kernelspec import KernelSpecManager
-
-    try:
-        found = KernelSpecManager().get_kernel_spec("python3").argv[0]
-    except Exception as error:  # there is none, or its file is damaged
-        found = f"nothing ({type(error).__name__}: {error})"
-    # jupyter_client replaces a bare "python3" by the running interpreter
-    if found != sys.executable and not re.fullmatch(r"python[\d.]*", found):
-        fix = f"fix: {Path(sys.executable).name} -m ipykernel install --sys-prefix"
-        raise ValueError(f"the kernel `python3` runs {found}, not {sys.executable}; {fix}")
-
-
 # --- running --------------------------------------------------------------------------------------------------------
 
 
@@ -100,8 +82,8 @@ def run_notebook(path, parameters=None, output_dir=None, progress_bar=True) -> R
     """Executes a notebook in a fresh kernel of this Python, in the notebook's folder.
 
     Writes the executed copy ``output_dir/<name>.ipynb`` cell by cell (also when it fails) and the run's end in
-    ``output_dir/runs.json``. Wrong parameters and a wrong kernel raise ValueError before anything starts; what goes
-    wrong inside the notebook is told by the returned `Run`.
+    ``output_dir/runs.json``. Wrong parameters raise ValueError before anything starts; what goes wrong inside the
+    notebook is told by the returned `Run`.
     """
     from clipad.backbone import find_device
 
@@ -111,7 +93,6 @@ def run_notebook(path, parameters=None, output_dir=None, progress_bar=True) -> R
     find_device(known.get("device"))
     if {"preset", "dataset"} <= known.keys():
         model_and_data(known)
-    require_own_kernel()
     output_path = Path(output_dir or output_folder(known)).resolve() / path.name
     if output_path == path:
         raise ValueError(f"the executed copy would overwrite {path}: choose another output folder")
@@ -173,10 +154,12 @@ def _papermill(path, output_path, values, progress_bar) -> str:
 
 @contextlib.contextmanager
 def _neutral_environment():
-    """The kernel inherits the environment: MPLBACKEND=agg would lose each figure, PYTHONWARNINGS change the output."""
+    """The kernel inherits the environment: MPLBACKEND=agg would lose each figure, PYTHONWARNINGS change the output, and
+    a kernel ``python3`` of the user's account would start another Python than this one."""
     before = dict(os.environ)
     for name in ("MPLBACKEND", "PYTHONWARNINGS"):
         os.environ.pop(name, None)
+    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")  # comes first
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # the debugger's remark about frozen modules
     try:
         yield

@@ -24,7 +24,6 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -35,17 +34,17 @@ from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, as_completed, get_worker
 from tqdm import tqdm
 
-from clipad.backbone import find_device, load_backbone
+from clipad.backbone import find_device
 from clipad.datasets import load_dataset
 from clipad.evaluation import evaluate, fingerprint
 from clipad.files import address, code_version, content_hash, write_atomically
 from clipad.prompts import load_prompts
-from clipad.published import protocol
+from clipad.published import data_dir, protocol
 from clipad.studies.experiments import DETECTORS, PRESETS, experiment, make_detector
 from clipad.text import check_method
 from clipad.tools.notebooks import find_notebook, inspect_parameters, read_notebook, source_hash
 from clipad.tools.parameters import Parameter, declared, read_yaml, require_known, shown
-from clipad.tools.runner import model_and_data, require_own_kernel, run_notebook
+from clipad.tools.runner import model_and_data, run_notebook
 
 EVALUATE = f"""
 detectors: str = "sdp"  # the detector [{"|".join(DETECTORS)}]
@@ -64,6 +63,8 @@ prompts: str = ""  # path of a YAML file with prompts
 seed: int = 0  # seed of random weights [0..]
 device: str = ""  # where to compute, a GPU if there is one
 """
+FILES = ("layers", "prompts", "train_root")
+"""parameters that name a file or a folder whose content decides the result"""
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ class Run:
 def plan(path) -> list[Run]:
     """The runs of a sweep file, in its order (the last axis varies fastest), each once.
 
-    Everything that can be known beforehand is checked here: names and values of parameters, data sets, weights,
-    prompts. Raises ValueError or FileNotFoundError with what was found and what was expected.
+    Checked here, before anything runs: names and values of parameters, data sets, named files, prompts. Raises
+    ValueError or FileNotFoundError with what was found and what was expected.
     """
     blocks = read_yaml(Path(path).expanduser().read_bytes(), str(path))
     blocks = blocks if blocks and isinstance(blocks, list) else [blocks]
@@ -126,7 +127,6 @@ def _expand(block) -> Iterator[Run]:
             # YAML reads 05 as the number 5
             source = find_notebook(f"{name:02d}" if isinstance(name, int) else str(name))
             known = inspect_parameters(source)
-            require_own_kernel()
             known.pop("output_dir", None)  # every run has a folder of its own
             notebook = {"notebook": source_hash(read_notebook(source))}
             for values in _grid(rest.get("parameters", {}), source.stem, known):
@@ -178,31 +178,23 @@ def _evaluation(values: dict) -> dict:
 
 
 def _inputs(values: dict) -> dict:
-    """Hashes of code, images, weights and named files: whoever changes one of them gets other addresses."""
-    found = {"code": code_version()}
+    """Hashes of code, images and named files: whoever changes one of them gets other addresses. (Weights of a tag, and
+    random ones, follow from the parameters.)"""
+    found = {"code": code_version(), "demo": _content(data_dir() / "demo" / "model")}
     if "preset" in values:
         chosen = values | model_and_data(values)
         data = [chosen.get(name) or None for name in ("data_root", "categories")]
         folder = chosen.get("normal_folder", "")
         found["samples"] = fingerprint(load_dataset(chosen["dataset"], *data, folder))
-        size, seed = values.get("image_size", 0), values.get("seed", 0)
-        found["weights"] = _weights(chosen["model"], chosen["pretrained"], size, seed)
-    for name in ("layers", "prompts", "train_root"):
-        if values.get(name):
-            found[name] = _file_or_folder(Path(values[name]))
-    if values.get("prompts"):
-        load_prompts(values["prompts"])
-    return found
+    files = {name: values[name] for name in FILES if values.get(name)}
+    if (weights := values.get("pretrained")) and Path(weights).exists():
+        files["pretrained"] = weights
+    if "prompts" in files:
+        load_prompts(files["prompts"])
+    return found | {name: _content(Path(path)) for name, path in files.items()}
 
 
-@cache
-def _weights(model: str, pretrained: str, image_size: int, seed: int) -> str:
-    given = None if pretrained == "random" else pretrained or None
-    # the machine that plans needs no GPU
-    return load_backbone(model, given, "cpu", image_size or None, seed).weights_hash
-
-
-def _file_or_folder(path: Path) -> str:
+def _content(path: Path) -> str:
     """Hash of a file, or of all files below a folder with their names."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
