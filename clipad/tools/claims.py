@@ -5,6 +5,7 @@ reproduction of the paper: with other weights or data the same table comes out o
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,7 @@ from clipad.files import write_atomically
 from clipad.studies.common import measured
 
 
-def collect(records: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def collect(records: Iterable[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Claims and comparisons with published numbers from the records that notebooks leave (``<notebook>.json``).
 
     Returns a row a claim (its fields and ``notebook``) and a row a published number; either may be empty.
@@ -46,7 +47,7 @@ def _row(*cells) -> str:
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
-def write_claims(records: list[Path], folder: Path) -> Path | None:
+def write_claims(records: Iterable[Path], folder: Path) -> Path | None:
     """Writes claims.csv and claims.md to ``folder``; returns the page, or None when no record holds a claim."""
     claims, published = collect(records)
     if claims.empty:

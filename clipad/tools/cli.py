@@ -42,11 +42,11 @@ def app() -> None:
 @click.option("-f", "files", multiple=True, metavar="FILE", help="A YAML file of parameters.")
 @click.option("--output-dir", help="Folder of the results, not outputs/<preset>-<dataset>.")
 def run(notebook, every, preset, pairs, texts, files, output_dir) -> None:
-    """Execute a notebook by papermill, strictly. NOTEBOOK: its first characters (03), its name, or a file.
+    """Execute a notebook. NOTEBOOK: its first characters (03), its name, or a file.
 
-    Unknown parameters, wrong types and values out of range are refused before a kernel starts. The executed copy goes
-    to outputs/<preset>-<dataset>/, whatever happens; the stored notebook stays as it is. A parameter left empty ("" or
-    0) means what the preset says. Relative paths count from here.
+    Unknown parameters, wrong types and values out of range are refused before it starts. The executed copy goes to
+    outputs/<preset>-<dataset>/. A parameter left empty ("" or 0) means what the preset says. Relative paths count from
+    here.
 
     \b
     Examples:
@@ -58,9 +58,9 @@ def run(notebook, every, preset, pairs, texts, files, output_dir) -> None:
     With --all a parameter goes to the notebooks that have it, a failure does not stop the others, and all claims come
     on one page (claims.md, claims.csv) beside the copies.
 
-    Exit code: 0 all cells ran and the output is sound (or the notebook says why it skips), 1 it failed, 2 wrong usage,
-    130 stopped; the same command continues.
+    Exit code: 0 it ran, or says why it skips, 1 it failed, 2 wrong usage, 130 stopped; the same command continues.
     """
+    from clipad.tools.claims import write_claims
     from clipad.tools.notebooks import find_notebook, inspect_parameters, notebook_paths
     from clipad.tools.parameters import read_parameters
     from clipad.tools.runner import plan, run_notebook
@@ -82,7 +82,9 @@ def run(notebook, every, preset, pairs, texts, files, output_dir) -> None:
     if every:
         rows = [(run.notebook, run.status, f"{run.seconds / 60:.1f}", run.reason) for run in runs]
         click.echo("\n" + _table([("notebook", "status", "minutes", "reason"), *rows]))
-        _write_claims(runs)
+        records = [run.output_path.with_suffix(".json") for run in runs if run.status == "ok"]
+        if page := write_claims(filter(Path.is_file, records), runs[0].output_path.parent):
+            click.echo(f"\nwhat was found: {page}")
     _exit_if(any(run.status == "failed" for run in runs))
 
 
@@ -109,10 +111,9 @@ def detect(
 ) -> None:  # fmt: skip
     """A verdict (good, check, bad), a region and a report for each image of a folder, at any depth.
 
-    Writes report.html, scores.csv, scores.json, overlays/, masks/ (regions at native size), maps/ and images/ (JPEG
-    copies for the report) to --out. Flawless images (--normal) give scale, threshold and verdicts: on average about the
-    share --false-alarms of such images is called bad; 0.05 takes at least 19 of them. Without them images are ranked
-    by the logit and there is no verdict. The rule of the threshold stands in the report.
+    Writes report.html, scores.csv, scores.json and folders of pictures (masks/: regions at native size) to --out.
+    Flawless images (--normal) give scale, threshold and verdicts: on average about the share --false-alarms of such
+    images is called bad; 0.05 takes at least 19 of them. Without them images are only ranked.
 
     --normal-folder names sub-folders that hold flawless images, in the folder (for labels, which are never guessed) and
     in --normal (there . stands for all). --neighbours puts the distance to the nearest patch of the flawless images in
@@ -149,9 +150,7 @@ def detect(
         own = {"prompts": load_prompts(prompts)} if prompts else {}
         chosen = make_detector(detector, backbone, layers, **own)
         report = run_detection(chosen, images, object_name, out, false_alarms, neighbours, tiles)
-    source = click.get_current_context().get_parameter_source("model")
-    default = " (by default: name yours, --model)" if source.name == "DEFAULT" else ""
-    click.echo(f"model: {backbone.name}, {backbone.pretrained}{default}")
+    click.echo(f"model: {backbone.name}, {backbone.pretrained}")
     click.echo("\n".join(summary(report, out)))
     if report.warning:
         click.secho(report.warning, fg="red", bold=True, err=True)
@@ -185,9 +184,9 @@ def sweep(file, workers, scheduler, output_dir) -> None:
       notebook: "05"
       parameters: {seed: [0, 1], categories: [[screw, nut]]}
 
-    Everything is checked before the first run. A failed run does not stop the others and is tried again by the next
-    sweep. Results: table.csv with a row per run and number, runs/ with a folder per run. Local processes: one on each
-    GPU that the runs may use, else one per core and at most 4, if --workers does not say another number.
+    A failed run does not stop the others and is tried again by the next sweep. Results: table.csv with a row per run
+    and number, runs/ with a folder per run. Local processes: one on each GPU that the runs may use, else one per core
+    and at most 4, if --workers does not say another number.
 
     Exit code: 0 all runs ended well, 1 some failed, 2 wrong usage, 130 stopped.
     """
@@ -207,10 +206,8 @@ def sweep(file, workers, scheduler, output_dir) -> None:
 
 @app.command(short_help="What keeps the notebooks from running here, and the fix.")
 def doctor() -> None:
-    """Say what keeps the notebooks from running on this machine, each fault with its fix.
-
-    Packages (pip check), torch, shipped model and images, notebooks, kernel; then PyTorch's account of system and
-    devices. Ends with exit code 1 when there is a fault.
+    """What keeps the notebooks from running on this machine, each fault with its fix, after PyTorch's account of system
+    and devices. Ends with exit code 1 when there is a fault.
     """
     from clipad.tools.doctor import diagnose, environment
 
@@ -235,9 +232,8 @@ def data() -> None:
 def check_data(name, root, normal_folder, image_size) -> None:
     """Read every image and mask of a data set: layout, counts, unreadable files, masks that miss or look wrong.
 
-    NAME: mvtec, visa, isic, clinicdb, headct, brainmri, folder, demo or demo_aux. Files that are no photographs are
-    counted and named. --normal-folder none: there are no normal images. --image-size: 240, or 96 for the demo, if left
-    out; thin masks may vanish at it. Ends with exit code 1 when there are problems.
+    NAME: mvtec, visa, isic, clinicdb, headct, brainmri, folder, demo or demo_aux. --normal-folder none: there are no
+    normal images. --image-size: 240, or 96 for the demo, if left out. Ends with exit code 1 when there are problems.
 
     \b
     Examples:
@@ -278,16 +274,6 @@ def _report(run) -> None:
         place = place.relative_to(Path.cwd())
     text = f"{run.notebook}: {run.status} after {run.seconds / 60:.1f} min, {place}"
     click.echo(f"{text}\n  {run.reason}" if run.reason else text, err=run.status == "failed")
-
-
-def _write_claims(runs) -> None:
-    """What the notebooks of `run --all` found, on one page beside their copies."""
-    from clipad.tools.claims import write_claims
-
-    records = [run.output_path.with_suffix(".json") for run in runs if run.status == "ok"]
-    page = write_claims([path for path in records if path.is_file()], runs[0].output_path.parent)
-    if page:
-        click.echo(f"\nwhat was found: {page}")
 
 
 def _table(rows) -> str:

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from clipad.datasets import read_photograph, two_levels
 from clipad.files import (
     RESULT_MARK,
-    Scan,
     claim,
     code_version,
     content_hash,
@@ -50,7 +49,6 @@ from clipad.tools.report import (
 BATCH = 16
 ENDINGS = {"images": ".jpg", "overlays": ".jpg", "heat": ".png", "masks": ".png", "maps": ".npz"}
 """folders of the results, a file per image in each (masks: where there is a region)"""
-MASK = "with at most two grey levels, so a mask or empty"
 DEMO_WARNING = (
     "These scores mean nothing: the demo model is a 96-pixel toy that was trained on rendered pictures, and these "
     "pictures are not the demo's. Name a real model, as in --model ViT-B-16-plus-240 --pretrained laion400m_e31."
@@ -95,15 +93,13 @@ def detect(
             f"flawless, but not used: {printable(p.name)}: {why}" for p, why in unread.items()
         ]
     notes += work.keep_maps(list(images.labels))
-    masks = [path for path, why in work.unread.items() if why == MASK]
-    skipped = images.skipped | ({MASK: masks} if masks else {})
     scale = work.scale([path for path in images.labels if path not in work.unread])
     scores = work.table(images.labels, scale)
     report = Report(
         scores=scores,
         scale=scale,
-        unread={work.name(path): why for path, why in work.unread.items() if why != MASK},
-        skipped=Scan((), skipped).skipped_lines(images.root),
+        unread={work.name(path): why for path, why in work.unread.items()},
+        skipped=images.skipped,
         notes=notes + _notes(scores, inspector),
         settings=settings,
         rule=inspector.rule,
@@ -199,7 +195,7 @@ class _Work:
         except (OSError, ValueError, MemoryError) as error:
             return None, str(error).replace(f"{self.root}/", "")
         if two_levels(image):
-            return None, MASK
+            return None, "at most two grey levels, so a mask or empty"
         if copy:
             write_picture(self.file("images", path), image)
         facts = {
@@ -211,15 +207,14 @@ class _Work:
 
     def keep_maps(self, photographs: list[Path]) -> list[str]:
         """Keep the map of every image that has none yet; returns a note on those that have."""
-        with ThreadPoolExecutor(4) as pool:
-            finished = list(pool.map(self._is_finished, photographs))
-        todo = [path for path, done in zip(photographs, finished, strict=True) if not done]
+        todo = [path for path in photographs if not self._is_finished(path)]
         for look, facts in self.looks(todo, "photographs"):
             maps = self.inspector.maps(look)
             for (path, known), logit, heat in zip(facts.items(), look.logits, maps, strict=True):
                 write_arrays(self.file("maps", path), known | {"logit": logit, "map": heat})
-        before = f"{sum(finished)} of {len(finished)} images were finished before, skipped"
-        return [before] if any(finished) else []
+        before = len(photographs) - len(todo)
+        said = f"{before} of {len(photographs)} images were finished before, skipped"
+        return [said] if before else []
 
     def _is_finished(self, path: Path) -> bool:
         try:

@@ -12,13 +12,13 @@ from clipad.files import Scan, content_hash, nfc, printable, scan
 @dataclass(frozen=True)
 class Images:
     """What `detect` is given. ``labels``: photograph -> 1, 0 (flawless), or -1 if not known; names count from
-    ``root``. ``flawless``: photographs that set scale and threshold. ``skipped``: reason -> files that are no
+    ``root``. ``flawless``: photographs that set scale and threshold. ``skipped``: lines on files that are no
     photographs. ``notes``: lines on what was left out of the flawless ones."""
 
     root: Path
     labels: dict[Path, int]
     flawless: list[Path]
-    skipped: dict[str, list[Path]]
+    skipped: list[str]
     notes: list[str]
 
 
@@ -47,7 +47,7 @@ def collect(path, output_dir, normal=None, normal_folder: str = "") -> Images:
             f"{len(shared)} images are among the flawless ones as well ({printable(shared[0].name)}, ...): their "
             "scores would look better than those of new images. Take them out of one of the two folders"
         )
-    return Images(root, labels, flawless, found.skipped, notes)
+    return Images(root, labels, flawless, found.skipped_lines(root), notes)
 
 
 def _photographs(path, output_dir) -> tuple[Path, Scan]:

@@ -40,11 +40,6 @@ def plan(paths, values: dict) -> list[tuple[Path, dict]]:
     ]
 
 
-def all_parameters(path, values: dict) -> dict:
-    """Those of the values, and the notebook's own defaults."""
-    return {name: p.default for name, p in inspect_parameters(path).items()} | values
-
-
 def model_and_data(parameters: dict) -> dict:
     """model, pretrained and dataset of a preset, and what was given instead; ValueError for what does not go together,
     see :func:`clipad.studies.experiments.resolve`."""
@@ -89,7 +84,7 @@ def run_notebook(path, parameters=None, output_dir=None, progress_bar=True) -> R
 
     path = Path(path).resolve()
     [(_, values)] = plan([path], parameters or {})
-    known = all_parameters(path, values)
+    known = {name: own.default for name, own in inspect_parameters(path).items()} | values
     find_device(known.get("device"))
     if {"preset", "dataset"} <= known.keys():
         model_and_data(known)
