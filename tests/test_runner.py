@@ -118,6 +118,8 @@ def test_accepted_values(make):
         "count": 16,
     }
     assert checked(path, given) == given
+    typed = {"share": "1e-3", "flag": "True", "count": "16", "pretrained": "03"}
+    assert checked(path, typed) == {"share": 0.001, "flag": True, "count": 16, "pretrained": "03"}
     empty = {"preset": 0, "count": "", "share": "", "categories": "", "options": 0, "data_root": ""}
     assert checked(path, empty) == {
         "preset": "",

@@ -24,7 +24,9 @@ from clipad.files import did_you_mean
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict}
 TYPES |= {"list": list, "list[str]": list}
 IN_YAML = {"str": '"03"', "list": '[3, "no"]', "list[str]": '[a, "03"]', "dict": "{key: value}"}
-"""how values are written that ``-p`` would read as something else, or cannot say"""
+"""how values are written that YAML would read as something else, or ``-p`` cannot say"""
+FROM_TEXT = {"int": int, "float": float, "bool": {"True": True, "False": False}.__getitem__}
+"""``-p`` gives text"""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
@@ -66,6 +68,9 @@ class Parameter:
         """The value as a notebook may get it: right type, allowed, a path made absolute; else ValueError."""
         if self.type != "bool" and not isinstance(value, bool) and value in ("", 0):
             return TYPES[self.type]()
+        if isinstance(value, str) and self.type in FROM_TEXT:
+            with contextlib.suppress(ValueError, KeyError):
+                value = FROM_TEXT[self.type](value)
         if not _fits(value, self.type):
             example = IN_YAML.get(self.type)
             advice = f"; in YAML: -y '{self.name}: {example}'" if example else ""
@@ -162,7 +167,7 @@ def read_parameters(pairs, texts, files) -> dict:
         if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping):
             raise ValueError(f"{place} holds {shown(mapping)}, expected `name: value`")
         values |= mapping
-    return values | {name: guess_type(value) for name, value in pairs}
+    return values | dict(pairs)
 
 
 def read_yaml(content: str | bytes, place: str):
@@ -174,17 +179,3 @@ def read_yaml(content: str | bytes, place: str):
         return yaml.load(content, NoDatesSafeLoader)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{place} is no YAML: {str(error)[:300]}") from None
-
-
-def guess_type(text: str):
-    """papermill's rule for the values of ``-p``.
-
-    >>> [guess_type(text) for text in ("True", "3", "1e-3", "screw", "[1,2]")]
-    [True, 3, 0.001, 'screw', '[1,2]']
-    """
-    if text in ("True", "False", "None"):
-        return {"True": True, "False": False, "None": None}[text]
-    for number in (int, float):
-        with contextlib.suppress(ValueError):
-            return number(text)
-    return text
