@@ -351,8 +351,9 @@ def list_dataset(
         )
     root = Path(root).expanduser() if root else data_dir() / "demo" / "collections" / name
     root = _locate(name, root.resolve() if ".." in root.parts else root.absolute())
+    found = _folder(root, normal_folder) if name == "folder" else LAYOUTS[name].find(root)
     samples, problems = [], []
-    for sample in LAYOUTS[name].find(root, normal_folder):
+    for sample in found:
         paths = {part: getattr(sample, part) for part in PATHS if getattr(sample, part)}
         wrong = {part: _unusable(path, root) for part, path in paths.items()}
         wrong = {part: problem for part, problem in wrong.items() if problem}
@@ -394,7 +395,7 @@ class Layout:
 
     text: str  # for error messages
     signs: Sequence[tuple[str, ...]]  # what a root has to hold: all the paths of one of these
-    find: Callable[[Path, str], Iterable[Sample]]  # what a root holds; the name of normal folders
+    find: Callable[[Path], Iterable[Sample]]  # what a root holds
 
     def fits(self, root: Path) -> bool:
         return any(all((root / path).exists() for path in sign) for sign in self.signs)
@@ -457,7 +458,7 @@ def _by_defect(
 def _in_categories(name: str, known: Iterable[str]) -> Layout:
     """MVTec AD's layout, of known categories only."""
 
-    def find(root: Path, _="") -> Iterator[Sample]:
+    def find(root: Path) -> Iterator[Sample]:
         for folder in _folders(root):
             category = nfc(folder.name)
             if (folder / "test").is_dir():
@@ -474,7 +475,7 @@ def _in_categories(name: str, known: Iterable[str]) -> Layout:
 def _in_folders(*groups: tuple[str, str, int, str, str, str]) -> Layout:
     """Folders of images with one label each: the first six arguments of `_samples`, with paths below the root."""
 
-    def find(root: Path, _="") -> Iterator[Sample]:
+    def find(root: Path) -> Iterator[Sample]:
         for images, category, label, defect, masks, ending in groups:
             truth = root / masks if masks else None
             yield from _samples(_images(root / images), category, label, defect, truth, ending)
@@ -483,7 +484,7 @@ def _in_folders(*groups: tuple[str, str, int, str, str, str]) -> Layout:
     return Layout(" and ".join(f"{path}/*" for path in needed), [needed], find)
 
 
-def _visa(root: Path, _="") -> Iterable[Sample]:
+def _visa(root: Path) -> Iterable[Sample]:
     path = root / "split_csv" / "1cls.csv"
     if not path.is_file():  # as the data set's own script converts it
         return _in_categories("visa", EXPECTED["visa"]).find(root)
@@ -498,7 +499,7 @@ def _visa(root: Path, _="") -> Iterable[Sample]:
     return sorted(samples, key=lambda s: (s.category, s.label, s.image_path.name))
 
 
-def _headct(root: Path, _="") -> Iterable[Sample]:
+def _headct(root: Path) -> Iterable[Sample]:
     folder = root / "head_ct" / "head_ct"
     folder = folder if folder.is_dir() else folder.parent
     samples = []

@@ -167,10 +167,7 @@ class Detector:
         """All that decides the numbers, JSON-able: a stopped run continues only if it is equal."""
         return {
             "detector": self.name,
-            "model": self.backbone.name,
-            "weights": self.backbone.weights_hash,
-            "image_size": self.backbone.image_size,
-            "device": self.backbone.device.type,
+            **self.backbone.settings,
             "prompts": asdict(self.prompts),
             "rvs": self.rvs,
             "rvs_options": self.rvs_options,

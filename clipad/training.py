@@ -135,11 +135,9 @@ def run_epochs(
 def _settings(backbone: Backbone, dataset: Dataset, prompts: Prompts, **options) -> dict[str, Any]:
     """All that decides the weights, as it will be read back."""
     check_method(options["rvs"], options["rvs_options"])
-    of_model = {"model": backbone.name, "weights": backbone.weights_hash}
-    of_model |= {"image_size": backbone.image_size, "device": backbone.device.type}
     of_data = {"dataset": dataset.name, "categories": dataset.categories}
     of_data |= {"samples": fingerprint(dataset), "prompts": asdict(prompts)}
-    return json.loads(json.dumps(of_model | of_data | options))
+    return json.loads(json.dumps(backbone.settings | of_data | options))
 
 
 def _text_of(backbone, dataset, prompts, rvs, rvs_options) -> torch.Tensor:
