@@ -121,10 +121,10 @@ class _Curve(NamedTuple):
     fp: np.ndarray  # ... x (K + 2): normal scores >= t
     tied: np.ndarray  # T: positions of the thresholds that equal a normal score
     ties: np.ndarray  # ... x T: how many they equal
-    overlap: np.ndarray | None  # ... x (K + 2): sum of the weights of the anomalous scores >= t
+    overlap: np.ndarray  # ... x (K + 2): sum of the weights of the anomalous scores >= t
 
 
-def _curve(scores: np.ndarray, anomalous: np.ndarray, weights: np.ndarray | None = None) -> _Curve:
+def _curve(scores: np.ndarray, anomalous: np.ndarray, weights: np.ndarray) -> _Curve:
     """Sort, look up, count. Weights: one for each anomalous score, in the order of ``scores[anomalous]``."""
     normal = scores[~anomalous]
     normal.sort()  # a copy, so in place; of float32, where NumPy has a vectorised sort
@@ -138,9 +138,8 @@ def _curve(scores: np.ndarray, anomalous: np.ndarray, weights: np.ndarray | None
     ties = np.searchsorted(normal, thresholds[tied], side="right") - below[tied]
     tp = np.concatenate([[0], found.size - first[::-1], [found.size]])
     fp = np.concatenate([[0], normal.size - below[::-1], [normal.size]])
-    if weights is not None:
-        weights = np.append(0, np.cumsum(weights[order[::-1]]))[tp]
-    return _Curve(tp, fp, first.size - tied, ties, weights)
+    overlap = np.append(0, np.cumsum(weights[order[::-1]]))[tp]
+    return _Curve(tp, fp, first.size - tied, ties, overlap)
 
 
 def _sums(curve: _Curve, anomalous, limit) -> np.ndarray:
@@ -156,26 +155,22 @@ def _sums(curve: _Curve, anomalous, limit) -> np.ndarray:
     precisions = _dot(new, tp[..., 1:] / np.maximum(detected, 1))
     # F1 = 2 TP / (2 TP + FP + FN) can only fall between two anomalous scores: its maximum is at one.
     f1_max = (tp[..., 1:] / (detected + np.asarray(anomalous)[..., None])).max(axis=-1) * 2
-    area = np.zeros_like(f1_max)
-    if overlap is not None:
-        # The overlap stays while false positives are added, and rises along a line where they tie with a threshold.
-        limit = np.asarray(limit)[..., None]
-        rate = np.minimum(fp, limit)
-        inside = rate[..., tied] - np.minimum(fp[..., tied] - ties, limit)
-        rise = overlap[..., tied] - overlap[..., tied - 1]
-        area = _dot(overlap[..., :-1], np.diff(rate))
-        area = area + _dot(inside * inside / np.maximum(ties, 1), rise) / 2
+    # The overlap stays while false positives are added, and rises along a line where they tie with a threshold.
+    limit = np.asarray(limit)[..., None]
+    rate = np.minimum(fp, limit)
+    inside = rate[..., tied] - np.minimum(fp[..., tied] - ties, limit)
+    rise = overlap[..., tied] - overlap[..., tied - 1]
+    area = _dot(overlap[..., :-1], np.diff(rate))
+    area = area + _dot(inside * inside / np.maximum(ties, 1), rise) / 2
     return np.stack([wrong, f1_max, precisions, area])
 
 
 def _metrics(sums: np.ndarray, anomalous, normal, regions) -> dict[str, np.ndarray]:
-    """The metrics from the sums over all thresholds; ``regions`` None: without ``pro``."""
+    """The metrics from the sums over all thresholds."""
     wrong, f1_max, precisions, area = sums
-    metrics = {"auroc": 1 - wrong / (anomalous * normal), "f1_max": f1_max}
-    metrics["ap"] = precisions / anomalous
-    if regions is not None:
-        metrics["pro"] = area / (PRO_LIMIT * normal * regions)
-    return metrics
+    auroc = 1 - wrong / (anomalous * normal)
+    pro = area / (PRO_LIMIT * normal * regions)
+    return {"auroc": auroc, "f1_max": f1_max, "ap": precisions / anomalous, "pro": pro}
 
 
 def _of_one(scores, anomalous, names: Sequence[str]) -> dict[str, float]:
@@ -184,11 +179,10 @@ def _of_one(scores, anomalous, names: Sequence[str]) -> dict[str, float]:
     n_normal = anomalous.size - n_anomalous
     if not n_anomalous or not n_normal:
         return dict.fromkeys(names, float("nan"))
-    weights, regions = _region_weights(anomalous) if "pro" in names else (None, None)
+    weights, regions = _region_weights(anomalous)
     sums = _sums(_curve(scores, anomalous, weights), n_anomalous, PRO_LIMIT * n_normal)
-    regions = None if regions is None else regions.sum()
-    found = _metrics(sums, n_anomalous, n_normal, regions)
-    return {name: float(value) for name, value in found.items()}
+    found = _metrics(sums, n_anomalous, n_normal, regions.sum())
+    return {name: float(found[name]) for name in names}
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -218,7 +212,12 @@ def _pieces(images: Sequence[tuple], thresholds: np.ndarray) -> Iterator[_Curve]
 
 
 def _region_weights(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """1 / size of its own region (8-connected) for each anomalous pixel, ordered as masks[masks]; regions per image."""
+    """1 / size of its own region (8-connected) for each anomalous pixel, ordered as masks[masks]; regions per image.
+
+    Of labels (N) every anomalous one is a region of its own.
+    """
+    if masks.ndim == 1:
+        return np.ones(masks.sum()), masks.astype(int)
     weights, numbers = [np.zeros(0)], np.zeros(len(masks), dtype=np.int64)
     for i, mask in enumerate(masks):
         if mask.any():
@@ -274,7 +273,7 @@ def resampled_metrics(
     if counts.ndim != 2 or counts.shape[1] != len(scores) or (counts < 0).any():
         raise ValueError(f"counts must be R x {len(scores)}, 0 or more, found {counts.shape}.")
 
-    weights, regions = _region_weights(truth) if per_pixel else (np.ones(truth.sum()), None)
+    weights, regions = _region_weights(truth)
     scores, truth = scores.reshape(len(scores), -1), truth.reshape(len(truth), -1)
     n_anomalous, n_normal = truth.sum(axis=1), (~truth).sum(axis=1)
     images, own_weights = [], np.split(weights, np.cumsum(n_anomalous)[:-1])
@@ -288,14 +287,14 @@ def resampled_metrics(
     if 0 < defined.sum() < len(counts):
         message = f"{(~defined).sum()} of {len(counts)} resamples hold one class only and are NaN"
         warnings.warn(message, stacklevel=2)
-    found = {name: np.full(len(counts), np.nan) for name in METRICS[: 4 if per_pixel else 3]}
+    names = METRICS if per_pixel else METRICS[:3]
+    found = {name: np.full(len(counts), np.nan) for name in names}
     if defined.any():
         counts = counts[defined]
         totals = [counts @ each for each in (n_anomalous, n_normal)]
-        of_regions = counts @ regions if per_pixel else None
-        sums = _resampled_sums(pieces, counts, *totals)
-        for name, values in _metrics(sums, *totals, of_regions).items():
-            found[name][defined] = values
+        metrics = _metrics(_resampled_sums(pieces, counts, *totals), *totals, counts @ regions)
+        for name in names:
+            found[name][defined] = metrics[name]
     return found
 
 
