@@ -327,7 +327,7 @@ def test_reading_all_parts_is_the_direct_map(tiny_backbone, truth, direct, text)
     def variants(x0, a, m, s, o):
         return {"all": x0 + a.sum(0) + m.sum(0), "v-v": s.sum(0)}
 
-    cosines, features = read(tiny_backbone, truth, text, variants, picked, with_features=True)
+    cosines, features = read(tiny_backbone, truth, text, variants, picked)
     maps = keep(direct, truth.dataset).maps(direct)
     np.testing.assert_allclose(direct_maps(cosines["all"], 32), maps, atol=1e-4)
     at = picked["image"].tolist(), picked["patch"].tolist()
@@ -335,7 +335,7 @@ def test_reading_all_parts_is_the_direct_map(tiny_backbone, truth, direct, text)
         np.testing.assert_allclose(np.linalg.norm(values, axis=1), 1, atol=1e-5)
         z = cosines[name][at].numpy()
         np.testing.assert_allclose(text_scores(values, text, picked), z[:, 1] - z[:, 0], atol=1e-5)
-    assert read(tiny_backbone, truth, text, variants, picked)[1] == {}
+    assert read(tiny_backbone, truth, text, variants)[1] == {}
 
 
 def test_who_writes_what_is_a_row_per_image_part_and_block(tiny_backbone, truth, text, images):

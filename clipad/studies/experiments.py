@@ -149,8 +149,8 @@ def resolve(
         )
     if model and model != chosen["model"]:
         chosen |= {"model": model, "pretrained": ""}
-    chosen |= {"pretrained": pretrained or chosen["pretrained"]}
-    chosen |= {"dataset": dataset or chosen["dataset"]}
+    given = {"pretrained": pretrained, "dataset": dataset}
+    chosen |= {name: value for name, value in given.items() if value}
     fits = chosen["pretrained"] != "random" if chosen["model"] == "demo" else chosen["pretrained"]
     if not fits:
         raise ValueError(
@@ -253,22 +253,16 @@ def make_detector(
 
 
 def _plain(value):
-    """JSON-able, with NaN as None."""
+    """JSON-able: keys of several levels as words, NaN as None."""
     if isinstance(value, pd.DataFrame):
         value = value.to_dict(orient="index")
     elif isinstance(value, pd.Series):
         value = value.to_dict()
+    elif isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        value = value.tolist()
     if isinstance(value, dict):
-        return {
-            " ".join(map(str, k)) if isinstance(k, tuple) else str(k): _plain(v)
-            for k, v in value.items()
-        }
+        names = [" ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in value]
+        return dict(zip(names, map(_plain, value.values()), strict=True))
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    if isinstance(value, (np.ndarray, torch.Tensor)):
-        return _plain(value.tolist())
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    if isinstance(value, np.integer):
-        return int(value)
-    return value
+    return None if isinstance(value, float) and not np.isfinite(value) else value

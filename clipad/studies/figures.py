@@ -175,11 +175,13 @@ def gallery(
     masks: Sequence[np.ndarray] | None = None,
     titles: Sequence[str] | None = None,
     limits: Mapping[str, tuple[float, float]] | None = None,
+    colours: Mapping[str, str] | None = None,
 ) -> Figure:
     """Images in the first column, one column of heat maps per method, one row per image.
 
     ``images``: S x S x 3; ``maps``: per method N x S x S; ``masks``: N x S x S or None. The limits of a method are
     shared by its column (given, or 1st to 99.8th percentile of what is shown) and stand in its colour bar.
+    ``colours``: another colour map than ``MAP``.
     """
     names = titles or [""] * len(images)
     figure, (*lines, bars) = picture_grid(names, ["image", *maps], 1.7, bars=True)
@@ -188,15 +190,11 @@ def gallery(
     bars[0].axis("off")
     for column, bar, (name, values) in zip(others, bars[1:], maps.items(), strict=True):
         low, high = (limits or {}).get(name) or np.percentile(values, [1, 99.8])
-        bar_below(bar, draw(column, values, masks, cmap=MAP, vmin=low, vmax=high))
+        look = {"cmap": (colours or {}).get(name, MAP), "vmin": low, "vmax": high}
+        shown = draw(column, values, masks, **look)
+        figure.colorbar(shown, cax=bar, orientation="horizontal", ticks=plt.MaxNLocator(3))
+        bar.tick_params(labelsize=8)
     return figure
-
-
-def bar_below(ax, shown) -> None:
-    """The colour bar of a column of a :func:`picture_grid`."""
-    ticks = plt.MaxNLocator(3)
-    ax.figure.colorbar(shown, cax=ax, orientation="horizontal", ticks=ticks)
-    ax.tick_params(labelsize=8)
 
 
 def columns(

@@ -29,6 +29,7 @@ from clipad.studies.common import (
     Scores,
     chosen_by_rule,
     groups,
+    keep,
     labelled,
     scores_of,
     thinned,
@@ -111,11 +112,9 @@ def median_example(run, detector, category: str) -> Example:
     does not have this one.
     """
     category = category if category in run.dataset.categories else run.dataset.categories[0]
-    own = run.dataset.select(category)
-    found = [detector.predict(x, category).maps for _, x in batches(run.backbone, own)]
-    masks = read_masks(list(own), run.backbone.image_size) if own.has_masks else None
-    chosen = chosen_by_rule(own, torch.cat(found).numpy(), masks) or [0]
-    return example_of(run, own[chosen[min(1, len(chosen) - 1)]])
+    kept = keep(detector, run.dataset.select(category))
+    chosen = chosen_by_rule(kept.dataset, kept.maps(detector), kept.masks) or [0]
+    return example_of(run, kept.dataset[chosen[min(1, len(chosen) - 1)]])
 
 
 @torch.no_grad()

@@ -16,10 +16,10 @@ from clipad.studies.figures import (
     COLOURS,
     MAP,
     NORMAL,
-    bar_below,
     contour,
     dots,
     draw,
+    gallery,
     heatmap,
     mark_patch,
     picture_grid,
@@ -117,29 +117,26 @@ def beside(
     are never negative, from 0 on. Every column has its own scale.
     """
     examples = [examples] if isinstance(examples, Example) else list(examples)
-    names = [f"{example.category}, {example.defect}" for example in examples]
-    figure, (*axes, bars) = picture_grid(names, ["image", *maps], 1.85, bars=True)
-    bars[0].axis("off")
-    first = [line[0] for line in axes]
-    draw(first, [e.pixels for e in examples], [e.mask for e in examples])
-    told, colours = [], set()
-    for column, (name, values) in enumerate(maps.items(), start=1):
+    limits, colours, words, told = {}, {}, set(), []
+    for name, values in maps.items():
         top, signed = np.abs(values).max(), values.min() < 0
-        limits = {"vmin": 0, "vmax": np.ceil(top), "cmap": MAP}
-        if signed:
-            limits = {"vmin": -top, "vmax": top, "cmap": SIGNED}
-        colours.add("red is anomalous, white 0, blue normal" if signed else "bright is anomalous")
-        for line, example, heat in zip(axes, examples, values, strict=True):
-            shown = line[column].imshow(heat, **limits)
+        limits[name] = (-top, top) if signed else (0, np.ceil(top))
+        colours[name] = SIGNED if signed else MAP
+        words.add("red is anomalous, white 0, blue normal" if signed else "bright is anomalous")
+    names = [f"{example.category}, {example.defect}" for example in examples]
+    masks = None if examples[0].mask is None else [example.mask for example in examples]
+    figure = gallery([e.pixels for e in examples], maps, masks, names, limits, colours)
+    lines = np.reshape(figure.axes, (-1, 1 + len(maps)))[:-1, 1:]  # without image and colour bars
+    for column, (name, values) in zip(lines.T, maps.items(), strict=True):
+        for ax, example, heat in zip(column, examples, values, strict=True):
             auroc = example.auroc(heat)
             if auroc is not None:
-                line[column].set_xlabel(f"AUROC {auroc:.0f}")
+                ax.set_xlabel(f"AUROC {auroc:.0f}")
                 of = f"{example.category} " if len(examples) > 1 else ""
                 told.append(f"{of}{name} {auroc:.0f}")
-        bar_below(bars[column], shown)
-    caption = f"In the maps {', or '.join(sorted(colours)[::-1])}. Each column has its own scale."
+    caption = f"In the maps {', or '.join(sorted(words)[::-1])}. Each column has its own scale."
     if told:
-        caption = f"Defect outlined in the image. {caption}"
+        caption = f"White line: the defect. {caption}"
         caption += f" Pixel AUROC inside the image: {', '.join(told)}."
     return figure, caption
 

@@ -10,6 +10,7 @@ Shapes: M anomalous images, S x S pixels, N = G x G patches, P picked patches, D
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -104,6 +105,13 @@ class Truth(Labelled):
     """
 
     objects: np.ndarray | None
+
+    def batches(self, backbone: Backbone) -> Iterator[tuple[np.ndarray, str, torch.Tensor]]:
+        """Positions, category and pre-processed images, batch by batch."""
+        position = 0
+        for category, images in batches(backbone, list(self.dataset)):
+            yield position + np.arange(len(images)), category, images
+            position += len(images)
 
     def shares(self, grid: int) -> np.ndarray:
         """M x N: the share of each patch that the defect covers."""
@@ -320,27 +328,24 @@ def read(
     truth: Truth,
     text: Mapping[str, torch.Tensor],
     variants: Callable[..., dict[str, torch.Tensor]],
-    picked: pd.DataFrame,
-    with_features: bool = False,
+    picked: pd.DataFrame | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
     """Carry sums of parts into the joint space: their cosines with the text, M x N x 2, and unit features P x C.
 
-    ``variants``: from the parts of :func:`written_by_block` to tokens B x T x D by name; ``with_features``: whether the
-    features of the ``picked`` patches are kept, too.
+    ``variants``: from the parts of :func:`written_by_block` to tokens B x T x D by name; ``picked``: the patches whose
+    features are kept, None for none.
     """
-    cosines, features, done = {}, {}, 0
-    for category, images in batches(backbone, list(truth.dataset)):
-        own = picked[picked["image"].between(done, done + len(images) - 1)]
+    cosines, features = defaultdict(list), defaultdict(list)
+    for at, category, images in truth.batches(backbone):
         with backbone.autocast():
-            visual = backbone.tower
-            tokens = variants(*written_by_block(visual, images))
+            tokens = variants(*written_by_block(backbone.tower, images))
             for name, values in tokens.items():
-                unit = F.normalize(project(visual, values[:, 1:]).float(), dim=-1)
-                cosines.setdefault(name, []).append((unit @ text[category].to(unit)).float().cpu())
-                if with_features:
-                    at = (own["image"] - done).tolist(), own["patch"].tolist()
-                    features.setdefault(name, []).append(unit[at].cpu())
-        done += len(images)
+                unit = F.normalize(project(backbone.tower, values[:, 1:]).float(), dim=-1)
+                cosines[name].append((unit @ text[category].to(unit)).float().cpu())
+                if picked is not None:
+                    own = picked[picked["image"].isin(at)]
+                    place = (own["image"] - at[0]).tolist(), own["patch"].tolist()
+                    features[name].append(unit[place].cpu())
     return (
         {name: torch.cat(parts) for name, parts in cosines.items()},
         {name: torch.cat(parts).numpy() for name, parts in features.items()},
@@ -366,20 +371,19 @@ def who_writes_what(backbone: Backbone, truth: Truth, text: Mapping, labels: np.
     and ``patches``, the mean of the defect's patches minus that of the normal ones (``labels`` M x N; NaN if one kind
     is missing).
     """
-    tables, done, visual = [], 0, backbone.visual
+    tables, visual = [], backbone.visual
     kinds = ("q-k attention", "feed-forward", "v-v attention")
     index = pd.MultiIndex.from_product([kinds, range(len(visual.transformer.resblocks))])
     index.names = ["part", "block"]
-    for category, images in batches(backbone, list(truth.dataset)):
+    for at, category, images in truth.batches(backbone):
         start, a, m, s, _ = written_by_block(visual, images)
         x, parts = start + a.sum(0) + m.sum(0), torch.stack([a, m, s])
         shares = contributions(visual, parts, x, text[category].to(x)).cpu()  # 3 x L x B x T
-        for i, label in enumerate(torch.from_numpy(labels[done : done + len(images)])):
+        for i, label in enumerate(torch.from_numpy(labels[at])):
             told, patches = shares[:, :, i, 0], shares[:, :, i, 1:]
             gain = patches[..., label == 1].mean(-1) - patches[..., label == 0].mean(-1)
             columns = {"class token": told.flatten(), "patches": gain.flatten()}
             tables.append(pd.DataFrame(columns, index).assign(category=category))
-        done += len(images)
     return pd.concat(tables).reset_index()
 
 
@@ -393,25 +397,22 @@ def attention_by_block(visual, images: torch.Tensor) -> Iterator[tuple[np.ndarra
         x = block(x)
 
 
-def attention_on_defect(
-    backbone: Backbone, truth: Truth, labels: np.ndarray, batch_size: int = 16
-) -> pd.DataFrame:
+def attention_on_defect(backbone: Backbone, truth: Truth, labels: np.ndarray) -> pd.DataFrame:
     """A row per image and block: how much of a defect patch's attention goes to *other* defect patches.
 
     Columns ``image``, ``category``, ``block`` (0-based), ``q-k``, ``v-v`` and ``even`` (what even attention gives):
     shares of what goes to all *other patches*, so without what a patch gives itself and the class token. Images
     with fewer than two defect patches (``labels`` M x N) are left out.
     """
-    rows, done = [], 0
-    for category, images in batches(backbone, list(truth.dataset), batch_size):
+    rows = []
+    for at, category, images in truth.batches(backbone):
         for number, weights in enumerate(attention_by_block(backbone.visual, images)):
-            for i in range(len(images)):
-                defect = np.flatnonzero(labels[done + i] == 1)
+            for i, image in enumerate(at):
+                defect = np.flatnonzero(labels[image] == 1)
                 if len(defect) >= 2:
                     shares = [_share_of_others(w[i, 1:, 1:], defect) for w in weights]
                     even = (len(defect) - 1) / (labels.shape[1] - 1)
-                    rows.append((done + i, category, number, *shares, even))
-        done += len(images)
+                    rows.append((image, category, number, *shares, even))
     return pd.DataFrame(rows, columns=["image", "category", "block", "q-k", "v-v", "even"])
 
 
@@ -419,9 +420,3 @@ def _share_of_others(weights: np.ndarray, members: np.ndarray) -> float:
     """Of the weights N x N that go to other patches, the share that goes from members to other members."""
     mine = (weights - np.diag(np.diag(weights)))[members]
     return float((mine[:, members].sum(axis=1) / mine.sum(axis=1)).mean())
-
-
-def block_attention(backbone: Backbone, image: torch.Tensor, block: int) -> list[np.ndarray]:
-    """q-k and v-v attention weights of a block (0-based) for one image 3 x S x S, mean over heads: two T x T."""
-    weights = list(attention_by_block(backbone.visual, image[None].to(backbone.device)))
-    return [w[0] for w in weights[block]]

@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,9 @@ from clipad.datasets import Dataset, load_dataset
 from clipad.detectors import CLIP_TEMPERATURE, Detector, SDPPlus
 from clipad.dual_path import project
 from clipad.evaluation import fingerprint
-from clipad.files import code_version
+from clipad.files import address, code_version
 from clipad.linear_layers import LinearLayers, linear_logits
-from clipad.metrics import image_metrics, pixel_metrics
+from clipad.metrics import image_metrics
 from clipad.published import protocol
 from clipad.studies.common import Kept, thinned
 from clipad.studies.experiments import Experiment
@@ -88,9 +87,8 @@ def train_for(run: Experiment, dataset: Dataset, epochs: int = 0, **options) -> 
     words = {"prompts": run.prompts, "rvs": theirs.rvs, "rvs_options": theirs.rvs_options}
     options = words | published | options
     key = [backbone.weights_hash, backbone.device.type, code_version(), fingerprint(dataset)]
-    text = json.dumps([*key, options], sort_keys=True, default=str)
-    folder = f"{dataset.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-    where = run.output_dir / "training" / folder
+    name = address(repr([*key, sorted(options.items())]))
+    where = run.output_dir / "training" / f"{dataset.name}-{name}"
     return train(backbone, dataset, where, epochs=epochs or rule.epochs, progress=False, **options)
 
 
@@ -127,11 +125,10 @@ def over_trainings(
     """SDP+ after trainings that differ in chance alone: a row per seed (of the layers' first weights and, where
     shuffled, of the order) and order, with ``METRICS``."""
     rows = []
-    for shuffle in (False, True):
-        for seed in seeds:
-            layers = train_for(run, dataset, **options | {"shuffle": shuffle, "seed": seed}).layers
-            row = {"order": "shuffled" if shuffle else "as released", "seed": seed}
-            rows.append(row | mean_metrics(build(run, layers), kept))
+    for order, seed in product(("as released", "shuffled"), seeds):
+        own = options | {"shuffle": order == "shuffled", "seed": seed}
+        found = mean_metrics(build(run, train_for(run, dataset, **own).layers), kept)
+        rows.append({"order": order, "seed": seed} | found)
     return pd.DataFrame(rows)
 
 
@@ -144,12 +141,11 @@ def over_images(
     """
     most = max(sum(s.category == c for s in dataset) for c in dataset.categories)
     rows = []
-    for count in sorted({max(2, most // part) for part in (16, 4, 1)}):
+    for count, seed in product(sorted({max(2, most // part) for part in (16, 4, 1)}), seeds):
         few = thinned(dataset, count)
         equal = max(1, round(epochs * len(dataset) / len(few)))
-        for seed in seeds:
-            layers = train_for(run, few, equal, **options | {"seed": seed}).layers
-            rows.append({"images": len(few), "seed": seed} | mean_metrics(build(run, layers), kept))
+        layers = train_for(run, few, equal, **options | {"seed": seed}).layers
+        rows.append({"images": len(few), "seed": seed} | mean_metrics(build(run, layers), kept))
     return pd.DataFrame(rows)
 
 
@@ -166,44 +162,18 @@ def over_epochs(run: Experiment, trainings: Sequence[Training], kept: Kept) -> p
 # What the layers change -----------------------------------------------------------------------------------------
 
 
-@dataclass
-class JointSpace:
-    """Patches of one stage in the joint space under several mappings, and the text they are compared with.
-
-    ``patches``: per mapping P x C unit rows; ``labels``: P, 1 for patches of a defect; ``text``: P x C x 2 unit
-    columns, each patch's category's.
-    """
-
-    patches: dict[str, torch.Tensor]
-    labels: np.ndarray
-    text: torch.Tensor
-
-    def margins(self, name: str) -> np.ndarray:
-        """P: 100 (cos(patch, anomalous) - cos(patch, normal)), right of 0 where a patch is nearer to *anomalous*."""
-        cosines = torch.einsum("pc,pcs->ps", self.patches[name], self.text)
-        return 100 * (cosines[:, 1] - cosines[:, 0]).numpy()
-
-    def numbers(self) -> pd.DataFrame:
-        """A row per mapping: ``auroc`` of the margin (defect against other patches), its mean over patches of each
-        kind, and ``gap``, the distance between the mean patch and the mean text vector."""
-        columns = ["auroc", "margin, normal patches", "margin, defect patches", "gap"]
-        rows = {}
-        for name, patches in self.patches.items():
-            margin, centre = self.margins(name), self.text.mean(dim=(0, 2))
-            kinds = [margin[self.labels == label].mean() for label in (0, 1)]
-            gap = float((patches.mean(dim=0) - centre).norm())
-            rows[name] = (image_metrics(margin, self.labels)["auroc"], *kinds, gap)
-        return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-
-
 @torch.no_grad()
 def joint_space(
     detector: SDPPlus, kept: Kept, stage: int, per_image: int = 6, seed: int = 0
-) -> JointSpace:
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Up to ``per_image`` defect patches and as many others of each anomalous image, mapped three ways.
 
     *before*: CLIP's own mapping (ln_post and projection); *untrained layer*: a control; *trained layer*. A patch is of
     the defect where the mask covers a quarter of it or more, another where it covers none. ``stage``: 0 .. J-1.
+
+    Returns a row per patch: ``label`` (1 for the defect) and per mapping its margin, 100 (cos(patch, anomalous) -
+    cos(patch, normal)); and a row per mapping: ``auroc`` of the margin (defect against other patches), its mean over
+    patches of each kind, and ``gap``, the distance between the mean patch and the mean text vector.
     """
     anomalous = np.flatnonzero(kept.labels == 1)
     few = replace(kept.dataset, samples=tuple(kept.dataset[i] for i in anomalous))
@@ -218,9 +188,20 @@ def joint_space(
         "untrained layer": fresh.to(picked.device).fc[stage](picked),
         "trained layer": trained.fc[stage](picked),
     }
-    unit = {name: F.normalize(values, dim=-1).float().cpu() for name, values in mapped.items()}
     text = torch.stack([detector.text_vectors(category) for category in chosen["category"]])
-    return JointSpace(unit, chosen["label"].to_numpy(), text)
+    margins, numbers = chosen[["label"]].copy(), {}
+    for name, values in mapped.items():
+        unit = F.normalize(values, dim=-1).float().cpu()
+        cosines = torch.einsum("pc,pcs->ps", unit, text)
+        margins[name] = 100 * (cosines[:, 1] - cosines[:, 0]).numpy()
+        other, defect = margins.groupby("label")[name].mean()
+        numbers[name] = {
+            "auroc": image_metrics(margins[name], margins["label"])["auroc"],
+            "margin, normal patches": other,
+            "margin, defect patches": defect,
+            "gap": float((unit.mean(dim=0) - text.mean(dim=(0, 2))).norm()),
+        }
+    return margins, pd.DataFrame.from_dict(numbers, orient="index")
 
 
 @dataclass
@@ -256,14 +237,12 @@ class Summands:
 
     def weighted(self, weights: Sequence[float]) -> pd.DataFrame:
         """Pixel metrics of weight * SDP + layers, smoothed; 0 is the layers alone, 1 is SDP+."""
-        wheres = [self.kept.where(c) for c in self.kept.dataset.categories]
         rows = []
         for weight in weights:
             total = torch.from_numpy(weight * self.sdp + self.layers)
             maps = smooth(total, self.smoothing).numpy()
-            found = pd.DataFrame([pixel_metrics(maps[at], self.kept.masks[at]) for at in wheres])
-            rows.append(found.mean().add_prefix("pixel_"))
-        return pd.DataFrame(rows).assign(weight=weights)
+            rows.append(self.kept.mean_metrics(maps, maps.max(axis=(1, 2))))
+        return pd.DataFrame(rows).filter(like="pixel_").assign(weight=weights)
 
 
 def summands(detector: SDPPlus, kept: Kept) -> Summands:

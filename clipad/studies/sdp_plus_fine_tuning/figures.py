@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from clipad.studies.common import METRIC_NAMES
 from clipad.studies.figures import ANOMALOUS, COLOURS, NORMAL, dots, legend_below, subplots
-from clipad.studies.sdp_plus_fine_tuning import JointSpace, Summands
+from clipad.studies.sdp_plus_fine_tuning import Summands
 
 
 def loss_curve(focal: Sequence[float], dice: Sequence[float], per_epoch: int) -> Figure:
@@ -25,19 +25,25 @@ def loss_curve(focal: Sequence[float], dice: Sequence[float], per_epoch: int) ->
     return figure
 
 
-def margins(spaces: Mapping[str, JointSpace], names: Sequence[str], title: str) -> Figure:
-    """Per stage and mapping, how much nearer patches are to *anomalous* than to *normal*; dotted: halfway."""
-    size = (2.3 * len(spaces), 1.7 * len(names) + 0.5)
-    figure, axes = subplots(len(names), len(spaces), size, title, sharex="row")
+def margins(
+    stages: Mapping[str, pd.DataFrame], numbers: pd.DataFrame, names: Sequence[str], title: str
+) -> Figure:
+    """Per stage and mapping, how much nearer patches are to *anomalous* than to *normal*; dotted: halfway.
+
+    ``stages``: the margins of :func:`clipad.studies.sdp_plus_fine_tuning.joint_space`, ``numbers``: a row per stage and
+    mapping, with ``auroc``.
+    """
+    size = (2.3 * len(stages), 1.7 * len(names) + 0.5)
+    figure, axes = subplots(len(names), len(stages), size, title, sharex="row")
     for line, name in zip(axes, names, strict=True):
-        found = [space.margins(name) for space in spaces.values()]
-        edges = np.linspace(*np.percentile(np.concatenate(found), [0.5, 99.5]), 36)
-        for ax, (stage, space), values in zip(line, spaces.items(), found, strict=True):
-            kinds = [values[space.labels == label] for label in (0, 1)]
+        found = np.concatenate([table[name] for table in stages.values()])
+        edges = np.linspace(*np.percentile(found, [0.5, 99.5]), 36)
+        for ax, (stage, table) in zip(line, stages.items(), strict=True):
+            kinds = [own for _, own in table.groupby("label")[name]]
             look = {"label": ["other patches", "patches of a defect"], "color": [NORMAL, ANOMALOUS]}
             ax.hist(kinds, edges, density=True, histtype="stepfilled", alpha=0.45, **look)
             ax.axvline(0, color="0.3", linestyle=":", linewidth=1)
-            auroc = space.numbers().loc[name, "auroc"]
+            auroc = numbers.loc[(stage, name), "auroc"]
             ax.set_title(f"{stage}, {name}: AUROC {auroc:.2f}", fontsize=9)
             ax.set_yticks([])
             ax.spines["left"].set_visible(False)
