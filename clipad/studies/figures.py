@@ -101,19 +101,15 @@ def subplots(rows: int, columns: int, size: tuple[float, float], title: str = ""
     return figure, axes
 
 
-def picture_grid(names: Sequence[str], titles: Sequence[str], side: float, bars: bool = False):
-    """A figure for pictures without ticks, ``side`` inches each, and its axes: rows have names, columns titles.
-
-    ``bars``: a further row of low axes for colour bars, so that image and maps stand side by side at one size.
-    """
-    rows, size = len(names), (side * len(titles) + 0.4, side * len(names) + 0.6)
-    heights = [1] * rows + [0.05] * bars
-    figure, axes = subplots(rows + bars, len(titles), size, height_ratios=heights)
-    for ax in axes[:rows].flat:
+def picture_grid(names: Sequence[str], titles: Sequence[str], side: float):
+    """A figure for pictures without ticks, ``side`` inches each, and its axes: rows have names, columns titles."""
+    size = (side * len(titles) + 0.4, side * len(names) + 0.6)
+    figure, axes = subplots(len(names), len(titles), size)
+    for ax in axes.flat:
         bare(ax)
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=9)
-    for ax, name in zip(axes[:, 0], names, strict=False):
+    for ax, name in zip(axes[:, 0], names, strict=True):
         ax.set_ylabel(name)
     return figure, axes
 
@@ -174,48 +170,33 @@ def gallery(
     maps: Mapping[str, np.ndarray],
     masks: Sequence[np.ndarray] | None = None,
     titles: Sequence[str] | None = None,
-    limits: Mapping[str, tuple[float, float]] | None = None,
-    colours: Mapping[str, str] | None = None,
-) -> Figure:
-    """Images in the first column, one column of heat maps per method, one row per image.
-
-    ``images``: S x S x 3; ``maps``: per method N x S x S; ``masks``: N x S x S or None. The limits of a method are
-    shared by its column (given, or 1st to 99.8th percentile of what is shown) and stand in its colour bar.
-    ``colours``: another colour map than ``MAP``.
-    """
-    names = titles or [""] * len(images)
-    figure, (*lines, bars) = picture_grid(names, ["image", *maps], 1.7, bars=True)
-    first, *others = zip(*lines, strict=True)
-    draw(first, images)
-    bars[0].axis("off")
-    for column, bar, (name, values) in zip(others, bars[1:], maps.items(), strict=True):
-        low, high = (limits or {}).get(name) or np.percentile(values, [1, 99.8])
-        look = {"cmap": (colours or {}).get(name, MAP), "vmin": low, "vmax": high}
-        shown = draw(column, values, masks, **look)
-        figure.colorbar(shown, cax=bar, orientation="horizontal", ticks=plt.MaxNLocator(3))
-        bar.tick_params(labelsize=8)
-    return figure
-
-
-def columns(
-    images: Sequence[np.ndarray],
-    maps: Mapping[str, np.ndarray],
-    masks: Sequence[np.ndarray] | None,
-    titles: Sequence[str],
     limits: Mapping[str, tuple[float | None, float | None]] | None = None,
+    colours: Mapping[str, str] | None = None,
+    landscape: bool = False,
 ) -> Figure:
-    """The same in landscape: a column per image, a row for the images and one per method, each with one scale.
+    """Images in the first column, one column of heat maps per method, one row per image; ``landscape``: transposed.
 
-    ``limits`` of (None, None): every map of this row has a scale of its own.
+    ``images``: S x S x 3; ``maps``: per method N x S x S; ``masks``: N x S x S or None, drawn as contours. The limits
+    of a method are shared by its maps (given, or 1st to 99.8th percentile of what is shown) and stand in its colour
+    bar; with (None, None) every map has a scale of its own. ``colours``: another colour map than ``MAP``.
     """
-    side = min(2.2, 9.5 / len(images))
-    figure, axes = picture_grid(["image, true defect", *maps], titles, side)
-    draw(axes[0], images, masks)
-    for line, (name, values) in zip(axes[1:], maps.items(), strict=True):
-        low, high = (limits or {}).get(name) or np.percentile(values, [1, 99.8])
-        shown = draw(line, values, masks, cmap=MAP, vmin=low, vmax=high)
-        if low is not None:
-            figure.colorbar(shown, ax=line, shrink=0.8, ticks=plt.MaxNLocator(3))
+    titles, lines = titles or [""] * len(images), ["image", *maps]
+    if landscape:
+        figure, axes = picture_grid(lines, titles, min(2.2, 9.5 / len(images)))
+    else:
+        figure, axes = picture_grid(titles, lines, 1.7)
+        axes = axes.T
+    place = {"location": "right" if landscape else "bottom", "shrink": 0.85, "aspect": 14}
+    for line, name in zip(axes, lines, strict=True):
+        if name == "image":
+            shown, low = draw(line, images, masks if landscape else None), None
+        else:
+            low, high = (limits or {}).get(name) or np.percentile(maps[name], [1, 99.8])
+            look = {"cmap": (colours or {}).get(name, MAP), "vmin": low, "vmax": high}
+            shown = draw(line, maps[name], masks, **look)
+        bar = figure.colorbar(shown, ax=list(line), ticks=plt.MaxNLocator(3), **place)
+        bar.ax.tick_params(labelsize=8)
+        bar.ax.set_visible(low is not None)  # an empty bar keeps all pictures at one size
     return figure
 
 

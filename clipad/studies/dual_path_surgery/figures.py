@@ -126,7 +126,7 @@ def beside(
     names = [f"{example.category}, {example.defect}" for example in examples]
     masks = None if examples[0].mask is None else [example.mask for example in examples]
     figure = gallery([e.pixels for e in examples], maps, masks, names, limits, colours)
-    lines = np.reshape(figure.axes, (-1, 1 + len(maps)))[:-1, 1:]  # without image and colour bars
+    lines = np.reshape(figure.axes[: len(examples) * (1 + len(maps))], (len(examples), -1))[:, 1:]
     for column, (name, values) in zip(lines.T, maps.items(), strict=True):
         for ax, example, heat in zip(column, examples, values, strict=True):
             auroc = example.auroc(heat)
