@@ -376,17 +376,16 @@ def test_regions_lie_on_the_image_at_its_own_size():
     heat[4:6, 1:3] = 2
     heat[0, 0] = 3  # a speck
     heat = without_specks(heat, 0.5)
-    found = find_regions(heat, 0.5, (160, 80))
-    assert [region.box for region in found] == [(20, 40, 60, 60), (120, 0, 160, 20)]
-    assert [region.peak for region in found] == [2, 1]
-    x, y = np.array(found[1].outline[0]).T
+    boxes, outlines = find_regions(heat, 0.5, (160, 80))
+    assert boxes == [(20, 40, 60, 60), (120, 0, 160, 20)]  # the highest first
+    x, y = np.array(outlines[0]).T
     assert (x.min(), x.max(), y.min()) == (pytest.approx(125, abs=6), 160, 0)
     mask = np.asarray(region_mask(heat, 0.5, (160, 80)))
     assert mask.shape == (80, 160)
     assert mask[5, 150]
     assert not mask[40, 80]
     assert not mask[0, 0]
-    assert find_regions(heat, 2.5, (160, 80)) == []
+    assert find_regions(heat, 2.5, (160, 80)) == ([], [])
 
 
 def test_the_demo_model_on_other_pictures_is_said_first(detector, photos, screws, tmp_path):

@@ -254,11 +254,11 @@ class _Work:
         score = rule.score(logit, highest) if rule else logit
         threshold = rule.map_threshold if rule else np.inf
         above = without_specks(heat, threshold)
-        regions = find_regions(above, threshold, size)
-        overlay = draw(self.file("images", path), heat, scale, regions, size)
+        boxes, outlines = find_regions(above, threshold, size)
+        overlay = draw(self.file("images", path), heat, scale, outlines, size)
         write_picture(self.file("overlays", path), overlay)
         write_picture(self.file("heat", path), heat_layer(heat, scale))
-        if regions:
+        if boxes:
             write_picture(self.file("masks", path), region_mask(above, threshold, size))
         return {
             "image": self.name(path),
@@ -267,14 +267,14 @@ class _Work:
             "p_value": rule.p_value(score) if rule else None,
             "logit": logit,
             "map_max": highest,
-            "regions": len(regions),
+            "regions": len(boxes),
             "area": float((above > threshold).mean()) if rule else None,
-            "boxes": [region.box for region in regions],
+            "boxes": boxes,
             "width": size[0],
             "height": size[1],
             "label": label,
             "file": self.file("images", path).stem,
-            "outlines": [line for region in regions for line in region.outline],
+            "outlines": outlines,
             "remarks": remarks,
         }
 

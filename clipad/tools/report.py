@@ -22,7 +22,7 @@ from clipad.studies.inspection import Rule
 
 MAP = "inferno"
 MOST_REGIONS = 20
-"""regions that are listed of one image, the highest first"""
+"""regions that get a box in one image, the highest ones"""
 NO_REGION = {"bad": "bad by score, no region", "check": "too small to outline"}
 COLUMNS = ["image", "verdict", "score", "p_value", "logit", "map_max", "regions", "area", "boxes"]
 COLUMNS += ["width", "height", "label", "file"]
@@ -58,40 +58,25 @@ class Report:
         return {v: int((self.scores["verdict"] == v).sum()) for v in ("bad", "check", "good")}
 
 
-@dataclass(frozen=True)
-class Region:
-    """A connected part of a map above its threshold, in pixels of the image."""
+def find_regions(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> tuple[list, list]:
+    """Where a map (R x R, without specks) is above a threshold, in pixels of an image of ``size`` (width, height).
 
-    box: tuple[int, int, int, int]
-    """left, top, right, bottom; right and bottom exclusive"""
-    peak: float
-    outline: list[list[tuple[float, float]]]
-    """closed lines of (x, y): the border, and those of holes"""
-
-
-def find_regions(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> list[Region]:
-    """Regions of a map (R x R, without specks) above a threshold for an image of ``size`` (width, height), highest
-    first."""
-    # Two frames: the border's own values, so that a region there reaches the edge; low ones, which close its line.
-    low = float(heat.min()) - 1
-    framed = np.pad(np.pad(heat, 1, mode="edge"), 1, constant_values=low)
-    labels, _ = ndimage.label(framed > threshold, structure=np.ones((3, 3)))
+    Boxes of connected parts, highest first: left, top, right, bottom, the last two exclusive. Outlines: closed lines
+    of (x, y), also those of holes.
+    """
     scale = np.array(size) / heat.shape[::-1]
-    regions = []
+    # Two frames: the border's own values, so that a region there reaches the edge; low ones, which close its line.
+    framed = np.pad(np.pad(heat, 1, mode="edge"), 1, constant_values=heat.min() - 1)
+    lines = contourpy.contour_generator(z=framed).lines(threshold)
+    outlines = [np.clip((line - 1.5) * scale, 0, size).round(1).tolist() for line in lines]
+    labels, _ = ndimage.label(heat > threshold, structure=np.ones((3, 3)))
+    boxes = []
     for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
-        start = np.array([columns.start, rows.start])
-        stop = np.array([columns.stop, rows.stop])
-        around = slice(start[1] - 1, stop[1] + 1), slice(start[0] - 1, stop[0] + 1)
-        mine = np.isin(labels[around], (0, number))
-        lines = contourpy.contour_generator(z=np.where(mine, framed[around], low)).lines(threshold)
-        outline = [
-            np.clip((line + start - 2.5) * scale, 0, size).round(1).tolist() for line in lines
-        ]
-        corners = np.clip(np.array([start, stop]) - 2, 0, heat.shape[::-1]) * scale
-        box = (*np.floor(corners[0]).astype(int), *np.ceil(corners[1]).astype(int))
-        peak = float(framed[labels == number].max())
-        regions.append(Region(tuple(map(int, box)), peak, outline))
-    return sorted(regions, key=lambda region: -region.peak)[:MOST_REGIONS]
+        left, top = np.floor((columns.start, rows.start) * scale).astype(int).tolist()
+        right, below = np.ceil((columns.stop, rows.stop) * scale).astype(int).tolist()
+        boxes.append((heat[labels == number].max(), (left, top, right, below)))
+    boxes.sort(key=lambda pair: -pair[0])
+    return [box for _, box in boxes[:MOST_REGIONS]], outlines
 
 
 def region_mask(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> Image.Image:
@@ -112,8 +97,8 @@ def heat_layer(heat: np.ndarray, scale: tuple[float, float]) -> Image.Image:
     return Image.fromarray((255 * colours).round().astype(np.uint8), "RGBA")
 
 
-def draw(picture: Path, heat, scale, regions: list[Region], size: tuple[int, int]) -> Image.Image:
-    """The image in a file with its map and the outlines of its regions, 384 to 768 pixels along its longer side."""
+def draw(picture: Path, heat, scale, outlines, size: tuple[int, int]) -> Image.Image:
+    """The image in a file with its map and outlines, 384 to 768 pixels along its longer side."""
     with Image.open(picture) as image:
         image.thumbnail((768, 768))
         factor = max(1.0, 384 / max(image.size))
@@ -124,7 +109,7 @@ def draw(picture: Path, heat, scale, regions: list[Region], size: tuple[int, int
     shown.paste(layer, mask=layer.getchannel("A"))
     pen = ImageDraw.Draw(shown)
     factors = (width / size[0], height / size[1])
-    for line in (line for region in regions for line in region.outline):
+    for line in outlines:
         points = [(x * factors[0], y * factors[1]) for x, y in line]
         pen.line(points, fill="black", width=4)
         pen.line(points, fill="white", width=2)
