@@ -206,13 +206,13 @@ def load_backbone(
     device = find_device(device)
     config = _configuration(name)
     vision = config["vision_cfg"]
-    patch, asked = vision["patch_size"], bool(image_size)
-    vision["image_size"] = image_size = image_size or vision["image_size"]
-    if image_size < patch or image_size % patch:
-        near = max(1, round(image_size / patch)) * patch
+    side, patch = image_size or vision["image_size"], vision["patch_size"]
+    if side < patch or side % patch:
+        near = max(1, round(side / patch)) * patch
         raise ValueError(
-            f"image_size={image_size} is no multiple of the model's patches of {patch} pixels; {near} is one"
+            f"image_size={side} is no multiple of the model's patches of {patch} pixels; {near} is one"
         )
+    vision["image_size"] = side
     words_file = data_dir() / "demo" / "model" / "words.txt" if name == "demo" else None
     path, source, own = _find_weights(name, pretrained, seed)
     try:
@@ -223,7 +223,7 @@ def load_backbone(
             torch.manual_seed(seed)
             model = open_clip.CLIP(**config)
         if checkpoint:
-            load_weights(model, checkpoint.state, resize=asked)
+            load_weights(model, checkpoint.state, resize=bool(image_size))
     except ValueError as error:
         which = repr(str(pretrained or path))
         raise ValueError(f"the weights {which} cannot be loaded into {name}: {error}") from error

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
@@ -178,15 +177,14 @@ def _of_mask(path: Path, image: Path, image_size: int) -> dict[str, object]:
 
 
 def _table(name: str, facts: pd.DataFrame) -> pd.DataFrame:
-    expected = EXPECTED.get(name, {})
-    order = list(dict.fromkeys([*expected, *facts["category"]]))
+    columns = ["expected_normal", "expected_anomalous"]
+    expected = pd.DataFrame.from_dict(EXPECTED.get(name, {}), "index", columns=columns)
+    order = pd.Index([*expected.index, *facts["category"]], name="category").unique()
     counts = pd.crosstab(facts["category"], facts["kind"])
-    table = counts.reindex(index=order, columns=COUNTS, fill_value=0)
     marked = facts[facts["kind"] == "marked"]
-    table["anomalous_pixels"] = marked["said"].astype(float).groupby(marked["category"]).mean()
-    for i, column in enumerate(("expected_normal", "expected_anomalous")):
-        table[column] = [expected.get(category, (np.nan, np.nan))[i] for category in order]
-    return table.rename_axis(index="category", columns=None).reset_index()
+    shares = marked["said"].astype(float).groupby(marked["category"]).mean()
+    table = counts.reindex(index=order, columns=COUNTS, fill_value=0).rename_axis(columns=None)
+    return table.assign(anomalous_pixels=shares).join(expected.astype(float)).reset_index()
 
 
 def _notes(dataset: Dataset, facts: pd.DataFrame) -> list[str]:
