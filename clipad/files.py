@@ -175,6 +175,7 @@ MASK_FOLDERS += ("annotation", "annotations", "segmentation", "segmentations")
 MASK_ENDINGS = ("_mask", "_masks", "_label", "_gt", "_seg", "_segmentation", "_annotation")
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found")
 BROKEN_LINK = "broken link"
+BESIDE = "beside a photograph of the same name, so a mask or copy"
 RESULT_MARK = "clipad-results"
 """an empty file that `clipad` leaves in a folder of its own pictures: they are not scored again"""
 
@@ -209,27 +210,24 @@ def scan(root: Path, used: Iterable[Path | None] = (), without: Path | None = No
     def reasons(folder: Path, reason: str = "") -> Iterator[tuple[Path, str]]:
         """Each file with the reason why it is no photograph, empty for one; ``reason``: that of the whole folder."""
         try:
-            status, entries = folder.stat(), sorted(folder.iterdir())
+            status = folder.stat()
+            is_folder = {path: path.is_dir() for path in sorted(folder.iterdir())}
         except OSError as error:
             yield folder, f"cannot be opened: {error.strerror}"
             return
         if (status.st_dev, status.st_ino) in seen:
             return  # a link that leads back
         seen.add((status.st_dev, status.st_ino))
-        if folder == without or folder / RESULT_MARK in entries:
+        if folder == without or folder / RESULT_MARK in is_folder:
             reason = reason or "results of clipad"
-        folders = [path for path in entries if path.is_dir()]
-        for path in folders:
+        for path in [path for path in is_folder if is_folder[path]]:
             inner = "hidden" if _hidden(path.name) else ""
             if "".join(c for c in path.name.lower() if c.isalnum()) in MASK_FOLDERS:
                 inner = "in a folder of masks"
             yield from reasons(path, reason or inner)
-        files = {path: reason or _no_image(path) for path in set(entries) - set(folders)}
-        masks = masks_beside(path for path, why in files.items() if not why)
-        yield from files.items()
-        yield from dict.fromkeys(
-            masks, "beside a photograph of the same name, so a mask or copy"
-        ).items()
+        why = {path: reason or _no_image(path) for path in is_folder if not is_folder[path]}
+        masks = masks_beside(path for path in why if not why[path])
+        yield from (why | dict.fromkeys(masks, BESIDE)).items()
 
     for path, why in sorted(dict(reasons(root)).items()):
         if path not in used:
