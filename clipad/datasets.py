@@ -3,8 +3,8 @@
 METHOD.md section 1 gives the rules for pixels, data/README.md the layouts.
 Only test images are listed: the method is zero-shot. The rules that the layouts leave open:
 
-* Listings are sorted by name; hidden files, ``__MACOSX`` and files without an image suffix are ignored. So are masks
-  that lie beside their image, as ``x_mask.png`` or as ``x.png`` of ``x.jpg``.
+* Listings are sorted by name; hidden files, ``__MACOSX`` and files without an image suffix are ignored. In data set
+  "folder" so are masks that lie beside their image, as ``x_mask.png`` or as ``x.png`` of ``x.jpg``.
 * A file is decoded by its content, whatever its suffix says. Of several frames the first counts.
 * Pixels are taken as stored: EXIF orientation is ignored, for image and mask alike, as in the released program.
   (A TIFF's own orientation field says how its rows are stored; the decoder applies it.)
@@ -438,10 +438,10 @@ def _by_stem(folder: Path | None, ending: str) -> dict[str, Path]:
 
 
 def _by_defect(
-    images: dict[Path, list[Path]], category: str, truth: Path, normal: str
+    images: dict[Path, list[Path]], category: str, truth: Path, normal: str, masked: bool = True
 ) -> Iterator[Sample]:
-    """Images by the folder of their defect; masks in truth/ground_truth/<defect>/ (where that is not there, there are
-    none), object masks in truth/object/<defect>/. ``normal``: the name of the normal folder, in lower case."""
+    """Images by the folder of their defect; masks in truth/ground_truth/<defect>/ if ``masked``, object masks in
+    truth/object/<defect>/. ``normal``: the name of the normal folder, in lower case."""
     masks = truth / "ground_truth"
     for folder, found in images.items():
         label = int(nfc(folder.name).lower() != normal)
@@ -450,7 +450,7 @@ def _by_defect(
             category,
             label,
             folder.name if label else "good",
-            masks / folder.name if label and masks.is_dir() else None,
+            masks / folder.name if label and masked else None,
             objects=truth / "object" / folder.name,
         )
 
@@ -590,7 +590,8 @@ def _folder_category(
         )
     if normal is None and not tests:
         return None
-    return list(_by_defect(classes, category, truth, normal or ""))
+    masked = (truth / "ground_truth").is_dir()
+    return list(_by_defect(classes, category, truth, normal or "", masked))
 
 
 def _normal_name(names: list[str], given: str) -> str | None:

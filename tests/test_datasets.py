@@ -254,6 +254,12 @@ def test_two_masks_for_one_image_are_refused(mvtec):
         load_dataset("mvtec", mvtec)
 
 
+def test_a_known_data_set_without_its_ground_truth_is_refused(mvtec):
+    (mvtec / "bottle" / "ground_truth").rename(mvtec / "bottle" / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"_mask\.png is missing"):
+        load_dataset("mvtec", mvtec)
+
+
 @pytest.mark.parametrize("part", ["test/broken/000.png", "ground_truth/broken/000_mask.png"])
 def test_links_that_lead_outside_are_refused(mvtec, tmp_path, part):
     inside = mvtec / "bottle" / part
