@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from clipad.studies.experiments import DETECTORS
+from clipad.studies.explorer.model import Shown
 from clipad.studies.figures import (
     ANOMALOUS,
     MAP,
@@ -17,18 +18,14 @@ from clipad.studies.figures import (
     contour,
     image_array,
     mark_patch,
-    name_rows,
     subplots,
 )
 
 CUT, PATCH = "#00d0e0", "#37ff37"
 
 
-def panels(shown: Sequence) -> Figure:
-    """A row per entry of ``shown`` (:class:`clipad.studies.explorer.model.Shown`).
-
-    Columns: the image; its map; q-k attention of the patch; its v-v attention; its cosines.
-    """
+def panels(shown: Sequence[Shown]) -> Figure:
+    """A row for A and one for B: the image; its map; q-k attention of the patch; its v-v attention; its cosines."""
     widths = [1, 1.18, 1, 1, 1.2]
     figure, axes = subplots(len(shown), 5, (10.5, 2.6 * len(shown)), width_ratios=widths)
     for name, line, one in zip("AB", axes, shown, strict=False):
@@ -37,11 +34,11 @@ def panels(shown: Sequence) -> Figure:
     return figure
 
 
-def describe(shown: Sequence) -> str:
+def describe(shown: Sequence[Shown]) -> str:
     """The figure in words, with its numbers."""
     said = [
         f"{name}, {DETECTORS[one.settings.detector].name} asked about {one.settings.object_name!r}: class "
-        f"probability {100 * one.probability:.0f} %; highest value of the map {one.map.max():.2f}, "
+        f"probability {100 * one.answer.probability:.0f} %; highest value of the map {one.map.max():.2f}, "
         f"{'above' if one.flagged else 'not above'} the threshold {one.threshold:.2f} (cyan line), which "
         f"{(one.maxima > one.threshold).sum()} of {len(one.maxima)} flawless images pass."
         for name, one in zip("AB", shown, strict=False)
@@ -56,11 +53,10 @@ def describe(shown: Sequence) -> str:
     return f"{' '.join(said)} Colours {scale}."
 
 
-def _row(name: str, axes: Sequence[Axes], one) -> None:
-    s, size, (row, column, _) = one.settings, len(one.map), one.settings.look
+def _row(name: str, axes: Sequence[Axes], one: Shown) -> None:
+    s, size, patch = one.settings, len(one.map), one.patch
     picture, heat, *attention, bars = axes
     grid = round((len(one.attention["q-k"]) - 1) ** 0.5)
-    patch = (row - 1) * grid + column - 1
     picture.imshow(image_array(one.image, size))
     picture.set_title(f"{name}: {s.object_name}")
     low, high = one.limits
@@ -80,9 +76,7 @@ def _row(name: str, axes: Sequence[Axes], one) -> None:
     for ax in (picture, heat, *attention):
         mark_patch(ax, patch, grid, size, PATCH)
         bare(ax)
-    place = np.arange(len(one.cosines))
-    for side, state, colour in ((-0.2, "normal", NORMAL), (0.2, "anomalous", ANOMALOUS)):
-        bars.barh(place + side, one.cosines[state], 0.38, color=colour, label=state)
-    name_rows(bars, one.cosines.index)
+    one.cosines.plot.barh(ax=bars, color=[NORMAL, ANOMALOUS], width=0.8, legend=False)
+    bars.invert_yaxis()
     bars.axvline(0, color="0.4", linewidth=0.8)
     bars.set_title("cosines of the patch")

@@ -42,20 +42,21 @@ STATES = ["normal", "anomalous"]
 class Settings:
     """What one side of the explorer shows: parameters of notebook 06, which says what each of them means.
 
-    Empty words stand for the ensemble's states, an empty ``flawless`` for the flawless images of the image's category.
-    ``look``: row and column of a patch and the block of its attention, all from 1.
+    :meth:`Explorer.settings` puts the published choice where one is empty, but for empty words (the ensemble's states)
+    and an empty ``flawless`` (flawless images of the image's category). ``look``: row and column of a patch and the
+    block of its attention, all from 1.
     """
 
-    image: str
-    object_name: str
+    image: str = ""
+    object_name: str = ""
     detector: str = "sdp"
-    rvs: str = "dbscan"
+    rvs: str = ""
     normal_words: str = ""
     anomalous_words: str = ""
     flawless: str = ""
     stages: tuple[int, ...] = ()
     surgery: bool = True
-    smoothing: float = 0.0
+    smoothing: float = -1.0
     false_alarms: float = 5.0
     look: tuple[int, ...] = ()
 
@@ -80,35 +81,6 @@ class Answer:
     notes: tuple[str, ...]
 
 
-@dataclass
-class Shown:
-    """What there is to see with some settings.
-
-    ``mask``: S x S bool, None where no ground truth is known. ``map``: S x S, higher = more anomalous. ``maxima``: R,
-    the highest value of each flawless image's map. ``threshold``: their quantile that ``false_alarms`` names.
-    ``limits``: ends of the colour scale, from the median of the flawless maps; their maximum is its middle.
-    ``cosines``: of the chosen patch, and of the whole image, with the vectors ``normal`` and ``anomalous``.
-    ``attention``: ``q-k`` and ``v-v`` weights of the chosen patch over all T tokens, mean over heads.
-    """
-
-    settings: Settings
-    image: Image.Image
-    mask: np.ndarray | None
-    map: np.ndarray
-    maxima: np.ndarray
-    threshold: float
-    limits: tuple[float, float]
-    probability: float
-    cosines: pd.DataFrame
-    attention: dict[str, np.ndarray]
-    notes: tuple[str, ...]
-
-    @property
-    def flagged(self) -> bool:
-        """Whether the map is anywhere above the threshold."""
-        return bool(self.map.max() > self.threshold)
-
-
 # --- the map from stage cosines: what the browser computes, too -------------------------------------------------------
 
 
@@ -130,6 +102,41 @@ def smooth_maps(values: np.ndarray, size: int, sigma: float) -> np.ndarray:
     values = torch.from_numpy(np.ascontiguousarray(values)).float()
     found = smooth(values, sigma) if values.ndim == 3 else similarity_map(values, size, sigma)
     return found.numpy()
+
+
+class Shown:
+    """What there is to see with some settings.
+
+    ``image``: as it is, RGB. ``mask``: S x S bool, None where no ground truth is known. ``map``: S x S, higher = more
+    anomalous; ``flagged``: whether it is anywhere above the threshold. ``maxima``: R, the highest value of each
+    flawless image's map; ``threshold``: their quantile that ``false_alarms`` names. ``limits``: ends of the colour
+    scale, from the median of the flawless maps; their maximum is its middle. ``cosines``: of the chosen ``patch``, and
+    of the whole image, with the vectors ``normal`` and ``anomalous``. ``attention``: ``q-k`` and ``v-v`` weights of the
+    patch over all T tokens, mean over heads.
+    """
+
+    def __init__(self, explorer: Explorer, s: Settings):
+        self.settings, self.answer = s, explorer.answer(s)
+        self.image, self.mask = explorer.picture(s.image)
+        own, flawless = self.answer.maps, self.answer.references
+        if own is None:
+            used = [0]
+            if s.detector == "sdp":
+                used = [explorer.stages.index(block) for block in s.stages]
+            own = patch_values(self.answer.z[used], s.surgery)
+            flawless = patch_values(flawless[:, used], s.surgery)
+        sigma = 0.0 if s.detector == "winclip" else s.smoothing
+        self.map = smooth_maps(own[None], explorer.size, sigma)[0]
+        flawless = smooth_maps(flawless, explorer.size, sigma)
+        self.maxima, low = flawless.max(axis=(1, 2)), float(np.median(flawless))
+        self.threshold = float(np.quantile(self.maxima, 1 - s.false_alarms / 100))
+        self.flagged = bool(self.map.max() > self.threshold)
+        self.limits = (low, float(2 * self.maxima.max() - low))
+        self.patch = explorer.patch(s)
+        cosines = np.array([*self.answer.z[:, 1 + self.patch], self.answer.whole])
+        self.cosines = pd.DataFrame(cosines, [*self.answer.rows, "whole image"], STATES)
+        weights = explorer.attention(s.image)[:, explorer.stages.index(s.look[2]), self.patch]
+        self.attention = dict(zip(("q-k", "v-v"), weights, strict=True))
 
 
 # --- what a user types ------------------------------------------------------------------------------------------------
@@ -188,7 +195,7 @@ class Explorer:
     # ------------------------------------------------------------------------------------------- settings
 
     def settings(self, **values) -> Settings:
-        """Complete settings from some; what is left out or empty (a smoothing below 0) is the published choice.
+        """Complete settings from some: what is left out or empty (a smoothing below 0) is the published choice.
 
         Without ``image`` the first anomalous one; without ``object_name`` the image's category; without ``look`` the
         highest patch of SDP's map and the last block. Raises ValueError for what is no setting or no value of one.
@@ -196,21 +203,22 @@ class Explorer:
         known = [field.name for field in fields(Settings)]
         for name in set(values) - set(known):
             raise ValueError(f"no setting {name!r}{did_you_mean(name, known)}")
-        if values.get("smoothing", -1) < 0:
-            plus, rule = values.get("detector") == "sdp_plus", self.protocol
+        s, rule = Settings(**values), self.protocol
+        image = s.image or self.example(label=1)
+        s = replace(
+            s,
+            image=image,
+            object_name=s.object_name or self.category(image),
+            rvs=s.rvs or rule.rvs,
+            stages=tuple(s.stages or self.stages),
+            look=tuple(s.look),
+        )
+        if s.smoothing < 0:
+            plus = s.detector == "sdp_plus"
             side = rule.smoothing_240_sdp_plus if plus else rule.smoothing_240
-            values["smoothing"] = round(side / 240 * self.size, 1)
-        image = values.get("image") or self.example(label=1)
-        kept = ("surgery", "smoothing", "false_alarms")  # False and 0 are choices
-        given = {name: value for name, value in values.items() if value or name in kept}
-        published = {"object_name": self.category(image), "rvs": self.protocol.rvs}
-        published |= {"stages": self.stages, "look": (1, 1, self.depth)}
-        chosen = Settings(**published | given | {"image": image})
-        chosen = replace(chosen, stages=tuple(chosen.stages), look=tuple(chosen.look))
-        self._check(chosen)
-        if "look" not in given:
-            chosen = replace(chosen, look=(*self.highest_patch(chosen), self.depth))
-        return chosen
+            s = replace(s, smoothing=round(side / 240 * self.size, 1))
+        self._check(s)
+        return s if s.look else replace(s, look=(*self.highest_patch(s), self.depth))
 
     def _check(self, s: Settings) -> None:
         """ValueError for what no later step would refuse."""
@@ -224,9 +232,7 @@ class Explorer:
         rules = {
             "detector": (s.detector in self.detectors, f"{', '.join(self.detectors)}{plus}"),
             "stages": (list(s.stages) == chosen, f"one or more of {stages}, rising"),
-            "smoothing": (s.smoothing <= self.size, f"a sigma in pixels, 0 to {self.size}"),
-            "false_alarms": (0 <= s.false_alarms <= 100, "a percentage, 0 to 100"),
-            "look": (look, f"row and column in 1..{self.grid}, block of {stages}"),
+            "look": (look or not s.look, f"row and column in 1..{self.grid}, block of {stages}"),
         }
         for name, (fits, expected) in rules.items():
             if not fits:
@@ -243,6 +249,11 @@ class Explorer:
         row, column = divmod(int(patch_values(found.z).argmax()), self.grid)
         return row + 1, column + 1
 
+    def patch(self, s: Settings) -> int:
+        """Position among the N patches of the one that ``look`` names."""
+        row, column, _ = s.look
+        return (row - 1) * self.grid + column - 1
+
     def category(self, image: str) -> str:
         """The category of an image of the data set; the first one for a file of the user's own."""
         known = self.samples.get(image)
@@ -257,33 +268,7 @@ class Explorer:
 
     def show(self, s: Settings) -> Shown:
         """Everything that is shown of settings. Raises what :meth:`answer` raises."""
-        answer = self.answer(s)
-        own, flawless = answer.maps, answer.references
-        if own is None:
-            used = [self.stages.index(block) for block in s.stages] if s.detector == "sdp" else [0]
-            own = patch_values(answer.z[used], s.surgery)
-            flawless = patch_values(flawless[:, used], s.surgery)
-        sigma = 0.0 if s.detector == "winclip" else s.smoothing
-        own, flawless = (smooth_maps(values, self.size, sigma) for values in (own[None], flawless))
-        maxima, low = flawless.max(axis=(1, 2)), float(np.median(flawless))
-        row, column, block = s.look
-        patch = (row - 1) * self.grid + column - 1
-        q_k, v_v = self.attention(s.image)[:, self.stages.index(block), patch]
-        picture, mask = self.picture(s.image)
-        cosines = np.array([*answer.z[:, 1 + patch], answer.whole])
-        return Shown(
-            settings=s,
-            image=picture,
-            mask=mask,
-            map=own[0],
-            maxima=maxima,
-            threshold=float(np.quantile(maxima, 1 - s.false_alarms / 100)),
-            limits=(low, float(2 * maxima.max() - low)),
-            probability=answer.probability,
-            cosines=pd.DataFrame(cosines, [*answer.rows, "whole image"], STATES),
-            attention={"q-k": q_k, "v-v": v_v},
-            notes=answer.notes,
-        )
+        return Shown(self, s)
 
     @torch.no_grad()
     def answer(self, s: Settings) -> Answer:
@@ -312,22 +297,22 @@ class Explorer:
 
     def references(self, s: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of flawless images, evenly spread (the shown one is left out later); and what is to be said of them."""
-        note = ()
+        note, sample = "", self.samples.get(s.image)
         if s.flawless:
             names = list_images(s.flawless)
         else:
-            known = s.image in self.samples or s.object_name in self.dataset.categories
-            category = self.category(s.image) if s.image in self.samples else s.object_name
-            own = [n for n, x in self.samples.items() if not known or x.category == category]
-            names = [n for n in own if self.samples[n].label == 0] or own
-            scale = "threshold and colours come from"
-            if not known:
-                note = (f"{scale} flawless images of other objects: name a folder of your own",)
-            elif self.samples[names[0]].label != 0:
-                others = "other images of the category"
-                note = (f"no image is known to be flawless: {scale} {others}",)
+            category = sample.category if sample else s.object_name
+            own = [name for name, x in self.samples.items() if x.category == category]
+            if not own:
+                note = "flawless images of other objects: name a folder of your own"
+                own = list(self.samples)
+            names = [name for name in own if self.samples[name].label == 0]
+            if not names:
+                note = note or "other images of the category: none is known to be flawless"
+                names = own
         places = np.linspace(0, len(names) - 1, min(REFERENCES, len(names))).round().astype(int)
-        return tuple(names[i] for i in places), note
+        said = (f"threshold and colours come from {note}",) if note else ()
+        return tuple(names[i] for i in places), said
 
     def picture(self, image: str) -> tuple[Image.Image, np.ndarray | None]:
         """An image as it is, RGB, and its true mask S x S if one is known. Raises OSError if it cannot be read."""
@@ -353,9 +338,7 @@ class Explorer:
         features = self._features((s.image,), "sdp")
         token = features.image_embedding[0]
         if patch:
-            row, column, _ = s.look
-            stage = self.stages.index(s.stages[-1])
-            token = features.tokens[stage][0, 1 + (row - 1) * self.grid + column - 1]
+            token = features.tokens[self.stages.index(s.stages[-1])][0, 1 + self.patch(s)]
         prompts = self._words("sdp", s.normal_words, s.anomalous_words)
         normal, anomalous = prompts.sentences(s.object_name)
         vectors = F.normalize(self.backbone.encode_text([*normal, *anomalous]), dim=-1)

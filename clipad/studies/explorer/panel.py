@@ -64,18 +64,6 @@ def command(
     return shlex.join(words)
 
 
-class Panel(w.VBox):
-    """All of it. Where no kernel runs, the image widget alone stays alive, as HTML."""
-
-    def __init__(self, viewer: widget.Viewer, children):
-        super().__init__(children)
-        self._viewer = viewer
-
-    def _repr_mimebundle_(self, **options):
-        found = super()._repr_mimebundle_(**options)
-        return found | {"text/html": self._viewer.html(), "text/plain": _ABOUT}
-
-
 def _make_controls(explorer: Explorer) -> dict[str, w.Widget]:
     look = {"style": {"description_width": _INDENT}}
     look["layout"] = w.Layout(width="auto", min_width="0")
@@ -102,13 +90,15 @@ def _make_controls(explorer: Explorer) -> dict[str, w.Widget]:
     }
 
 
-class Controls:
+class Controls(w.VBox):
     """Controls for A and B, the image widget, which phrase speaks, and the command that repeats what is shown.
 
     ``base``: see :func:`command`; ``uploads``: folder that keeps uploaded images, so that the command finds them.
 
     What cannot be shown (an object without a name, an unreadable file) is said beside its control, and what was shown
     stays. An error that is none of a user is said there, too, and raised.
+
+    Where no kernel runs, the image widget alone stays alive, as HTML.
     """
 
     def __init__(
@@ -132,14 +122,14 @@ class Controls:
         spoken = {"the whole image": False, "the patch": True}
         self.speaker = w.Dropdown(description="cosine of", options=spoken)
         self.phrases, self.command, self.notes = w.HTML(), w.HTML(), w.HTML()
+        super().__init__(self._layout())
         self._show_settings()
+        self._tell()
         for name, control in self.controls.items():
             control.observe(lambda _, name=name: self._changed(name), "value")
         self.sides.observe(lambda _: self._show_settings(), "value")
         self.speaker.observe(lambda _: self._tell(), "value")
         self.viewer.observe(lambda _: self._tell(), "view")
-        self.panel = Panel(self.viewer, self._layout())
-        self._tell()
 
     def _layout(self) -> list:
         rows = [w.VBox([self.controls[name], self.messages[name]]) for name in self.controls]
@@ -150,6 +140,10 @@ class Controls:
         columns = w.Box([w.VBox(part, layout=column) for part in (image, question)], layout=wrap)
         told = [w.HTML("<b>Which phrase speaks</b>"), self.speaker, self.phrases, self.command]
         return [self.sides, columns, self.viewer, *told]
+
+    def _repr_mimebundle_(self, **options):
+        found = super()._repr_mimebundle_(**options)
+        return found | {"text/html": self.viewer.html(), "text/plain": _ABOUT}
 
     def settings(self) -> list[Settings]:
         """What A and B show: what was asked, with what was changed in the browser."""
@@ -268,10 +262,8 @@ class Controls:
             caption = html.escape(f"{name}: {Path(s.image).name}")
             with pd.option_context("display.max_colwidth", None):
                 tables += f"<div>{caption}{pd.concat(best).to_html(**look)}</div>"
-        row = (
-            '<div style="display: flex; flex-wrap: wrap; gap: 8px 32px; line-height: 1.4">{}</div>'
-        )
-        self.phrases.value = row.format(tables)
+        row = "display: flex; flex-wrap: wrap; gap: 8px 32px; line-height: 1.4"
+        self.phrases.value = f'<div style="{row}">{tables}</div>'
         again = html.escape(command(self.explorer, *shown, base=self.base))
         self.command.value = (
             "<b>To repeat this, in a terminal:</b>"
