@@ -255,6 +255,25 @@ def rows_and_series(table: pd.DataFrame) -> pd.DataFrame:
     return table.stack(future_stack=True).rename("estimate").reset_index()
 
 
+def dot_panels(
+    panels: Mapping[str, pd.DataFrame], xlabel: str, title: str = "", level: float | None = None
+) -> Figure:
+    """A panel per table of fractions: a row per index and a dot per column, in percent.
+
+    The red line is a ``level``, such as a rate that was promised.
+    """
+    first = next(iter(panels.values()))
+    size = (2 + 2.9 * len(panels), 0.34 * len(first) + 1.6)
+    figure, axes = subplots(1, len(panels), size, title, sharey=True)
+    for ax, (name, table) in zip(axes[0], panels.items(), strict=True):
+        dots(ax, rows_and_series(table))
+        if level is not None:
+            ax.axvline(100 * level, color=COLOURS["red"])
+        ax.set(title=name, xlabel=xlabel)
+    legend_below(figure, len(first.columns))
+    return figure
+
+
 def forest(
     table: pd.DataFrame, title: str, baseline: str = "", highlight: Sequence[str] = ()
 ) -> Figure:
@@ -317,23 +336,6 @@ def category_dots(table: pd.DataFrame, title: str, before: str, after: str) -> F
         dots(ax, table[table["metric"] == metric], KINDS, first["row"])
         ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
         ax.set(title=METRIC_NAMES.get(metric, metric), xlabel=f"{after} − {before}, points")
-    return figure
-
-
-def joined_dots(table: pd.DataFrame, xlabel: str, level: float | None = None) -> Figure:
-    """Fractions as percent: a row per index, a dot per column, joined by a grey line; the red line is a ``level``."""
-    figure, ((ax,),) = subplots(1, 1, (7.5, 0.4 * len(table) + 1.1))
-    shown, places = 100 * table, range(len(table))
-    ax.hlines(places, shown.min(axis=1), shown.max(axis=1), color="0.75", zorder=0)
-    for (name, values), colour, marker in zip(
-        shown.items(), ("blue", "orange", "grey"), "oDs", strict=False
-    ):
-        ax.plot(values, places, marker, color=COLOURS[colour], label=name)
-    if level is not None:
-        ax.axvline(100 * level, color=COLOURS["red"])
-    name_rows(ax, list(table.index))
-    ax.set_xlabel(xlabel)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -8,64 +8,47 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from clipad.datasets import read_image
 from clipad.studies.benchmark import Row
 from clipad.studies.common import METRIC_NAMES, Scores, groups
 from clipad.studies.figures import (
     COLOURS,
+    LOOKS,
     MAP,
     contour,
+    dot_panels,
     heatmap,
     image_array,
-    legend_below,
-    name_rows,
     picture_grid,
-    subplots,
 )
-
-LOOKS = {
-    "Direct": (COLOURS["grey"], "s"),
-    "CLIP Surgery": (COLOURS["purple"], "D"),
-    "WinCLIP": (COLOURS["orange"], "^"),
-    "SDP": (COLOURS["blue"], "o"),
-    "SDP+": (COLOURS["green"], "P"),
-}
 
 
 def by_category(
     scores: Scores, metrics: Sequence[str], methods: Sequence[str], title: str
 ) -> Figure:
     """A dot per method and category, a panel per metric; textures first, the mean at the bottom."""
-    kinds = groups(scores.categories)
-    order = [*(c for members in kinds.values() for c in members), "mean"]
-    size = (1.4 + 2.7 * len(metrics), 0.32 * len(order) + 1.6)
-    figure, axes = subplots(1, len(metrics), size, title, sharey=True)
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        for name in methods:
-            (colour, marker), values = LOOKS[name], 100 * scores.table(name).loc[order, metric]
-            look = {"color": colour, "label": name, "markersize": 6, "alpha": 0.85}
-            ax.plot(values, range(len(order)), marker, **look)
-        for place in (len(kinds.get("textures", [])), len(order) - 1):
-            ax.axhline(place - 0.5, color="0.8", linewidth=0.8)
-        ax.set(title=METRIC_NAMES[metric], xlabel="percent")
-        ax.grid(axis="y", color="0.93")
-        name_rows(ax, order)
-    legend_below(figure, len(methods))
-    return figure
+    order = [*(c for members in groups(scores.categories).values() for c in members), "mean"]
+    tables = {name: scores.table(name).loc[order] for name in methods}
+    panels = {
+        METRIC_NAMES[metric]: pd.DataFrame({name: table[metric] for name, table in tables.items()})
+        for metric in metrics
+    }
+    return dot_panels(panels, "percent", title)
 
 
 def quality_and_time(scores: Scores, milliseconds: pd.Series, metric: str, title: str) -> Figure:
     """The mean of a metric with its wide interval, over the time per image (logarithmic)."""
     figure, ax = plt.subplots(figsize=(6.2, 3.2))
-    for name, spent in milliseconds.items():
-        (colour, marker), (_, wide) = LOOKS[name], scores.interval(metric, name)
-        ax.plot([spent, spent], [100 * wide.low, 100 * wide.high], color=colour)
-        ax.plot(spent, 100 * wide.estimate, marker, color=colour, markersize=8, label=name)
+    for (name, spent), (colour, marker) in zip(milliseconds.items(), LOOKS, strict=False):
+        _, wide = scores.interval(metric, name)
+        ax.plot([spent, spent], [100 * wide.low, 100 * wide.high], color=COLOURS[colour])
+        look = {"color": COLOURS[colour], "markersize": 8, "label": name}
+        ax.plot(spent, 100 * wide.estimate, marker, **look)
     ax.set(xscale="log", xlabel="milliseconds per image", ylabel=f"{METRIC_NAMES[metric]}, percent")
-    low, high = milliseconds.min() / 1.5, milliseconds.max() * 1.5
-    ticks = [t for e in range(-1, 5) for t in (10**e, 3 * 10**e) if low <= t <= high]
-    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
     ax.margins(x=0.15)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
