@@ -98,12 +98,19 @@ def test_a_decision_per_image_needs_no_map():
     assert "highest with WinCLIP" in study.told(image)
 
 
-def test_gallery_rows_follow_their_rule(detectors, data):
-    rows = study.gallery_rows({d.name: d for d in detectors}, data, data.categories)
-    assert len(rows) == len(data.categories)
-    for row in rows:
-        assert row.sample.label == 1
-        assert set(row.maps) == set(row.thresholds) == {d.name for d in detectors}
+def test_the_gallery_shows_anomalous_images_on_the_scale_of_flawless_ones(detectors, data):
+    samples, masks, maps = study.median_images(
+        {d.name: d for d in detectors}, data, data.categories
+    )
+    assert [s.category for s in samples] == list(data.categories)
+    assert {s.label for s in samples} == {1}
+    assert len(masks) == len(samples)
+    maps_of_sdp, _ = study.predict(detectors[-1], data.select("bolt"), "bolt")
+    labels = np.array([s.label for s in data.select("bolt")])
+    at = list(data.select("bolt")).index(samples[list(data.categories).index("bolt")])
+    limit = np.quantile(maps_of_sdp[labels == 0], 0.99)
+    found = maps["SDP"][list(data.categories).index("bolt")] > 1
+    np.testing.assert_array_equal(found, maps_of_sdp[at] > limit)
 
 
 def test_published_numbers_stand_beside_ours_of_the_same_categories(monkeypatch):

@@ -173,12 +173,14 @@ def gallery(
     limits: Mapping[str, tuple[float | None, float | None]] | None = None,
     colours: Mapping[str, str] | None = None,
     landscape: bool = False,
+    regions: Mapping[str, np.ndarray] | None = None,
 ) -> Figure:
     """Images in the first column, one column of heat maps per method, one row per image; ``landscape``: transposed.
 
     ``images``: S x S x 3; ``maps``: per method N x S x S; ``masks``: N x S x S or None, drawn as contours. The limits
     of a method are shared by its maps (given, or 1st to 99.8th percentile of what is shown) and stand in its colour
     bar; with (None, None) every map has a scale of its own. ``colours``: another colour map than ``MAP``.
+    ``regions``: what each method marks, N x S x S; outlined on its maps, and the masks on the images instead.
     """
     titles, lines = titles or [""] * len(images), ["image", *maps]
     if landscape:
@@ -189,11 +191,11 @@ def gallery(
     place = {"location": "right" if landscape else "bottom", "shrink": 0.85, "aspect": 14}
     for line, name in zip(axes, lines, strict=True):
         if name == "image":
-            shown, low = draw(line, images, masks if landscape else None), None
+            shown, low = draw(line, images, masks if landscape or regions else None), None
         else:
             low, high = (limits or {}).get(name) or np.percentile(maps[name], [1, 99.8])
             look = {"cmap": (colours or {}).get(name, MAP), "vmin": low, "vmax": high}
-            shown = draw(line, maps[name], masks, **look)
+            shown = draw(line, maps[name], regions[name] if regions else masks, **look)
         bar = figure.colorbar(shown, ax=list(line), ticks=plt.MaxNLocator(3), **place)
         bar.ax.tick_params(labelsize=8)
         bar.ax.set_visible(low is not None)  # an empty bar keeps all pictures at one size

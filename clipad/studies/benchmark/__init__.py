@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -170,22 +169,15 @@ def told(row) -> str:
 # A gallery ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Row:
-    """One image with its maps by every method, and per method the value that few normal pixels exceed."""
-
-    sample: Sample
-    mask: np.ndarray | None
-    maps: dict[str, np.ndarray]
-    thresholds: dict[str, float]
-
-
-def gallery_rows(
+def median_images(
     detectors: Mapping[str, Detector], dataset: Dataset, categories: Sequence[str]
-) -> list[Row]:
+) -> tuple[list[Sample], list[np.ndarray], dict[str, np.ndarray]]:
     """The median anomalous image of SDP of each category (by the pixel AUROC inside the image, or the map's maximum
-    without masks). The thresholds are exceeded by 1 % of the pixels of the category's normal images."""
-    rows = []
+    without masks): samples, masks S x S (all False where unknown), and method -> maps N x S x S.
+
+    The maps are on a scale of the category's normal images: 0 is the median of their pixels, 1 % of these exceed 1.
+    """
+    samples, masks, shown = [], [], {name: [] for name in detectors}
     for category in categories:
         part = dataset.select(category)
         maps = {name: predict(d, part, category)[0] for name, d in detectors.items()}
@@ -197,12 +189,15 @@ def gallery_rows(
         if not ranked:
             continue
         pick = ranked[len(ranked) // 2]
+        samples.append(part[pick])
+        masks.append(
+            np.zeros_like(maps["SDP"][pick], bool) if data.masks is None else data.masks[pick]
+        )
         normal = data.labels == 0 if (data.labels == 0).any() else data.labels == 1
-        limits = {name: float(np.quantile(own[normal], 0.99)) for name, own in maps.items()}
-        shown = {name: own[pick] for name, own in maps.items()}
-        mask = None if data.masks is None else data.masks[pick]
-        rows.append(Row(part[pick], mask, shown, limits))
-    return rows
+        for name, own in maps.items():
+            low, high = np.quantile(own[normal], [0.5, 0.99])
+            shown[name].append((own[pick] - low) / max(high - low, 1e-12))
+    return samples, masks, {name: np.array(own) for name, own in shown.items()}
 
 
 # Beside the published numbers -----------------------------------------------------------------------------------

@@ -1,27 +1,20 @@
-"""Figures of notebook 05: methods per category, quality against time, a gallery at one rate, published numbers."""
+"""Figures of notebook 05: methods per category, quality against time, published numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from clipad.datasets import read_image
-from clipad.studies.benchmark import Row
 from clipad.studies.common import METRIC_NAMES, Scores, groups
 from clipad.studies.figures import (
     COLOURS,
     LOOKS,
-    MAP,
-    contour,
     dot_panels,
     heatmap,
-    image_array,
-    picture_grid,
 )
 
 
@@ -53,27 +46,6 @@ def quality_and_time(scores: Scores, milliseconds: pd.Series, metric: str, title
     ax.margins(x=0.15)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     ax.set_title(title)
-    return figure
-
-
-def gallery_at_a_rate(rows: Sequence[Row], size: int, title: str) -> Figure:
-    """Images and maps; the line is where a map exceeds what few normal pixels of the category exceed.
-
-    Every map has a colour scale of its own category: from its median to its highest value in the row's image. White:
-    the method's region; the defect's outline is drawn on the image alone.
-    """
-    names = list(rows[0].maps)
-    titles = [f"{row.sample.category}\n{row.sample.defect}" for row in rows]
-    figure, axes = picture_grid(titles, ["image, defect", *names], 1.6)
-    figure.suptitle(title)
-    for line, row in zip(axes, rows, strict=True):
-        line[0].imshow(image_array(read_image(row.sample.image_path), size))
-        contour(line[0], row.mask)
-        for ax, name in zip(line[1:], names, strict=True):
-            values, limit = row.maps[name], row.thresholds[name]
-            ax.imshow(values, cmap=MAP, vmin=np.median(values), vmax=values.max())
-            if values.max() > limit:
-                ax.contour(values, [limit], colors="white", linewidths=1, linestyles="solid")
     return figure
 
 

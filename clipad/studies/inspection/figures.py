@@ -12,14 +12,9 @@ from matplotlib.figure import Figure
 from clipad.studies.figures import (
     ANOMALOUS,
     COLOURS,
-    MAP,
     NORMAL,
-    contour,
-    draw,
     name_rows,
-    picture_grid,
 )
-from clipad.studies.inspection import without_specks
 
 
 def _rows(names: Sequence[str], size: tuple[float, float], xlabel: str):
@@ -106,22 +101,4 @@ def growth(table: pd.DataFrame) -> Figure:
     ax.set_xticks(sorted(set(table["n"])))
     ax.set(ylim=(0, 100), xlabel="flawless images", ylabel="defective images called bad, %")
     ax.legend(loc="lower right")
-    return figure
-
-
-def outlined(
-    pictures: Sequence[np.ndarray],
-    maps: np.ndarray,
-    threshold: float,
-    titles: Sequence[str],
-    masks: np.ndarray | None,
-) -> Figure:
-    """Above the images, the true defect in green; below the maps on one scale, and what is above the threshold."""
-    figure, (above, below) = picture_grid(["", ""], titles, 1.5)
-    low = float(np.median(maps))
-    draw(above, pictures)
-    for ax, mask in zip(above, () if masks is None else masks, strict=False):
-        contour(ax, mask, "#7CFC00")
-    regions = [without_specks(heat, threshold) > threshold for heat in maps]
-    draw(below, maps, regions, cmap=MAP, vmin=low, vmax=low + 1.5 * (threshold - low))
     return figure
