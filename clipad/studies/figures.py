@@ -362,7 +362,7 @@ def growth(
             ax.set_xticks(means.index, means.index)
             ax.minorticks_off()
     for ax, metric in zip(axes[:, 0], metrics, strict=True):
-        ax.set_ylabel(f"{METRIC_NAMES[metric]},\npercent")
+        ax.set_ylabel(f"{METRIC_NAMES.get(metric, metric)},\npercent")
     return figure
 
 

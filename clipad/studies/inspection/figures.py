@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from clipad.studies.figures import (
-    ANOMALOUS,
-    COLOURS,
-    NORMAL,
-    name_rows,
-)
+from clipad.studies.figures import ANOMALOUS, COLOURS, NORMAL, name_rows
+
+KNOWN, FLAWLESS, DEFECTIVE = (COLOURS["grey"], "s"), (NORMAL, "o"), (ANOMALOUS, "^")
 
 
-def _rows(names: Sequence[str], size: tuple[float, float], xlabel: str):
-    """A chart with named rows, the first one at the top."""
-    figure, ax = plt.subplots(figsize=size)
-    name_rows(ax, names)
+def _points(rows: Mapping[str, Sequence[tuple]], height: float, xlabel: str):
+    """A chart with named rows; a row has (values, (colour, marker)) of one or more groups.
+
+    The points are spread around their row, so that equal values do not hide each other; the same in every run.
+    """
+    figure, ax = plt.subplots(figsize=(7.5, height))
+    for place, groups in enumerate(rows.values()):
+        for values, (colour, marker) in groups:
+            spread = place + 0.5 * (np.arange(len(values)) * 0.618 % 1 - 0.5)
+            ax.plot(values, spread, marker, color=colour, alpha=0.75, markersize=5)
+    name_rows(ax, list(rows))
     ax.set_xlabel(xlabel)
     ax.spines["left"].set_visible(False)
     return figure, ax
-
-
-def _spread(values, place: int) -> np.ndarray:
-    """Heights around a row, so that equal values do not hide each other; the same in every run."""
-    return place + 0.5 * (np.arange(len(values)) * 0.618 % 1 - 0.5)
 
 
 def decisions(frame: pd.DataFrame, rule) -> Figure:
@@ -36,29 +35,30 @@ def decisions(frame: pd.DataFrame, rule) -> Figure:
 
     ``frame``: of :meth:`clipad.studies.inspection.trials.Product.decide`; ``rule``: the inspector's.
     """
-    groups = {
-        "flawless, set the rule": (rule.scores, COLOURS["grey"], "s"),
-        "flawless, new": (frame["score"][frame["label"] == 0], NORMAL, "o"),
-        "defective, new": (frame["score"][frame["label"] == 1], ANOMALOUS, "^"),
+    good, bad = (frame["score"][frame["label"] == label] for label in (0, 1))
+    rows = {
+        f"flawless, set the rule ({len(rule.scores)})": [(rule.scores, KNOWN)],
+        f"flawless, new ({len(good)})": [(good, FLAWLESS)],
+        f"defective, new ({len(bad)})": [(bad, DEFECTIVE)],
     }
-    names = [f"{name} ({len(values)})" for name, (values, *_) in groups.items()]
-    figure, ax = _rows(names, (7.5, 2.3), "score")
-    for place, (values, colour, marker) in enumerate(groups.values()):
-        ax.plot(values, _spread(values, place), marker, color=colour, alpha=0.8)
+    figure, ax = _points(rows, 2.3, "score")
     ax.axvline(rule.threshold, color=COLOURS["red"])
     ax.text(rule.threshold, -0.55, " bad", color=COLOURS["red"], va="top")
     return figure
 
 
 def names(table: pd.DataFrame, labels: np.ndarray) -> Figure:
-    """Class probability of each image for each name that was typed."""
-    typed, size = [f"“{name}”" for name in table["name"]], (7.5, 0.7 * len(table) + 0.9)
-    figure, ax = _rows(typed, size, "class probability of “anomalous”")
-    for place, row in enumerate(table.itertuples()):
-        for label, colour, marker in ((0, NORMAL, "o"), (1, ANOMALOUS, "^")):
-            values = row.probabilities[labels == label]
-            ax.plot(values, _spread(values, place), marker, color=colour, alpha=0.7, markersize=5)
-        ax.plot([row.median] * 2, [place - 0.4, place + 0.4], color=NORMAL, linewidth=2)
+    """Class probability of each image for each name that was typed; the bar is the flawless images' median."""
+    rows = {
+        f"“{row.name}”": [
+            (row.probabilities[labels == 0], FLAWLESS),
+            (row.probabilities[labels == 1], DEFECTIVE),
+        ]
+        for row in table.itertuples()
+    }
+    figure, ax = _points(rows, 0.7 * len(table) + 0.9, "class probability of “anomalous”")
+    for place, median in enumerate(table["median"]):
+        ax.plot([median] * 2, [place - 0.4, place + 0.4], color=NORMAL, linewidth=2)
     ax.axvline(0.5, color="0.4", linewidth=0.8, linestyle=":")
     ax.set_xlim(-0.02, 1.02)
     return figure
@@ -82,23 +82,4 @@ def promise(table: pd.DataFrame) -> Figure:
     ax.set_xticks(numbers, numbers)
     ax.set_yticks(ticks, [f"{t:g} %" for t in ticks])
     ax.set(xlabel="flawless images", ylabel="true false-alarm rate")
-    return figure
-
-
-def growth(table: pd.DataFrame) -> Figure:
-    """Share of defective images called bad over the number of flawless images: mean and interval over categories.
-
-    ``table``: columns ``n``, ``map``, ``estimate``, ``low``, ``high``.
-    """
-    figure, ax = plt.subplots(figsize=(6, 3))
-    looks = ((-0.15, NORMAL, "o"), (0.15, ANOMALOUS, "s"))
-    for (name, own), (shift, colour, marker) in zip(
-        table.groupby("map", sort=False), looks, strict=True
-    ):
-        places = own["n"] + shift
-        ax.vlines(places, 100 * own["low"], 100 * own["high"], color=colour, lw=1, alpha=0.6)
-        ax.plot(places, 100 * own["estimate"], marker=marker, color=colour, label=name)
-    ax.set_xticks(sorted(set(table["n"])))
-    ax.set(ylim=(0, 100), xlabel="flawless images", ylabel="defective images called bad, %")
-    ax.legend(loc="lower right")
     return figure

@@ -56,13 +56,12 @@ class Product(Labelled):
         return Inspector(self.detector, self.name, neighbours).fit([self.look[chosen]], rate)
 
     def decide(self, inspector: Inspector, images) -> pd.DataFrame:
-        """A row per image (positions): ``image``, ``label``, ``score``, ``map_max``, ``verdict``."""
+        """A row per image (positions): ``image``, ``label``, ``score``, ``verdict``."""
         look, rule = self.look[images], inspector.rule
         maxima = inspector.maps(look).max(axis=(1, 2))
-        frame = pd.DataFrame({"image": images, "label": self.labels[images]})
-        frame["score"], frame["map_max"] = rule.score(look.logits, maxima), maxima.astype(float)
-        frame["verdict"] = [*map(rule.verdict, frame["score"], frame["map_max"])]
-        return frame
+        scores = rule.score(look.logits, maxima)
+        frame = pd.DataFrame({"image": images, "label": self.labels[images], "score": scores})
+        return frame.assign(verdict=[*map(rule.verdict, scores, maxima.astype(float))])
 
 
 def trials(
