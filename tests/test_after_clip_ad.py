@@ -115,10 +115,10 @@ def test_references_are_flawless_and_never_tested(kept):
     test = study.split(features, references=5, seed=3)
     assert [len(bank[0]) for bank in test.bank.values()] == [5, 5]
     assert len(test.tested.dataset) == len(features.dataset) - 10
-    tested = test.tokens[0]
     for category, bank in test.bank.items():
+        tested = test.tokens[category][0][:, 0]
         for token in bank[0][:, 0]:
-            assert not (tested[:, 0] == token).all(dim=1).any(), category
+            assert not (tested == token).all(dim=1).any(), category
     assert (test.tested.labels == 1).sum() == (features.labels == 1).sum()
     again = study.split(features, references=5, seed=3)
     assert torch.equal(again.bank["pill"][0], test.bank["pill"][0])
@@ -142,9 +142,10 @@ def test_memory_is_balanced_and_forgets_a_category(kept):
 def test_values_are_sums_over_stages_in_the_order_of_the_data_set(kept):
     test = study.split(kept[1])
     shown = test.values(lambda tokens, bank: tokens[..., 0])
-    torch.testing.assert_close(shown, sum(tokens[..., 0] for tokens in test.tokens))
+    features = test.tested.features.ordinary
+    torch.testing.assert_close(shown, sum(tokens[:, 1:, 0] for tokens in features))
     one = test.idea("one PCA of 4", 0.9)[test.tested.where("pill")]
-    pairs = zip(test.stages("pill"), test.bank["pill"], strict=True)
+    pairs = zip(test.tokens["pill"], test.bank["pill"], strict=True)
     expected = sum(ideas.subspace_residual(x, bank[:4], 0.9) for x, bank in pairs)
     torch.testing.assert_close(one, expected)
 
@@ -152,7 +153,7 @@ def test_values_are_sums_over_stages_in_the_order_of_the_data_set(kept):
 def test_the_batch_adds_up_neighbourhoods_to_the_largest(kept):
     test = study.split(kept[1])
     found = test.idea("the batch", 3)[test.tested.where("pill")]
-    expected = sum(ideas.batch_scores(x, (1, 3)) for x in test.stages("pill"))
+    expected = sum(ideas.batch_scores(x, (1, 3)) for x in test.tokens["pill"])
     torch.testing.assert_close(found, expected)
 
 

@@ -79,17 +79,12 @@ class Split:
     """The tested images of a data set, and per category some flawless ones that are never tested."""
 
     tested: Kept
-    tokens: list[torch.Tensor]
-    """of the tested images, per stage M x N x D"""
+    tokens: dict[str, list[torch.Tensor]]
+    """of the tested images, category -> per stage M x N x D"""
     bank: dict[str, list[torch.Tensor]]
     """of the flawless ones, category -> per stage n x N x D"""
     by_size: dict[int, torch.Tensor] = field(default_factory=dict)
     """size of the neighbourhood -> values of the batch, which take the time and are computed once"""
-
-    def stages(self, category: str) -> list[torch.Tensor]:
-        """The tokens of a category's tested images."""
-        at = torch.from_numpy(self.tested.where(category))
-        return [tokens[at] for tokens in self.tokens]
 
     def values(self, compute: Callable, known: Callable | None = None) -> torch.Tensor:
         """``compute(tokens, known)`` -> M x N of each category, summed over stages, in the data set's order.
@@ -97,12 +92,16 @@ class Split:
         ``known(category, stage)``: what the tokens are compared with; None for four of the flawless images.
         """
         known = known or (lambda category, stage: self.bank[category][stage][:4])
-        found = self.tokens[0].new_zeros(self.tokens[0].shape[:2])
-        for category in self.tested.dataset.categories:
-            at = torch.from_numpy(self.tested.where(category))
-            for stage, tokens in enumerate(self.tokens):
-                found[at] += compute(tokens[at], known(category, stage))
+        found = torch.empty(len(self.tested.labels), self.grid**2)
+        for category, stages in self.tokens.items():
+            parts = [compute(tokens, known(category, j)) for j, tokens in enumerate(stages)]
+            found[torch.from_numpy(self.tested.where(category))] = sum(parts)
         return found
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return math.isqrt(next(iter(self.tokens.values()))[0].shape[1])
 
     def idea(self, name: str, value: Any, known: Callable | None = None) -> torch.Tensor:
         """The same of one of ``IDEAS``, with a value of its free choice."""
@@ -125,7 +124,7 @@ def split(
     """
     if tokens is None:
         tokens = [stage[:, 1:] for stage in kept.features.ordinary]
-    bank, aside = {}, []
+    bank, rest, tested = {}, {}, []
     for c, category in enumerate(kept.dataset.categories):
         at = kept.where(category)
         flawless = at[kept.labels[at] == 0]
@@ -133,11 +132,11 @@ def split(
             raise ValueError(f"{category} has {len(flawless)} flawless images, {FEWEST} are needed")
         drawn = np.random.default_rng([seed, c]).permutation(flawless)
         chosen = drawn[: max(4, min(references, len(flawless) // 2))]
+        others = np.setdiff1d(at, chosen)
         bank[category] = [stage[torch.from_numpy(chosen)] for stage in tokens]
-        aside += chosen.tolist()
-    rest = np.setdiff1d(np.arange(len(kept.dataset)), aside)
-    at = torch.from_numpy(rest)
-    return Split(subset(kept, rest), [stage[at] for stage in tokens], bank)
+        rest[category] = [stage[torch.from_numpy(others)] for stage in tokens]
+        tested += others.tolist()
+    return Split(subset(kept, np.sort(tested)), rest, bank)
 
 
 def subset(kept: Kept, positions: np.ndarray) -> Kept:
@@ -312,9 +311,8 @@ def controls(sdp: SDP, kept: Kept, settings: Mapping, seed: int = 0) -> pd.DataF
 
 def place_alone(sdp: SDP, kept_aux: Kept, test: Split) -> float:
     """PRO of one map for all images: how often a defect of the auxiliary collection covers a place."""
-    grid = math.isqrt(test.tokens[0].shape[1])
-    often = patch_coverage(kept_aux.masks, grid).mean(dim=0)
-    return mean_pro(to_maps(sdp, often.expand(len(test.tokens[0]), -1)), test.tested)
+    often = patch_coverage(kept_aux.masks, test.grid).mean(dim=0)
+    return mean_pro(to_maps(sdp, often.expand(len(test.tested.labels), -1)), test.tested)
 
 
 def extra_cost(sdp: SDP, test: Split, memory: Memory, spent: Mapping[str, float]) -> pd.DataFrame:
@@ -323,7 +321,7 @@ def extra_cost(sdp: SDP, test: Split, memory: Memory, spent: Mapping[str, float]
     The row SDP is the image tower with both paths and the map.
     """
     category = test.tested.dataset.categories[0]
-    stages, first = test.stages(category), test.tested.where(category)[:8]
+    stages, first = test.tokens[category], test.tested.where(category)[:8]
     images = [read_image(test.tested.dataset[i].image_path) for i in first]
     batch = torch.stack([sdp.backbone.preprocess(image) for image in images])
     begun = time.perf_counter()
