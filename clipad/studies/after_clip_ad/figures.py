@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from clipad.studies.common import METRIC_NAMES, Scores
-from clipad.studies.figures import COLOURS, name_rows, subplots
+from clipad.studies.figures import COLOURS, dots, legend_below, subplots
 
 KINDS = {
     "text": ("blue", "o"),
@@ -28,23 +27,15 @@ def standing(scores: Scores, uses: Mapping[str, str], metrics: Sequence[str]) ->
     size = (2.4 + 3.2 * len(metrics), 0.34 * len(uses) + 1.6)
     figure, axes = subplots(1, len(metrics), size, sharey=True)
     for ax, metric in zip(axes[0], metrics, strict=True):
-        name_rows(ax, list(uses))
-        for place, name in enumerate(uses):
-            _, wide = scores.interval(metric, name)
-            colour, marker = KINDS[uses[name]]
-            ends = [100 * wide.low, 100 * wide.high]
-            ax.plot(ends, [place] * 2, color=COLOURS[colour], linewidth=1.3)
-            ax.plot(100 * wide.estimate, place, marker, color=COLOURS[colour], markersize=8)
-            told, beside = f"{100 * wide.estimate:.1f}", ax.get_yaxis_transform()
+        wide = {name: scores.interval(metric, name)[1] for name in uses}
+        rows = [(n, uses[n], own.estimate, own.low, own.high) for n, own in wide.items()]
+        dots(ax, pd.DataFrame(rows, columns=["row", "series", "estimate", "low", "high"]), KINDS)
+        for place, own in enumerate(wide.values()):
+            told, beside = f"{100 * own.estimate:.1f}", ax.get_yaxis_transform()
             ax.text(1.01, place, told, transform=beside, va="center", fontsize=8.5)
-        estimate = scores.interval(metric, "SDP")[1].estimate
-        ax.axvline(100 * estimate, color="0.6", linewidth=0.8, zorder=0)
+        ax.axvline(100 * wide["SDP"].estimate, color="0.6", linewidth=0.8, zorder=0)
         ax.set_xlabel(f"{METRIC_NAMES[metric]}, %")
-    handles = [
-        Line2D([], [], color=COLOURS[colour], marker=marker, linestyle="", label=kind)
-        for kind, (colour, marker) in KINDS.items()
-    ]
-    figure.legend(handles=handles, ncols=len(KINDS), frameon=False, loc="outside lower center")
+    legend_below(figure, len(KINDS))
     return figure
 
 
