@@ -174,7 +174,7 @@ def remember(kept: Kept, seed: int = 0) -> Memory:
     anomalous, normal = ((covered > 0.5).nonzero()[:, 0], (covered == 0).nonzero()[:, 0])
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(normal)))
     at = torch.cat([anomalous, normal[order[: len(anomalous)]]])
-    names = np.repeat([sample.category for sample in kept.dataset], grid * grid)
+    names = np.repeat(kept.categories, grid * grid)
     return Memory([x[at] for x in tokens], (covered[at] > 0.5).float(), names[at.numpy()])
 
 
