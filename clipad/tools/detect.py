@@ -25,7 +25,6 @@ from clipad.files import (
     content_hash,
     file_name,
     printable,
-    require_writable,
     write_arrays,
     write_atomically,
 )
@@ -131,7 +130,6 @@ def _own(folder: Path, settings: dict) -> Path:
     mark = folder / RESULT_MARK
     if folder.is_dir() and any(folder.iterdir()) and not mark.is_file():
         raise ValueError(f"{folder} holds files that are not ours: choose another --out")
-    require_writable(folder)
     write_atomically(mark, b"")
     claim(folder, settings, option="--out")
     return folder
