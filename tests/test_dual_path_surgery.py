@@ -17,6 +17,8 @@ from clipad.prompts import CLIP_AD
 from clipad.studies import common
 from clipad.studies import dual_path_surgery as study
 from clipad.studies.dual_path_surgery import figures
+from clipad.studies.opposite_predictions import attention_of, patch_coverage
+from clipad.studies.opposite_predictions.figures import attention_by_block, attention_of_patch
 from clipad.surgery import feature_surgery
 
 ALL, LAST = slice(None), slice(-1, None)
@@ -203,7 +205,7 @@ def test_the_example_is_the_median_of_its_category(run):
             aurocs.append(other.auroc(sdp.predict(other.image, "leather").maps[0].numpy()))
     assert example.category == "leather"
     assert found == pytest.approx(sorted(aurocs)[len(aurocs) // 2])
-    coverage = study.patch_coverage(example.mask[None], 4)[0]
+    coverage = patch_coverage(example.mask[None], 4)[0]
     assert coverage[example.patch] == coverage.max()
     assert study.median_example(run, sdp, "no such category").category == "bolt"
 
@@ -221,7 +223,7 @@ def test_an_example_without_masks(run):
 
 def test_the_largest_differences_are_chosen(run):
     n = len(run.dataset)
-    coverage = study.patch_coverage(read_masks(list(run.dataset), run.backbone.image_size), 4)
+    coverage = patch_coverage(read_masks(list(run.dataset), run.backbone.image_size), 4)
     anomalous = [i for i, s in enumerate(run.dataset) if s.label == 1]
     better, worse = coverage.clone(), torch.zeros(n, 16)
     better[anomalous[2]] = 0  # as good as the other one
@@ -237,13 +239,13 @@ def test_figures_say_their_numbers(run, texts):
     maps = {"Direct": np.random.default_rng(0).random((1, 32, 32)), "it": example.mask[None] * 1.0}
     figure, caption = figures.beside(example, maps)
     assert "it 100" in caption
-    weights = study.attention_of(run.backbone.visual, example, (0, 3))
+    weights = attention_of(run.backbone.visual, example, (0, 3))
     assert [len(row) for row in weights[3]] == [17, 17]
-    another, _ = figures.attention_of_patch(example, weights)
+    another, _ = attention_of_patch(example, weights)
     tables = dict.fromkeys(
         ("trained", "untrained"), study.defect_attention(run.backbone, run.dataset)
     )
-    by_block, _ = figures.attention_by_block(tables)
+    by_block, _ = attention_by_block(tables)
     toy, caption = figures.six_tokens(np.eye(6)[:, :2], {"all alike": np.full((6, 6), 1 / 6)})
     assert "all alike 33" in caption
     for drawn in (figure, another, by_block, toy):

@@ -112,7 +112,7 @@ class Experiment:
             f"{len(data)} images in {many} ({', '.join(known) or 'no labels'}){self._unknown_words()}"
         )
 
-    __repr__ = __str__  # no path of the machine in a stored notebook
+    __repr__ = _repr_markdown_ = __str__  # no path of the machine in a stored notebook
 
     def _unknown_words(self) -> str:
         """Said here once, so that no cell has to warn of it."""
@@ -125,9 +125,6 @@ class Experiment:
             return ""
         named = f"the words *{', '.join(sorted(unknown))}*"
         return f". The model never saw {named} in training: what it makes of them is noise"
-
-    def _repr_markdown_(self) -> str:
-        return str(self)
 
 
 def resolve(

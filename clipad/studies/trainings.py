@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from clipad.published import data_dir
 from clipad.studies.common import METRIC_NAMES, groups
-from clipad.studies.figures import COLOURS, dots, rows_and_series, subplots
+from clipad.studies.figures import dots, rows_and_series, subplots
 
 METRICS = ("class_auroc", "image_auroc", "pixel_auroc", "pixel_f1_max", "pixel_pro")
 RATES = ("opposite", "opposite_on_object")
@@ -118,8 +118,6 @@ def plot_findings(frame: pd.DataFrame) -> Figure:
         turning = frame.loc[part.index, "turns round"]
         marked = part.rename(index=lambda name: f"{name}  ↔" if turning[name] else name)
         dots(ax, rows_and_series(marked))
-        for label, turns in zip(ax.get_yticklabels(), turning, strict=True):
-            label.set_color(COLOURS["red"] if turns else "black")
         ax.axvline(0, color="0.3", linewidth=1, zorder=1.5)
         ax.grid(axis="x", color="0.9")
     axes[-1, 0].set_xlabel("points; right of 0: as the row says")

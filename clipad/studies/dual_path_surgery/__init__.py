@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from IPython.display import Markdown, display
 from tqdm import tqdm
 
-from clipad.datasets import Dataset, Sample, read_image
+from clipad.datasets import Dataset
 from clipad.detectors import class_probability
 from clipad.evaluation import batches, read_masks
 from clipad.metrics import pixel_metrics
@@ -36,13 +36,12 @@ from clipad.studies.common import (
     within_image,
     worst_median_best,
 )
-from clipad.studies.figures import image_array
 from clipad.studies.opposite_predictions import (
+    Example,
     Truth,
-    attention_by_block,
     attention_on_defect,
     encoded,
-    patch_coverage,
+    example_of,
     shuffled_states,
     untrained,
 )
@@ -68,41 +67,6 @@ def with_line(function: Callable, old: str, new: str) -> Callable:
     exec(compile("\n".join(lines), f"<{function.__name__}, changed>", "exec"), found)
     display(Markdown(f"```diff\n- {old}\n+ {new}\n```"))
     return found[function.__name__]
-
-
-@dataclass
-class Example:
-    """One image that a notebook looks at."""
-
-    category: str
-    defect: str
-    image: torch.Tensor
-    """1 x 3 x S x S, on the backbone's device"""
-    pixels: np.ndarray
-    """S x S x 3, to be shown"""
-    mask: np.ndarray | None
-    """S x S, None without ground truth"""
-    patch: int
-    """the patch that the defect covers most; without a mask the middle one"""
-
-    def auroc(self, values: np.ndarray) -> float | None:
-        """Pixel AUROC of a map S x S inside this image, in percent; None without a defect."""
-        if self.mask is None or not self.mask.any():
-            return None
-        return 100 * pixel_metrics(values[None], self.mask[None])["auroc"]
-
-
-def example_of(run, sample: Sample) -> Example:
-    """An image of a data set, ready to be looked at."""
-    size, image = run.backbone.image_size, read_image(sample.image_path)
-    grid = run.backbone.visual.grid_size[0]
-    mask, patch = None, grid * grid // 2 + grid // 2
-    if run.dataset.has_masks:
-        mask = read_masks([sample], size)[0]
-        if mask.any():
-            patch = int(patch_coverage(mask[None], grid).argmax())
-    tensor = run.backbone.preprocess(image)[None].to(run.backbone.device)
-    return Example(sample.category, sample.defect, tensor, image_array(image, size), mask, patch)
 
 
 def median_example(run, detector, category: str) -> Example:
@@ -184,12 +148,6 @@ def by_group(scores: Scores, metric: str) -> pd.DataFrame:
 
 
 # Where patches look ---------------------------------------------------------------------------------------------
-
-
-def attention_of(visual, example: Example, blocks: Sequence[int]) -> dict[int, tuple]:
-    """0-based block -> q-k and v-v attention of the example's patch over all tokens, N + 1 weights each."""
-    weights = list(attention_by_block(visual, example.image))
-    return {block: tuple(w[0, 1 + example.patch] for w in weights[block]) for block in blocks}
 
 
 def defect_attention(backbone, dataset: Dataset, per_category: int = 8) -> pd.DataFrame:

@@ -7,26 +7,19 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from clipad.studies.dual_path_surgery import Example
 from clipad.studies.figures import (
     ANOMALOUS,
-    COLOURS,
     MAP,
     NORMAL,
-    contour,
     dots,
-    draw,
     gallery,
     heatmap,
-    mark_patch,
-    picture_grid,
     subplots,
 )
 
-KINDS = {"q-k": COLOURS["grey"], "v-v": COLOURS["green"]}
 SIGNED = "RdBu_r"
 """for values with a sign: white is 0, red anomalous"""
 
@@ -52,59 +45,6 @@ def six_tokens(v: np.ndarray, weights: Mapping[str, np.ndarray]) -> tuple[Figure
     return figure, (
         "Left: the six values; 4 and 5 (orange) are the defect's. Then attention weights in percent, a row per token "
         f"that looks. Of the defect's own attention this stays on the defect, in percent: {told}."
-    )
-
-
-def attention_of_patch(
-    example: Example, weights: Mapping[int, tuple[np.ndarray, np.ndarray]]
-) -> tuple[Figure, str]:
-    """Where the example's patch looks, q-k above v-v, in some blocks, and the caption.
-
-    ``weights``: 0-based block -> the two rows of attention weights over all tokens, class token first.
-    """
-    kinds = dict(zip(KINDS, zip(*weights.values(), strict=True), strict=True))
-    side, grid = len(example.pixels), round((len(kinds["q-k"][0]) - 1) ** 0.5)
-    top = max(np.delete(row[1:], example.patch).max() for rows in kinds.values() for row in rows)
-    titles, drawn = ["", *(f"block {b}" for b in weights)], {"extent": (0, side, side, 0)}
-    figure, axes = picture_grid([f"{kind} attention" for kind in KINDS], titles, 2.1)
-    for line, rows in zip(axes, kinds.values(), strict=True):
-        line[0].imshow(example.pixels, **drawn)
-        squares = [row[1:].reshape(grid, grid) for row in rows]
-        shown = draw(line[1:], squares, cmap=MAP, norm=PowerNorm(0.5, 0, top), **drawn)
-        for ax in line:
-            mark_patch(ax, example.patch, grid, side)
-            contour(ax, example.mask)
-    bar = figure.colorbar(shown, ax=axes[:, 1:], location="bottom", shrink=0.6, aspect=40)
-    bar.set_label("attention weight (square-root scale, one for all)")
-    return figure, (
-        f"What the marked patch (cyan) of a {example.category}, {example.defect}, takes from every other patch, "
-        f"mean over heads; the defect is outlined. Blocks {', '.join(map(str, weights))}, counted from 0."
-    )
-
-
-def attention_by_block(tables: Mapping[str, pd.DataFrame]) -> tuple[Figure, str]:
-    """Share of a defect patch's attention on the rest of the defect, per block: mean over images; and the caption.
-
-    ``tables``: ``trained`` and ``untrained``, :func:`clipad.studies.dual_path_surgery.defect_attention`.
-    """
-    figure, ax = plt.subplots(figsize=(7.2, 3.1))
-    looks = {"trained": {"linestyle": "-"}, "untrained": {"linestyle": ":", "mfc": "white"}}
-    for network, table in tables.items():
-        by_block = 100 * table.groupby("block")[["q-k", "v-v", "even"]].mean()
-        for kind, colour in KINDS.items():
-            label = kind if network == "trained" else f"{kind}, untrained"
-            marker = "o" if kind == "q-k" else "s"
-            ax.plot(by_block[kind], color=colour, marker=marker, label=label, **looks[network])
-    even = by_block["even"].mean()
-    ax.axhline(even, color="0.3", linewidth=0.8, linestyle="--", label="everywhere alike")
-    ax.set(xlabel="block", ylabel="attention on the\nrest of the defect, %", ylim=(0, None))
-    ax.set(title="How much a defect's patch takes from the rest of the defect")
-    ax.set_xticks(by_block.index)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    images = len(table[["category", "image"]].drop_duplicates())
-    return figure, (
-        f"Mean over {images} anomalous images, per block. Solid: this CLIP. Dotted: the same architecture with random "
-        "weights. Dashed: the share if a patch looked everywhere alike."
     )
 
 

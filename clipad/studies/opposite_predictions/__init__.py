@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 from clipad.backbone import Backbone
-from clipad.datasets import Dataset, read_mask
+from clipad.datasets import Dataset, Sample, read_image, read_mask
 from clipad.detectors import CLIP_TEMPERATURE, Detector
 from clipad.dual_path import (
     attention_weights,
@@ -34,7 +34,9 @@ from clipad.dual_path import (
     queries_keys_values,
 )
 from clipad.evaluation import batches, read_masks
+from clipad.metrics import pixel_metrics
 from clipad.studies.common import Interval, Kept, Labelled, from_draws
+from clipad.studies.figures import image_array
 from clipad.surgery import similarity_map
 from clipad.text import representative_vector
 
@@ -184,6 +186,44 @@ def direct_maps(cosines: torch.Tensor, image_size: int) -> np.ndarray:
     """The direct map from cosines M x N x 2: softmax(100 *), anomalous column, bilinear to M x S x S, unsmoothed."""
     values = (CLIP_TEMPERATURE * cosines).softmax(dim=-1)[..., 1]
     return similarity_map(values, image_size, 0).numpy()
+
+
+# One image that a notebook looks at ----------------------------------------------------------------------------
+
+
+@dataclass
+class Example:
+    """One image that a notebook looks at."""
+
+    category: str
+    defect: str
+    image: torch.Tensor
+    """1 x 3 x S x S, on the backbone's device"""
+    pixels: np.ndarray
+    """S x S x 3, to be shown"""
+    mask: np.ndarray | None
+    """S x S, None without ground truth"""
+    patch: int
+    """the patch that the defect covers most; without a mask the middle one"""
+
+    def auroc(self, values: np.ndarray) -> float | None:
+        """Pixel AUROC of a map S x S inside this image, in percent; None without a defect."""
+        if self.mask is None or not self.mask.any():
+            return None
+        return 100 * pixel_metrics(values[None], self.mask[None])["auroc"]
+
+
+def example_of(run, sample: Sample) -> Example:
+    """An image of a data set, ready to be looked at."""
+    size, image = run.backbone.image_size, read_image(sample.image_path)
+    grid = run.backbone.visual.grid_size[0]
+    mask, patch = None, grid * grid // 2 + grid // 2
+    if run.dataset.has_masks:
+        mask = read_masks([sample], size)[0]
+        if mask.any():
+            patch = int(patch_coverage(mask[None], grid).argmax())
+    tensor = run.backbone.preprocess(image)[None].to(run.backbone.device)
+    return Example(sample.category, sample.defect, tensor, image_array(image, size), mask, patch)
 
 
 # Controls -------------------------------------------------------------------------------------------------------
@@ -395,6 +435,12 @@ def attention_by_block(visual, images: torch.Tensor) -> Iterator[tuple[np.ndarra
         q_k, v_v = attention_weights(block, x)
         yield q_k.float().cpu().numpy(), v_v.float().cpu().numpy()
         x = block(x)
+
+
+def attention_of(visual, example: Example, blocks: Sequence[int]) -> dict[int, tuple]:
+    """0-based block -> q-k and v-v attention of the example's patch over all tokens, N + 1 weights each."""
+    weights = list(attention_by_block(visual, example.image))
+    return {block: tuple(w[0, 1 + example.patch] for w in weights[block]) for block in blocks}
 
 
 def attention_on_defect(backbone: Backbone, truth: Truth, labels: np.ndarray) -> pd.DataFrame:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -15,15 +17,16 @@ from clipad.studies.figures import (
     COLOURS,
     KINDS,
     MAP,
-    bare,
     contour,
     dots,
+    draw,
     legend_below,
     mark_patch,
     name_rows,
     picture_grid,
     subplots,
 )
+from clipad.studies.opposite_predictions import Example
 
 DIVERGING = "PuOr_r"
 """purple: more normal, orange: more anomalous"""
@@ -43,6 +46,8 @@ STYLES = {
     "own value": ("blue", "D"),
     "feed-forward": ("orange", "X"),
 }
+
+ATTENTION = {"q-k": COLOURS["grey"], "v-v": COLOURS["green"]}
 
 
 def _look(series: str) -> dict:
@@ -201,37 +206,54 @@ def last_blocks(auroc: Mapping[str, Sequence[float]], writes: pd.DataFrame, titl
     return figure
 
 
-def attention(
-    image: np.ndarray,
-    mask: np.ndarray,
-    patch: int,
-    weights: Sequence[np.ndarray],
-    lifts: pd.DataFrame,
-    title: str,
-) -> Figure:
-    """What one patch (cyan) attends to by q-k and by v-v (two T x T), and the lift of all images per block.
+def attention_of_patch(
+    example: Example, weights: Mapping[int, tuple[np.ndarray, np.ndarray]]
+) -> tuple[Figure, str]:
+    """Where the example's patch looks, q-k above v-v, in some blocks, and the caption.
 
-    ``lifts``: ``block``, ``q-k``, ``v-v``, a row per image and block; medians with the middle half of the images.
+    ``weights``: 0-based block -> the two rows of attention weights over all tokens, class token first.
     """
-    size, grid = len(image), round((len(weights[0]) - 1) ** 0.5)
-    figure, axes = subplots(1, 4, (10.2, 2.7), title, width_ratios=[1, 1, 1, 1.7])
-    *pictures, chart = axes[0]
-    seen = [w[1 + patch, 1:].reshape(grid, grid) for w in weights]
-    names = ("q-k attention", "v-v attention")
-    titles = ["image", *(f"{n}\n0 to {w.max():.2f}" for n, w in zip(names, seen, strict=True))]
-    for ax, name, panel in zip(pictures, titles, [image, *seen], strict=True):
-        ax.imshow(panel, extent=(0, size, size, 0), cmap=MAP, vmin=0, interpolation="nearest")
-        mark_patch(ax, patch, grid, size)
-        ax.set_title(name)
-        bare(ax)
-    contour(pictures[0], mask)
-    for name in names:
-        by_block = lifts.groupby("block")[name.removesuffix(" attention")]
-        low, middle, high = (by_block.quantile(q) for q in (0.25, 0.5, 0.75))
-        chart.plot(middle, label=name, **_look(name))
-        colour = _look(name)["color"]
-        chart.fill_between(middle.index, low, high, color=colour, alpha=0.2, linewidth=0)
-    chart.axhline(1, color="0.3", linestyle=":", linewidth=1.2, label="even attention")
-    chart.set(xlabel="block (0-based)", ylabel="lift on other defect patches", ylim=(0, None))
-    chart.legend()
-    return figure
+    kinds = dict(zip(ATTENTION, zip(*weights.values(), strict=True), strict=True))
+    side, grid = len(example.pixels), round((len(kinds["q-k"][0]) - 1) ** 0.5)
+    top = max(np.delete(row[1:], example.patch).max() for rows in kinds.values() for row in rows)
+    titles, drawn = ["", *(f"block {b}" for b in weights)], {"extent": (0, side, side, 0)}
+    figure, axes = picture_grid([f"{kind} attention" for kind in ATTENTION], titles, 2.1)
+    for line, rows in zip(axes, kinds.values(), strict=True):
+        line[0].imshow(example.pixels, **drawn)
+        squares = [row[1:].reshape(grid, grid) for row in rows]
+        shown = draw(line[1:], squares, cmap=MAP, norm=PowerNorm(0.5, 0, top), **drawn)
+        for ax in line:
+            mark_patch(ax, example.patch, grid, side)
+            contour(ax, example.mask)
+    bar = figure.colorbar(shown, ax=axes[:, 1:], location="bottom", shrink=0.6, aspect=40)
+    bar.set_label("attention weight (square-root scale, one for all)")
+    return figure, (
+        f"What the marked patch (cyan) of a {example.category}, {example.defect}, takes from every other patch, "
+        f"mean over heads; the defect is outlined. Blocks {', '.join(map(str, weights))}, counted from 0."
+    )
+
+
+def attention_by_block(tables: Mapping[str, pd.DataFrame]) -> tuple[Figure, str]:
+    """Share of a defect patch's attention on the rest of the defect, per block: mean over images; and the caption.
+
+    ``tables``: ``trained`` and perhaps ``untrained``, :func:`clipad.studies.opposite_predictions.attention_on_defect`.
+    """
+    figure, ax = plt.subplots(figsize=(7.2, 3.1))
+    looks = {"trained": {"linestyle": "-"}, "untrained": {"linestyle": ":", "mfc": "white"}}
+    for network, table in tables.items():
+        by_block = 100 * table.groupby("block")[["q-k", "v-v", "even"]].mean()
+        for kind, colour in ATTENTION.items():
+            label = kind if network == "trained" else f"{kind}, untrained"
+            marker = "o" if kind == "q-k" else "s"
+            ax.plot(by_block[kind], color=colour, marker=marker, label=label, **looks[network])
+    even = by_block["even"].mean()
+    ax.axhline(even, color="0.3", linewidth=0.8, linestyle="--", label="everywhere alike")
+    ax.set(xlabel="block", ylabel="attention on the\nrest of the defect, %", ylim=(0, None))
+    ax.set(title="How much a defect's patch takes from the rest of the defect")
+    ax.set_xticks(by_block.index)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    images = len(table[["category", "image"]].drop_duplicates())
+    caption = f"Mean over {images} anomalous images, per block. Dashed: the share if a patch looked everywhere alike."
+    if "untrained" in tables:
+        caption += " Solid: this CLIP. Dotted: the same architecture with random weights."
+    return figure, caption
