@@ -291,28 +291,42 @@ def _own_configuration(folder: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _find_weights(
-    name: str, pretrained: str | Path | None, seed: int
-) -> tuple[Path | None, str, dict]:
-    """The file (None: random weights), where it is from, and what its own configuration says of it."""
+def require_model(name: str, pretrained: str | Path | None) -> dict | Path | None:
+    """What ``pretrained`` names: open_clip's entry of a tag, a file, or None for random weights. Nothing is loaded.
+
+    Raises ValueError for a model or weights that :func:`load_backbone` refuses by their names.
+    """
+    _configuration(name)
     if not pretrained and name != "demo":
-        return None, f"random weights (seed {seed})", {}
+        return None
     tags = [] if name == "demo" else open_clip.list_pretrained_tags_by_model(name)
     if str(pretrained) in tags:
-        tag = open_clip.get_pretrained_cfg(name, str(pretrained))
-        own = {"quick_gelu": tag.get("quick_gelu", False), "mean": tag["mean"], "std": tag["std"]}
-        return download(name, str(pretrained), tag), f"open_clip tag {pretrained}", own
+        return open_clip.get_pretrained_cfg(name, str(pretrained))
     path = Path(pretrained or data_dir() / "demo" / "model" / "model.safetensors").expanduser()
     if not path.is_file():
         found = "a folder" if path.is_dir() else f"neither a file nor a tag of {name}"
         raise ValueError(
             f"pretrained={str(pretrained)!r} is {found}; its tags are {', '.join(tags) or 'none'}. Name a tag or a file"
         )
-    beside = _own_configuration(path.parent)
+    return path
+
+
+def _find_weights(
+    name: str, pretrained: str | Path | None, seed: int
+) -> tuple[Path | None, str, dict]:
+    """The file (None: random weights), where it is from, and what its own configuration says of it."""
+    named = require_model(name, pretrained)
+    if named is None:
+        return None, f"random weights (seed {seed})", {}
+    if isinstance(named, dict):
+        own = {"quick_gelu": named.get("quick_gelu", False)}
+        own |= {key: named[key] for key in ("mean", "std")}
+        return download(name, str(pretrained), named), f"open_clip tag {pretrained}", own
+    beside = _own_configuration(named.parent)
     own = {k: v for k, v in beside.get("preprocess_cfg", {}).items() if k in ("mean", "std")}
     if "model_cfg" in beside:
         own["quick_gelu"] = beside["model_cfg"].get("quick_gelu", False)
-    return path, f"checkpoint file {path.name}" if pretrained else "shipped weights", own
+    return named, f"checkpoint file {named.name}" if pretrained else "shipped weights", own
 
 
 def _quick_gelu(name: str, path: Path, config: dict, own: dict, checkpoint: Checkpoint) -> bool:

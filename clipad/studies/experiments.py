@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from IPython.display import display
 
-from clipad.backbone import Backbone, load_backbone
+from clipad.backbone import Backbone, load_backbone, require_model
 from clipad.datasets import Dataset, load_dataset
 from clipad.detectors import SDP, ClipSurgery, Detector, Direct, SDPPlus
 from clipad.evaluation import fingerprint
@@ -136,7 +136,7 @@ def resolve(
 ) -> dict[str, str]:
     """model, pretrained and dataset: what the preset says, and what was given instead.
 
-    Raises ValueError for what does not go together.
+    Raises ValueError for what does not go together, and for models and weights that do not exist.
     """
     chosen = dict(_known("preset", preset, PRESETS))
     if data_root and not dataset and chosen["dataset"] == "demo":
@@ -154,7 +154,13 @@ def resolve(
             f"model={chosen['model']!r} needs pretrained: an open_clip tag, a checkpoint file, or 'random'; the demo "
             f"model its own weights or a file; found {chosen['pretrained']!r}"
         )
+    require_model(chosen["model"], _weights(chosen["pretrained"]))
     return chosen
+
+
+def _weights(pretrained: str) -> str | None:
+    """What `load_backbone` calls it."""
+    return None if pretrained in ("", "random") else pretrained
 
 
 def _known(what: str, name: str, table: dict[str, Any]) -> Any:
@@ -204,7 +210,7 @@ def experiment(
     random.seed(seed)
     backbone = load_backbone(
         chosen["model"],
-        pretrained=None if chosen["pretrained"] in ("", "random") else chosen["pretrained"],
+        pretrained=_weights(chosen["pretrained"]),
         device=device or None,
         image_size=image_size or None,
         seed=seed,
