@@ -29,6 +29,14 @@ COLOURS = {name: _PALETTE[i] for name, i in _PLACES.items()}
 NORMAL, ANOMALOUS = COLOURS["blue"], COLOURS["orange"]
 LOOKS = tuple(zip(COLOURS, "os^Dv*", strict=True))
 """colour and marker of the first, second, ... series of a chart"""
+METHODS = {
+    "Direct": ("grey", "s"),
+    "CLIP Surgery": ("purple", "D"),
+    "WinCLIP": ("orange", "^"),
+    "SDP": ("blue", "o"),
+    "SDP+": ("green", "P"),
+}
+"""method -> its colour and marker, wherever methods are compared"""
 KINDS = {"textures": ("green", "s"), "objects": ("blue", "o")}
 MAP = "inferno"
 
