@@ -60,9 +60,13 @@ class Interval:
     def __format__(self, spec: str) -> str:
         """Percent or points, with a sign for ``+``; a bound that would be printed as 0.0 gets a further digit.
 
+        Where there is no interval the estimate stands alone.
+
         >>> f"{Interval(0.009, 0.0004, 0.018):+}", f"{Interval(0.755, 0.68, 0.82)}"
         ('+0.9 [+0.04, +1.8]', '75.5 [68.0, 82.0]')
         """
+        if np.isnan([self.low, self.high]).any():
+            return _percent(self.estimate, spec)
         return f"{_percent(self.estimate, spec)} [{_percent(self.low, spec)}, {_percent(self.high, spec)}]"
 
 

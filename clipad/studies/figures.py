@@ -350,28 +350,48 @@ def category_dots(table: pd.DataFrame, title: str, before: str, after: str) -> F
 
 
 def growth(
-    frames: Mapping[str, pd.DataFrame], metrics: Sequence[str], base: Mapping, title: str
+    frames: Mapping[str, pd.DataFrame],
+    metrics: Sequence[str],
+    base: Mapping | None,
+    title: str,
+    looks: Mapping[str, tuple[str, str]] | None = None,
 ) -> Figure:
-    """Metrics over a size, a column per frame and a row per metric: a dot per row, the line their mean, dashed: base.
+    """Metrics over a size, a column per frame and a row per metric: a dot per row, a line through their means.
 
     ``frames``: name of the axis -> rows, with the size as index; a "number of" something has a logarithmic axis.
+    Columns ``low`` and ``high`` are the ends of intervals. ``base``: metric -> what the dashed line shows. ``looks``:
+    series -> colour and marker; the frames' column ``series`` then says which a row belongs to, side by side.
     """
-    size = (4 * len(frames), 2.1 * len(metrics) + 0.5)
+    size = (4 * len(frames) + (1.6 if looks else 0), 2.1 * len(metrics) + 0.5)
     figure, axes = subplots(len(metrics), len(frames), size, title, sharey="row", sharex="col")
+    looks = looks or {"": ("blue", "o")}
     for column, (name, frame) in enumerate(frames.items()):
-        means = 100 * frame.groupby(level=0).mean(numeric_only=True)
         for ax, metric in zip(axes[:, column], metrics, strict=True):
-            ax.plot(frame.index, 100 * frame[metric], "o", color=NORMAL, alpha=0.4, markersize=4)
-            ax.plot(means.index, means[metric], color=NORMAL)
-            ax.axhline(100 * base[metric], color="0.4", linestyle="--", linewidth=1)
+            for place, (series, look) in enumerate(looks.items()):
+                beside = 1.04 ** (place - (len(looks) - 1) / 2)
+                own = frame[frame["series"] == series] if series else frame
+                _grow(ax, own.set_axis(own.index * beside), metric, *look, label=series)
+            if base is not None:
+                ax.axhline(100 * base[metric], color="0.4", linestyle="--", linewidth=1)
         ax.set_xlabel(name)
         if name.startswith("number of"):
+            sizes = sorted(set(frame.index))
             ax.set_xscale("log", base=2)
-            ax.set_xticks(means.index, means.index)
+            ax.set_xticks(sizes, sizes)
             ax.minorticks_off()
     for ax, metric in zip(axes[:, 0], metrics, strict=True):
         ax.set_ylabel(f"{METRIC_NAMES.get(metric, metric)},\npercent")
+    if len(looks) > 1:
+        axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def _grow(ax, rows: pd.DataFrame, metric: str, colour: str, marker: str, label: str = "") -> None:
+    colour, means = COLOURS[colour], 100 * rows.groupby(level=0)[metric].mean()
+    ax.plot(rows.index, 100 * rows[metric], marker, color=colour, alpha=0.4, markersize=4)
+    ax.plot(means.index, means, color=colour, marker=marker if label else "", label=label)
+    if "low" in rows:
+        ax.vlines(rows.index, 100 * rows["low"], 100 * rows["high"], color=colour, alpha=0.6)
 
 
 def styled(table: pd.DataFrame, caption: str, name: str) -> pd.io.formats.style.Styler:

@@ -22,7 +22,7 @@ from clipad.datasets import Dataset, read_image
 from clipad.detectors import SDP
 from clipad.dual_path import staged_features
 from clipad.evaluation import batches
-from clipad.studies.after_clip_ad.ideas import IDEAS, SIZES, learned_directions
+from clipad.studies.after_clip_ad.ideas import IDEAS, learned_directions
 from clipad.studies.common import Kept, Scores, score
 from clipad.studies.opposite_predictions import patch_coverage, untrained
 from clipad.studies.trainings import Finding
@@ -83,8 +83,8 @@ class Split:
     """of the tested images, category -> per stage M x N x D"""
     bank: dict[str, list[torch.Tensor]]
     """of the flawless ones, category -> per stage n x N x D"""
-    by_size: dict[int, torch.Tensor] = field(default_factory=dict)
-    """size of the neighbourhood -> values of the batch, which take the time and are computed once"""
+    summands: dict[tuple[str, Any], torch.Tensor] = field(default_factory=dict)
+    """(idea that adds up, one tried value) -> M x N: these take the time, so each is computed once"""
 
     def values(self, compute: Callable, known: Callable | None = None) -> torch.Tensor:
         """``compute(tokens, known)`` -> M x N of each category, summed over stages, in the data set's order.
@@ -104,14 +104,18 @@ class Split:
         return math.isqrt(next(iter(self.tokens.values()))[0].shape[1])
 
     def idea(self, name: str, value: Any, known: Callable | None = None) -> torch.Tensor:
-        """The same of one of ``IDEAS``, with a value of its free choice."""
-        compute = IDEAS[name].compute
-        if name != "the batch":
-            return self.values(lambda tokens, near: compute(tokens, near, value), known)
-        sizes = [size for size in SIZES if size <= value]
-        for size in set(sizes) - set(self.by_size):
-            self.by_size[size] = self.values(lambda tokens, near: compute(tokens, near, size))
-        return sum(self.by_size[size] for size in sizes)
+        """M x N of one of ``IDEAS`` with a value of its free choice; ``known``: as for :meth:`values`."""
+        idea = IDEAS[name]
+
+        def of(one: Any) -> torch.Tensor:
+            return self.values(lambda tokens, near: idea.compute(tokens, near, one), known)
+
+        if not idea.adds_up:
+            return of(value)
+        summands = [(name, one) for one in idea.tried if one <= value]
+        for key in set(summands) - set(self.summands):
+            self.summands[key] = of(key[1])
+        return sum(self.summands[key] for key in summands)
 
 
 def split(

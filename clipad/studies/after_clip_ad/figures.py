@@ -30,6 +30,8 @@ def standing(scores: Scores, uses: Mapping[str, str], metrics: Sequence[str]) ->
         wide = {name: scores.interval(metric, name)[1] for name in uses}
         rows = [(n, uses[n], own.estimate, own.low, own.high) for n, own in wide.items()]
         dots(ax, pd.DataFrame(rows, columns=["row", "series", "estimate", "low", "high"]), KINDS)
+        for marks in ax.lines:
+            marks.set_markersize(8)  # stars are small
         for place, own in enumerate(wide.values()):
             told, beside = f"{100 * own.estimate:.1f}", ax.get_yaxis_transform()
             ax.text(1.01, place, told, transform=beside, va="center", fontsize=8.5)

@@ -109,13 +109,15 @@ def learned_directions(keys: torch.Tensor, labels: torch.Tensor) -> Callable:
 class Idea:
     """``compute``: (tokens B x N x D, what is known at this stage, value of the free choice) -> B x N.
 
-    ``choice``: what is free; ``tried``: its values; ``published``: what the authors of the idea take.
+    ``choice``: what is free; ``tried``: its values; ``published``: what the authors of the idea take. ``adds_up``: a
+    value stands for the sum over all tried ones up to it, ``compute`` is given one of them.
     """
 
     compute: Callable[[torch.Tensor, Any, Any], torch.Tensor]
     choice: str = ""
     tried: tuple = ()
     published: Any = None
+    adds_up: bool = False
 
 
 LENGTHS = {"kept": standardised, "divided out": unit_length}
@@ -133,10 +135,11 @@ IDEAS = {
         published=0.99,  # SubspaceAD
     ),
     "the batch": Idea(
-        lambda tokens, _, size: batch_scores(tokens, [size]),  # added up to the largest
+        lambda tokens, _, size: batch_scores(tokens, [size]),
         choice="largest neighbourhood",
         tried=SIZES,
         published=5,  # MuSc
+        adds_up=True,
     ),
     "retrieval": Idea(
         lambda tokens, memory, temperature: retrieved(tokens, *memory, temperature),

@@ -81,6 +81,36 @@ class Answer:
     notes: tuple[str, ...]
 
 
+@dataclass
+class Shown:
+    """What there is to see with some settings.
+
+    ``settings``, and the model's ``answer`` to them. ``image``: as it is, RGB. ``mask``: S x S bool, None where no
+    ground truth is known. ``map``: S x S, higher = more anomalous. ``maxima``: R, the highest value of each flawless
+    image's map; ``threshold``: their quantile that ``false_alarms`` names. ``limits``: ends of the colour scale, from
+    the median of the flawless maps; their maximum is its middle. ``patch``: position of the chosen one among the N.
+    ``cosines``: of this patch, and of the whole image, with the vectors ``normal`` and ``anomalous``. ``attention``:
+    ``q-k`` and ``v-v`` weights of the patch over all T tokens, mean over heads.
+    """
+
+    settings: Settings
+    answer: Answer
+    image: Image.Image
+    mask: np.ndarray | None
+    map: np.ndarray
+    maxima: np.ndarray
+    threshold: float
+    limits: tuple[float, float]
+    patch: int
+    cosines: pd.DataFrame
+    attention: dict[str, np.ndarray]
+
+    @property
+    def flagged(self) -> bool:
+        """Whether the map is anywhere above the threshold."""
+        return bool(self.map.max() > self.threshold)
+
+
 # --- the map from stage cosines: what the browser computes, too -------------------------------------------------------
 
 
@@ -102,41 +132,6 @@ def smooth_maps(values: np.ndarray, size: int, sigma: float) -> np.ndarray:
     values = torch.from_numpy(np.ascontiguousarray(values)).float()
     found = smooth(values, sigma) if values.ndim == 3 else similarity_map(values, size, sigma)
     return found.numpy()
-
-
-class Shown:
-    """What there is to see with some settings.
-
-    ``image``: as it is, RGB. ``mask``: S x S bool, None where no ground truth is known. ``map``: S x S, higher = more
-    anomalous; ``flagged``: whether it is anywhere above the threshold. ``maxima``: R, the highest value of each
-    flawless image's map; ``threshold``: their quantile that ``false_alarms`` names. ``limits``: ends of the colour
-    scale, from the median of the flawless maps; their maximum is its middle. ``cosines``: of the chosen ``patch``, and
-    of the whole image, with the vectors ``normal`` and ``anomalous``. ``attention``: ``q-k`` and ``v-v`` weights of the
-    patch over all T tokens, mean over heads.
-    """
-
-    def __init__(self, explorer: Explorer, s: Settings):
-        self.settings, self.answer = s, explorer.answer(s)
-        self.image, self.mask = explorer.picture(s.image)
-        own, flawless = self.answer.maps, self.answer.references
-        if own is None:
-            used = [0]
-            if s.detector == "sdp":
-                used = [explorer.stages.index(block) for block in s.stages]
-            own = patch_values(self.answer.z[used], s.surgery)
-            flawless = patch_values(flawless[:, used], s.surgery)
-        sigma = 0.0 if s.detector == "winclip" else s.smoothing
-        self.map = smooth_maps(own[None], explorer.size, sigma)[0]
-        flawless = smooth_maps(flawless, explorer.size, sigma)
-        self.maxima, low = flawless.max(axis=(1, 2)), float(np.median(flawless))
-        self.threshold = float(np.quantile(self.maxima, 1 - s.false_alarms / 100))
-        self.flagged = bool(self.map.max() > self.threshold)
-        self.limits = (low, float(2 * self.maxima.max() - low))
-        self.patch = explorer.patch(s)
-        cosines = np.array([*self.answer.z[:, 1 + self.patch], self.answer.whole])
-        self.cosines = pd.DataFrame(cosines, [*self.answer.rows, "whole image"], STATES)
-        weights = explorer.attention(s.image)[:, explorer.stages.index(s.look[2]), self.patch]
-        self.attention = dict(zip(("q-k", "v-v"), weights, strict=True))
 
 
 # --- what a user types ------------------------------------------------------------------------------------------------
@@ -268,7 +263,32 @@ class Explorer:
 
     def show(self, s: Settings) -> Shown:
         """Everything that is shown of settings. Raises what :meth:`answer` raises."""
-        return Shown(self, s)
+        answer = self.answer(s)
+        own, flawless = answer.maps, answer.references
+        if own is None:
+            used = [self.stages.index(block) for block in s.stages] if s.detector == "sdp" else [0]
+            own = patch_values(answer.z[used], s.surgery)
+            flawless = patch_values(flawless[:, used], s.surgery)
+        sigma = 0.0 if s.detector == "winclip" else s.smoothing
+        own, flawless = (smooth_maps(values, self.size, sigma) for values in (own[None], flawless))
+        maxima, low = flawless.max(axis=(1, 2)), float(np.median(flawless))
+        picture, mask = self.picture(s.image)
+        patch = self.patch(s)
+        cosines = np.array([*answer.z[:, 1 + patch], answer.whole])
+        q_k, v_v = self.attention(s.image)[:, self.stages.index(s.look[2]), patch]
+        return Shown(
+            settings=s,
+            answer=answer,
+            image=picture,
+            mask=mask,
+            map=own[0],
+            maxima=maxima,
+            threshold=float(np.quantile(maxima, 1 - s.false_alarms / 100)),
+            limits=(low, float(2 * maxima.max() - low)),
+            patch=patch,
+            cosines=pd.DataFrame(cosines, [*answer.rows, "whole image"], STATES),
+            attention={"q-k": q_k, "v-v": v_v},
+        )
 
     @torch.no_grad()
     def answer(self, s: Settings) -> Answer:

@@ -64,6 +64,26 @@ def names(table: pd.DataFrame, labels: np.ndarray) -> Figure:
     return figure
 
 
+def rates(table: pd.DataFrame, promised: float) -> Figure:
+    """False-alarm rate per category, mean over draws: scored as if new, and in sample; the red line is the promise.
+
+    ``table``: of :func:`clipad.studies.inspection.trials.trials`.
+    """
+    means = 100 * table.groupby("category")[["false_alarms", "in_sample"]].mean()
+    figure, ax = plt.subplots(figsize=(7.5, 0.32 * len(means) + 1.1))
+    places = range(len(means))
+    ax.hlines(places, means["false_alarms"], means["in_sample"], color="0.75", zorder=0)
+    ax.plot(means["false_alarms"], places, "o", color=NORMAL, label="scored as if new")
+    ax.plot(means["in_sample"], places, "D", color=ANOMALOUS, label="in sample")
+    ax.axvline(100 * promised, color=COLOURS["red"])
+    name_rows(ax, list(means.index))
+    ax.set_xlim(0, None)
+    ax.set_xlabel("false-alarm rate on other flawless images, percent (line: promised)")
+    ax.spines["left"].set_visible(False)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 def promise(table: pd.DataFrame) -> Figure:
     """How far the true false-alarm rate may be from the promised one, over the number of flawless images."""
     figure, ax = plt.subplots(figsize=(7.5, 3.2))
