@@ -34,6 +34,8 @@ TEXT_BATCH = 512
 class Backbone:
     """A frozen CLIP: ``visual`` (open_clip's ViT), pre-processing and the text encoder.
 
+    Made by :func:`load_backbone`, which refuses image towers that the dual path does not cover.
+
     Attributes: ``name``, ``pretrained`` (what a reader should know about the weights), ``image_size`` (S, pixels),
     ``mean`` and ``std`` of the pre-processing, ``device``.
     """
@@ -204,17 +206,11 @@ def load_backbone(
     OSError where weights cannot be downloaded. Nothing pickled is ever executed.
     """
     device = find_device(device)
+    named = require_model(name, pretrained, image_size)
     config = _configuration(name)
-    vision = config["vision_cfg"]
-    side, patch = image_size or vision["image_size"], vision["patch_size"]
-    if side < patch or side % patch:
-        near = max(1, round(side / patch)) * patch
-        raise ValueError(
-            f"image_size={side} is no multiple of the model's patches of {patch} pixels; {near} is one"
-        )
-    vision["image_size"] = side
+    config["vision_cfg"]["image_size"] = image_size or config["vision_cfg"]["image_size"]
     words_file = data_dir() / "demo" / "model" / "words.txt" if name == "demo" else None
-    path, source, own = _find_weights(name, pretrained, seed)
+    path, source, own = _find_weights(name, pretrained, named, seed)
     try:
         checkpoint = read_checkpoint(path) if path else None
         if checkpoint:
@@ -291,12 +287,20 @@ def _own_configuration(folder: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def require_model(name: str, pretrained: str | Path | None) -> dict | Path | None:
+def require_model(
+    name: str, pretrained: str | Path | None = None, image_size: int | None = None
+) -> dict | Path | None:
     """What ``pretrained`` names: open_clip's entry of a tag, a file, or None for random weights. Nothing is loaded.
 
-    Raises ValueError for a model or weights that :func:`load_backbone` refuses by their names.
+    Raises ValueError for a model, weights or an image size that :func:`load_backbone` refuses without looking inside.
     """
-    _configuration(name)
+    vision = _configuration(name)["vision_cfg"]
+    side, patch = image_size or vision["image_size"], vision["patch_size"]
+    if side < patch or side % patch:
+        near = max(1, round(side / patch)) * patch
+        raise ValueError(
+            f"image_size={side} is no multiple of the model's patches of {patch} pixels; {near} is one"
+        )
     if not pretrained and name != "demo":
         return None
     tags = [] if name == "demo" else open_clip.list_pretrained_tags_by_model(name)
@@ -312,10 +316,12 @@ def require_model(name: str, pretrained: str | Path | None) -> dict | Path | Non
 
 
 def _find_weights(
-    name: str, pretrained: str | Path | None, seed: int
+    name: str, pretrained: str | Path | None, named: dict | Path | None, seed: int
 ) -> tuple[Path | None, str, dict]:
-    """The file (None: random weights), where it is from, and what its own configuration says of it."""
-    named = require_model(name, pretrained)
+    """The file (None: random weights), where it is from, and what its own configuration says of it.
+
+    ``named``: see :func:`require_model`.
+    """
     if named is None:
         return None, f"random weights (seed {seed})", {}
     if isinstance(named, dict):

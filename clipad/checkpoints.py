@@ -144,11 +144,29 @@ def fill(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
     for key, value in state.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"non-finite values in {key}: the file is damaged")
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split()).partition(": ")[2]
-        raise ValueError(f"{reason[:1000]}{' ...' if len(reason) > 1000 else ''}") from error
+    wanted = module.state_dict()
+    kinds = {
+        "missing": wanted.keys() - state.keys(),
+        "unexpected": state.keys() - wanted.keys(),
+        "of another shape": [
+            f"{key} ({_shape(state[key])} in the file, {_shape(wanted[key])} in the model)"
+            for key in wanted.keys() & state.keys()
+            if state[key].shape != wanted[key].shape
+        ],
+    }
+    if any(kinds.values()):
+        told = {kind: sorted(names) for kind, names in kinds.items() if names}
+        raise ValueError(
+            "; ".join(
+                f"{len(names)} {kind}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+                for kind, names in told.items()
+            )
+        )
+    module.load_state_dict(state)
+
+
+def _shape(value: torch.Tensor) -> str:
+    return " x ".join(map(str, value.shape)) or "a single number"
 
 
 def _flat(content: Mapping, place: str = "") -> Iterator[tuple[str, object]]:

@@ -189,10 +189,15 @@ def decode(path: str | Path, header_only: bool = False) -> Image.Image:
             return image
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise UnreadableImageError(
+            f"{path} is too large ({error}): images of at most {PIXEL_LIMIT:,} pixels are read. Scale it down, or "
+            "raise clipad.datasets.PIXEL_LIMIT if you trust the file"
+        ) from error
     except Exception as error:  # a decoder meets broken data with whatever it happens to raise
         raise UnreadableImageError(
-            f"cannot read image {path}: {error}. Expected a complete {', '.join(IMAGE_FORMATS)} file "
-            f"of at most {PIXEL_LIMIT:,} pixels"
+            f"cannot read image {path}: {error}. Expected a complete {', '.join(IMAGE_FORMATS)} file; fetch it again "
+            "or remove it"
         ) from error
 
 
@@ -354,9 +359,15 @@ def list_dataset(
     found = _folder(root, normal_folder) if name == "folder" else LAYOUTS[name].find(root)
     samples, problems = [], []
     for sample in found:
-        paths = {part: getattr(sample, part) for part in PATHS if getattr(sample, part)}
-        wrong = {part: _unusable(path, root) for part, path in paths.items()}
-        wrong = {part: problem for part, problem in wrong.items() if problem}
+        if isinstance(sample, Exception):
+            problems.append(sample)
+            continue
+        wrong = {}
+        for part in PATHS:
+            path = getattr(sample, part)
+            of = "" if part == "image_path" else f", the mask of {sample.image_path},"
+            if path and (problem := _unusable(path, root, of)):
+                wrong[part] = problem
         problems += wrong.values()
         if "image_path" not in wrong:
             samples.append(replace(sample, **dict.fromkeys(wrong)))
@@ -368,8 +379,11 @@ def list_dataset(
     return Dataset(name, root, categories, tuple(samples)), problems
 
 
-def _unusable(path: Path, root: Path) -> Exception | None:
-    """Why a file cannot be used: it is missing, not in UTF-8, or, once links are followed, outside the root."""
+def _unusable(path: Path, root: Path, of: str = "") -> Exception | None:
+    """Why a file cannot be used: it is missing, not in UTF-8, or, once links are followed, outside the root.
+
+    ``of``: what it belongs to, for the message.
+    """
     name = os.path.relpath(path, root)
     if printable(name) != name:
         return ValueError(f"{printable(name)}: the name is not UTF-8, rename it")
@@ -377,7 +391,7 @@ def _unusable(path: Path, root: Path) -> Exception | None:
         real = os.path.realpath(path, strict=True)
     except OSError as error:
         kind = "a broken link" if path.is_symlink() else "missing"
-        return FileNotFoundError(f"{path} is {kind} ({error.strerror})")
+        return FileNotFoundError(f"{path}{of} is {kind} ({error.strerror})")
     if Path(real).is_relative_to(os.path.realpath(root)):
         return None
     return LayoutError(
@@ -389,13 +403,17 @@ def _unusable(path: Path, root: Path) -> Exception | None:
 # ---------------------------------------------------------------------------------------------- layouts
 
 
+Found = Iterable[Sample | Exception]
+"""samples, and what is wrong beside them"""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a data set lies on disk."""
 
     text: str  # for error messages
     signs: Sequence[tuple[str, ...]]  # what a root has to hold: all the paths of one of these
-    find: Callable[[Path], Iterable[Sample]]  # what a root holds
+    find: Callable[[Path], Found]  # what a root holds
 
     def fits(self, root: Path) -> bool:
         return any(all((root / path).exists() for path in sign) for sign in self.signs)
@@ -409,37 +427,38 @@ def _samples(
     masks: Path | None = None,
     ending: str = "_mask",
     objects: Path | None = None,
-) -> Iterator[Sample]:
+) -> Iterator[Sample | Exception]:
     """Images with one label. In ``masks`` each has one, called as it is, with or without ``ending``; in ``objects``
     each may have one, ending in _object."""
     masks_of, objects_of = _by_stem(masks, ending), _by_stem(objects, "_object")
     for image in images:
-        stem = nfc(image.stem)
-        mask = masks_of.get(stem)
-        if masks and not mask:
-            mask = masks / f"{image.stem}{ending}.png"  # which will be called missing
+        own, of_object = masks_of[nfc(image.stem)], objects_of[nfc(image.stem)]
+        if masks and not own:
+            own = [masks / f"{image.stem}{ending}.png"]  # which will be called missing
             if (masks / image.stem).is_dir():
-                raise LayoutError(
+                yield LayoutError(
                     f"{masks / image.stem} is a folder of masks of one image, as in MVTec LOCO AD, whose metric (sPRO) "
-                    f"is not ours: put one mask an image there ({mask.name}), or take ground_truth away to work with "
+                    f"is not ours: put one mask an image there ({own[0].name}), or take ground_truth away to work with "
                     "labels only"
                 )
-        yield Sample(image, mask, category, label, defect, objects_of.get(stem))
+                own = []
+        if len(own) > 1:
+            yield ValueError(f"two masks for one image: {own[0]} and {own[1]}. Remove one")
+        mask, of_object = (paths[0] if paths else None for paths in (own, of_object))
+        yield Sample(image, mask, category, label, defect, of_object)
 
 
-def _by_stem(folder: Path | None, ending: str) -> dict[str, Path]:
+def _by_stem(folder: Path | None, ending: str) -> dict[str, list[Path]]:
     """Masks by the stem of their image: masks pair by name, never by position."""
-    masks = {}
+    masks = defaultdict(list)
     for path in _images(folder) if folder else []:
-        other = masks.setdefault(nfc(path.stem).removesuffix(ending), path)
-        if other != path:
-            raise ValueError(f"two masks for one image: {other} and {path}. Remove one")
+        masks[nfc(path.stem).removesuffix(ending)].append(path)
     return masks
 
 
 def _by_defect(
     images: dict[Path, list[Path]], category: str, truth: Path, normal: str, masked: bool = True
-) -> Iterator[Sample]:
+) -> Iterator[Sample | Exception]:
     """Images by the folder of their defect; masks in truth/ground_truth/<defect>/ if ``masked``, object masks in
     truth/object/<defect>/. ``normal``: the name of the normal folder, in lower case."""
     masks = truth / "ground_truth"
@@ -458,13 +477,14 @@ def _by_defect(
 def _in_categories(name: str, known: Iterable[str]) -> Layout:
     """MVTec AD's layout, of known categories only."""
 
-    def find(root: Path) -> Iterator[Sample]:
+    def find(root: Path) -> Iterator[Sample | Exception]:
         for folder in _folders(root):
             category = nfc(folder.name)
             if (folder / "test").is_dir():
                 if category not in known:
                     hint = f"{did_you_mean(category, known)}. Use dataset='folder' for other data"
-                    raise LayoutError(f"{folder} is no category of {name!r}{hint}")
+                    yield LayoutError(f"{folder} is no category of {name!r}{hint}")
+                    continue
                 images = {path: _images(path) for path in _folders(folder / "test")}
                 yield from _by_defect(images, category, folder, "good")
 
@@ -472,19 +492,24 @@ def _in_categories(name: str, known: Iterable[str]) -> Layout:
     return Layout(text, [(f"{category}/test",) for category in known], find)
 
 
-def _in_folders(*groups: tuple[str, str, int, str, str, str]) -> Layout:
-    """Folders of images with one label each: the first six arguments of `_samples`, with paths below the root."""
-
-    def find(root: Path) -> Iterator[Sample]:
-        for images, category, label, defect, masks, ending in groups:
-            truth = root / masks if masks else None
-            yield from _samples(_images(root / images), category, label, defect, truth, ending)
-
-    needed = tuple(path for group in groups for path in (group[0], group[4]) if path)
-    return Layout(" and ".join(f"{path}/*" for path in needed), [needed], find)
+def _isic(root: Path) -> Found:
+    images, masks = (root / f"ISBI2016_ISIC_Part1_Test_{part}" for part in ("Data", "GroundTruth"))
+    return _samples(_images(images), "skin", 1, "lesion", masks, "_Segmentation")
 
 
-def _visa(root: Path) -> Iterable[Sample]:
+def _clinicdb(root: Path) -> Found:
+    return _samples(_images(root / "Original"), "colon", 1, "polyp", root / "Ground Truth", "")
+
+
+def _brainmri(root: Path) -> Found:
+    # The archive holds every image twice: inside this folder and beside it.
+    inside = root / "brain_tumor_dataset"
+    root = inside if (inside / "yes").is_dir() else root
+    yield from _samples(_images(root / "no"), "brain ct", 0, "good")
+    yield from _samples(_images(root / "yes"), "brain ct", 1, "tumour")
+
+
+def _visa(root: Path) -> Found:
     path = root / "split_csv" / "1cls.csv"
     if not path.is_file():  # as the data set's own script converts it
         return _in_categories("visa", EXPECTED["visa"]).find(root)
@@ -499,7 +524,7 @@ def _visa(root: Path) -> Iterable[Sample]:
     return sorted(samples, key=lambda s: (s.category, s.label, s.image_path.name))
 
 
-def _headct(root: Path) -> Iterable[Sample]:
+def _headct(root: Path) -> Found:
     folder = root / "head_ct" / "head_ct"
     folder = folder if folder.is_dir() else folder.parent
     samples = []
@@ -516,22 +541,22 @@ def _rows(
     if problem := _unusable(path, root):
         raise problem
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restval="", skipinitialspace=True)
-        found = reader.fieldnames or []
+        reader = csv.DictReader(file, restval="")
+        reader.fieldnames = found = [cell.strip() for cell in reader.fieldnames or []]
         if not set(columns) <= set(found):
             raise LayoutError(
                 f"{path}: expected the columns {', '.join(columns)}; found {', '.join(found) or 'none'}"
             )
         for row in reader:
-            said = row[columns[-1]]
+            said = row[columns[-1]].strip()
             if said not in labels:
                 raise LayoutError(
                     f"{path}, line {reader.line_num}: {columns[-1]} is {said!r}, expected {' or '.join(labels)}"
                 )
-            yield row, labels.index(said)
+            yield {column: row[column].strip() for column in columns}, labels.index(said)
 
 
-def _folder(root: Path, normal_folder: str = "") -> list[Sample]:
+def _folder(root: Path, normal_folder: str = "") -> Found:
     """Data set "folder", see `load_dataset`: one category, or else one in each sub-folder."""
     if (root / "meta.json").is_file():
         return _meta_json(root)
@@ -539,11 +564,12 @@ def _folder(root: Path, normal_folder: str = "") -> list[Sample]:
     photographs = defaultdict(list)
     for path in for_testing([*listed.photographs, *listed.skipped.get(BROKEN_LINK, [])], root):
         photographs[path.parent].append(path)
-    samples = _folder_category(root, photographs, normal_folder)
-    if samples is None:
+    found = _folder_category(root, photographs, normal_folder)
+    if found is None:
         folders = dict.fromkeys(root / path.relative_to(root).parts[0] for path in photographs)
-        found = [_folder_category(path, photographs, normal_folder) for path in folders]
-        samples = [sample for category in found for sample in category or []]
+        within = [_folder_category(path, photographs, normal_folder) for path in folders]
+        found = [item for category in within for item in category or []]
+    samples = [item for item in found if isinstance(item, Sample)]
     if normal_folder.lower() not in ("", "none") and all(sample.label for sample in samples):
         names = ", ".join(sorted({folder.name for folder in photographs})[:20])
         raise LayoutError(f"{root} has no folder {normal_folder!r}; found {names}")
@@ -554,7 +580,7 @@ def _folder(root: Path, normal_folder: str = "") -> list[Sample]:
             f"{len(samples)} images of {root} fit a layout and {len(rest)} do not, such as "
             f"{rest[0].relative_to(root)}: give the folder that holds them. {_expected('folder', root)}"
         )
-    return samples
+    return found
 
 
 def for_testing(photographs: Iterable[Path], root: Path) -> list[Path]:
@@ -565,7 +591,7 @@ def for_testing(photographs: Iterable[Path], root: Path) -> list[Path]:
 
 def _folder_category(
     folder: Path, photographs: dict[Path, list[Path]], normal_folder: str
-) -> list[Sample] | None:
+) -> list[Sample | Exception] | None:
     """One category, or None if `folder` is not one (see `load_dataset`); ``photographs`` by their folder."""
     tests = [folder / name for name in ("test_public", "test") if (folder / name).is_dir()]
     images = tests[0] if tests else folder
@@ -599,8 +625,10 @@ def _normal_name(names: list[str], given: str) -> str | None:
     lower, wanted = [nfc(name).lower() for name in names], nfc(given).lower()
     if wanted == "none" and names:
         return ""
-    known = [name for name in lower if name in ([wanted] if wanted else NORMAL_NAMES)]
-    return known[0] if len(set(known)) == 1 else None
+    if wanted:
+        return wanted if wanted in lower else None
+    known = [name for name in lower if name in NORMAL_NAMES]
+    return known[0] if len(known) == 1 else None
 
 
 def _meta_json(root: Path) -> list[Sample]:
@@ -629,23 +657,21 @@ LAYOUTS = {
         [("split_csv/1cls.csv",), *((f"{category}/test",) for category in EXPECTED["visa"])],
         _visa,
     ),
-    "isic": _in_folders(
-        (
-            "ISBI2016_ISIC_Part1_Test_Data",
-            "skin",
-            1,
-            "lesion",
-            "ISBI2016_ISIC_Part1_Test_GroundTruth",
-            "_Segmentation",
-        )
+    "isic": Layout(
+        "ISBI2016_ISIC_Part1_Test_Data/ISIC_*.jpg and ISBI2016_ISIC_Part1_Test_GroundTruth/ISIC_*_Segmentation.png",
+        [("ISBI2016_ISIC_Part1_Test_Data", "ISBI2016_ISIC_Part1_Test_GroundTruth")],
+        _isic,
     ),
-    "clinicdb": _in_folders(("Original", "colon", 1, "polyp", "Ground Truth", "")),
+    "clinicdb": Layout(
+        "Original/N.tif and 'Ground Truth'/N.tif", [("Original", "Ground Truth")], _clinicdb
+    ),
     "headct": Layout(
         "labels.csv and head_ct/head_ct/NNN.png", [("labels.csv", "head_ct")], _headct
     ),
-    "brainmri": _in_folders(  # the archive holds every image twice: in this folder and beside it
-        ("brain_tumor_dataset/no", "brain ct", 0, "good", "", ""),
-        ("brain_tumor_dataset/yes", "brain ct", 1, "tumour", "", ""),
+    "brainmri": Layout(
+        "brain_tumor_dataset/{no,yes}/",
+        [("brain_tumor_dataset/no", "brain_tumor_dataset/yes"), ("no", "yes")],
+        _brainmri,
     ),
     "demo": _in_categories("demo", DEMO["demo"]),
     "demo_aux": _in_categories("demo_aux", DEMO["demo_aux"]),
@@ -680,10 +706,10 @@ def _expected(name: str, root: Path) -> str:
     names = [path.name for path in _visible(root)]
     found = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "an empty folder"
     fitting = [other for other in EXPECTED if other != name and LAYOUTS[other].fits(root)]
-    hint = "Images of your own are dataset='folder'."
+    hint = "" if name == "folder" or not names else " Images of your own are dataset='folder'."
     if fitting:
-        hint = f"This is a layout for dataset={fitting[0]!r}."
-    return f"Expected {LAYOUTS[name].text}; found {found}. {hint}"
+        hint = f" This is a layout for dataset={fitting[0]!r}."
+    return f"Expected {LAYOUTS[name].text}; found {found}.{hint}"
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -106,7 +106,7 @@ def evaluate(
     settings = detector.settings | {"dataset": dataset.name, "samples": fingerprint(dataset)}
     folder = None if output_dir is None else Path(output_dir)
     if folder:
-        claim(folder, settings)
+        claim(folder, settings, ("categories", "parts"))
 
     rows, frames = {}, []
     title = f"{detector.name} on {dataset.name}"

@@ -92,22 +92,25 @@ def require_writable(folder: Path) -> None:
         raise OSError(error.errno, message) from error
 
 
-def claim(folder: Path, settings: dict, option: str = "output_dir") -> None:
+def claim(folder: Path, settings: dict, results: Iterable[str], option: str = "output_dir") -> None:
     """Make a folder for results of these settings, or see that it holds such: its ``settings.json`` says so.
 
-    Raises ValueError that names the settings which are others, and OSError where it cannot be written.
+    ``results``: sub-folders that they lie in. Raises ValueError that names the settings which are others, or for
+    results whose settings are not known; OSError where the folder cannot be written.
     """
     require_writable(folder)
     path = folder / "settings.json"
     text = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    if not path.is_file():
+    if not path.is_file() and not any((folder / name).is_dir() for name in results):
         write_atomically(path, text)
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        message = f"{path} is damaged: choose another {option} or remove this one"
-        raise ValueError(message) from None
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        raise ValueError(
+            f"{path}, which says how the results beside it were made, is missing or damaged: choose another {option} "
+            f"or remove {folder}"
+        ) from None
     require_same_settings(folder, found, json.loads(text), option=option)
 
 
@@ -204,10 +207,10 @@ def scan(root: Path, used: Iterable[Path | None] = (), without: Path | None = No
     with its mark, and ``without``), pipes and devices, broken links, what cannot be opened, other formats. Files in
     ``used`` are neither.
     """
-    used, seen = set(used), set()
+    used = set(used)
     photographs, skipped = [], defaultdict(list)
 
-    def reasons(folder: Path, reason: str = "") -> Iterator[tuple[Path, str]]:
+    def reasons(folder: Path, reason: str = "", above=frozenset()) -> Iterator[tuple[Path, str]]:
         """Each file with the reason why it is no photograph, empty for one; ``reason``: that of the whole folder."""
         try:
             status = folder.stat()
@@ -215,19 +218,21 @@ def scan(root: Path, used: Iterable[Path | None] = (), without: Path | None = No
         except OSError as error:
             yield folder, f"cannot be opened: {error.strerror}"
             return
-        if (status.st_dev, status.st_ino) in seen:
+        here = (status.st_dev, status.st_ino)
+        if here in above:
             return  # a link that leads back
-        seen.add((status.st_dev, status.st_ino))
         if folder == without or folder / RESULT_MARK in is_folder:
             reason = reason or "results of clipad"
         for path in [path for path in is_folder if is_folder[path]]:
             inner = "hidden" if _hidden(path.name) else ""
-            if "".join(c for c in path.name.lower() if c.isalnum()) in MASK_FOLDERS:
+            plain = "".join(c for c in path.name.lower() if c.isalnum())
+            if plain in MASK_FOLDERS and not (path / "test").is_dir():  # that would be a product
                 inner = "in a folder of masks"
-            yield from reasons(path, reason or inner)
-        why = {path: reason or _no_image(path) for path in is_folder if not is_folder[path]}
-        masks = masks_beside(path for path in why if not why[path])
-        yield from (why | dict.fromkeys(masks, BESIDE)).items()
+            yield from reasons(path, reason or inner, above | {here})
+        found = {path: reason or _no_image(path) for path in is_folder if not is_folder[path]}
+        images = [path for path, why in found.items() if why in ("", BROKEN_LINK)]
+        found |= dict.fromkeys(masks_beside(images), BESIDE)
+        yield from found.items()
 
     for path, why in sorted(dict(reasons(root)).items()):
         if path not in used:

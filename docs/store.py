@@ -186,17 +186,18 @@ def without_kernel(notebook) -> None:
 def main(names) -> int:
     """Executes and stores notebooks (all when none is named); the number of those that keep their last outputs."""
     kept = 0
-    for path in [find_notebook(name) for name in names] or notebook_paths():
-        done = run_notebook(path)
-        said = f"{done.status} {done.reason}"
+    for name in names or [path.stem for path in notebook_paths()]:
         try:
+            path = find_notebook(name)
+            done = run_notebook(path)
+            said = f"{done.status} {done.reason}"
             if done.status == "ok":
                 store(path, done.output_path)
                 said = "stored"
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             said = str(error)
         kept += said != "stored"
-        print(f"{path.stem}: {said}", flush=True)
+        print(f"{name}: {said}", flush=True)
     return kept
 
 

@@ -180,19 +180,19 @@ REFUSED = {
     "without values": (lambda s: {k: v.to("meta") for k, v in s.items()}, "meta"),
     "missing": (
         lambda s: {k: v for k, v in s.items() if "ln_post" not in k},
-        'Missing key(s) in state_dict: "visual.ln_post.weight", "visual.ln_post.bias"',
+        "2 missing: visual.ln_post.bias, visual.ln_post.weight",
     ),
-    "unexpected": (lambda s: s | {"visual.more": torch.zeros(2)}, 'Unexpected key(s) in state_dict: "visual.more"'),
+    "unexpected": (lambda s: s | {"visual.more": torch.zeros(2)}, "1 unexpected: visual.more"),
     "shape": (
         lambda s: s | {"visual.proj": torch.zeros(3, 3)},
-        "size mismatch for visual.proj: copying a param with shape torch.Size([3, 3])",
+        "1 of another shape: visual.proj (3 x 3 in the file, 64 x 32 in the model)",
     ),
     "other image size": (
         lambda s: s | {"visual.positional_embedding": torch.zeros(197, 64)},
         "image_size=224",
     ),
-    "other context": (lambda s: s | {"positional_embedding": torch.zeros(32, 32)}, "torch.Size([32, 32])"),
-    "other depth": (lambda s: {k: v for k, v in s.items() if "resblocks.3." not in k}, "resblocks.3"),
+    "other context": (lambda s: s | {"positional_embedding": torch.zeros(32, 32)}, "32 x 32"),
+    "other depth": (lambda s: {k: v for k, v in s.items() if "resblocks.3." not in k}, "12 missing"),
     "not finite": (lambda s: s | {"visual.proj": s["visual.proj"] * torch.nan}, "visual.proj"),
 }  # fmt: skip
 

@@ -146,6 +146,7 @@ def test_root_may_be_the_folder_above(stand_ins, name):
     [
         ("headct", "head_ct"),
         ("brainmri", "brain_tumor_dataset"),
+        ("brainmri", "brain_tumor_dataset/yes"),
         ("clinicdb", "Original"),
         ("visa", "split_csv"),
     ],
@@ -234,7 +235,9 @@ def test_categories_select_in_the_order_given(stand_ins):
 def test_missing_mask_is_named(mvtec):
     missing = mvtec / "bottle" / "ground_truth" / "broken" / "000_mask.png"
     missing.unlink()
-    with pytest.raises(FileNotFoundError, match=r"broken.000_mask\.png is missing"):
+    with pytest.raises(
+        FileNotFoundError, match=r"000_mask\.png, the mask of .*000\.png, is missing"
+    ):
         load_dataset("mvtec", mvtec)
 
 
@@ -254,9 +257,41 @@ def test_two_masks_for_one_image_are_refused(mvtec):
         load_dataset("mvtec", mvtec)
 
 
+def test_check_goes_on_after_a_fault_of_the_layout(mvtec):
+    (mvtec / "gadget" / "test" / "good").mkdir(parents=True)
+    mask_png(mvtec / "bottle" / "ground_truth" / "broken" / "000_mask.bmp")
+    report = check_dataset("mvtec", mvtec)
+    text = "\n".join(report.problems)
+    assert "gadget" in text
+    assert "two masks for one image" in text
+    assert report.table.set_index("category").loc["bottle", "anomalous"] > 0
+
+
+@pytest.mark.parametrize("name", ["label", "masks", "gt"])
+def test_a_product_may_be_called_as_a_folder_of_masks(tmp_path, name):
+    for product in (name, "screw"):
+        png(tmp_path / product / "test" / "good" / "0.png")
+        png(tmp_path / product / "test" / "bad" / "0.png")
+    assert set(load_dataset("folder", tmp_path).categories) == {name, "screw"}
+
+
+def test_a_linked_product_is_a_product(tmp_path):
+    for part in ("good", "bad"):
+        png(tmp_path / "metal_nut" / "test" / part / "0.png")
+    (tmp_path / "metal nut").symlink_to(tmp_path / "metal_nut", target_is_directory=True)
+    assert load_dataset("folder", tmp_path).categories == ("metal nut", "metal_nut")
+
+
+def test_two_folders_of_one_name_are_asked_about(tmp_path):
+    for part in ("good", "Good", "bad"):
+        png(tmp_path / "nut" / "test" / part / "0.png")
+    with pytest.raises(LayoutError, match="which one holds flawless images"):
+        load_dataset("folder", tmp_path / "nut")
+
+
 def test_a_known_data_set_without_its_ground_truth_is_refused(mvtec):
     (mvtec / "bottle" / "ground_truth").rename(mvtec / "bottle" / "elsewhere")
-    with pytest.raises(FileNotFoundError, match=r"_mask\.png is missing"):
+    with pytest.raises(FileNotFoundError, match=r"_mask\.png, the mask of .*, is missing"):
         load_dataset("mvtec", mvtec)
 
 
@@ -349,7 +384,7 @@ def test_folder_without_masks(tmp_path):
     assert not dataset.has_masks
     # Some masks but not all: the missing one would silently count as "no anomalous pixel".
     (tmp_path / "nuts" / "ground_truth").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"0_mask\.png is missing"):
+    with pytest.raises(FileNotFoundError, match=r"0_mask\.png, the mask of .*0\.png, is missing"):
         load_dataset("folder", tmp_path)
 
 
@@ -771,7 +806,7 @@ def test_check_collects_every_problem(mvtec):
     text = "\n".join(report.problems)
     for part in (
         "002.png",
-        "003_mask.png is missing",
+        "003_mask.png, the mask of",
         "60 x 59",
         "005_mask.png",
         "006_mask.png has no pixel",

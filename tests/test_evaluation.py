@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,8 +158,16 @@ def test_a_damaged_part_is_computed_again(detector, data, tmp_path, monkeypatch)
     monkeypatch.setattr("clipad.evaluation.PART", 4)
     (tmp_path / "out" / "parts").mkdir(parents=True)
     (tmp_path / "out" / "parts" / "bolt-0000.npz").write_bytes(b"half a file")
+    shutil.copy(tmp_path / "whole" / "settings.json", tmp_path / "out")
     evaluate(detector, data, tmp_path / "out", progress=False)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_results_of_unknown_settings_are_not_taken(detector, data, tmp_path):
+    evaluate(detector, data, tmp_path, progress=False)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match="missing or damaged: choose another output_dir"):
+        evaluate(detector, data, tmp_path, progress=False)
 
 
 def test_other_settings_do_not_mix(detector, data, tmp_path):

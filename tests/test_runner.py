@@ -13,7 +13,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from small_notebooks import PARAMETERS, notebook
 
-from clipad.tools import notebooks, runner
+from clipad.tools import notebooks, parameters, runner
 
 
 @pytest.fixture
@@ -120,6 +120,10 @@ def test_accepted_values(make):
     assert checked(path, given) == given
     typed = {"share": "1e-3", "flag": "True", "count": "16", "pretrained": "03"}
     assert checked(path, typed) == {"share": 0.001, "flag": True, "count": 16, "pretrained": "03"}
+    assert checked(path, {"count": "0", "options": "0"}) == {
+        "count": 0,
+        "options": {},
+    }  # as -p gives
     empty = {"preset": 0, "count": "", "share": "", "categories": "", "options": 0, "data_root": ""}
     assert checked(path, empty) == {
         "preset": "",
@@ -129,6 +133,23 @@ def test_accepted_values(make):
         "options": {},
         "data_root": "",
     }
+
+
+def test_choices_and_ranges_hold_for_numbers_and_within_lists(make):
+    limits = "k: int = 1  # how many [1|2]\nkinds: list[str] = []  # which [a|b]\nsizes: list = []  # [1..3]"
+    path = make("00_a", parameters=limits)
+    given = {"k": 2, "kinds": ["a"], "sizes": [1, 3]}
+    assert checked(path, given) == given
+    for wrong in ({"k": 3}, {"kinds": ["c"]}, {"sizes": [2, 9]}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            checked(path, wrong)
+
+
+def test_every_text_counts():
+    long = "categories: [" + ", ".join(["screw"] * 40) + "]"
+    found = parameters.read_parameters([], ["seed: 1\n" + long, "seed: 1\nx: 2\n" + long], [])
+    assert found["x"] == 2
+    assert len(found["categories"]) == 40
 
 
 def test_paths_count_from_where_the_command_is_typed(make, tmp_path, monkeypatch):

@@ -68,8 +68,22 @@ def test_a_file_of_another_kind_is_named(tmp_path):
 
 
 def test_a_missing_file_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"none.yaml; notebooks/sweep_example.yaml"):
         sweeps.plan(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"model": "ViT-B-99", "pretrained": "random"}, "unknown model 'ViT-B-99'"),
+        ({"model": "RN50", "pretrained": "openai"}, "not a plain CLIP"),
+        ({"model": "ViT-B-32", "pretrained": "nowhere"}, "neither a file nor a tag"),
+        ({"image_size": 97}, "no multiple of the model's patches"),
+    ],
+)
+def test_models_that_do_not_exist_are_refused_before_a_run(plan, values, said):
+    with pytest.raises(ValueError, match=said):
+        plan({"evaluate": {"categories": "gear"} | values})
 
 
 def test_lists_are_axes(plan, notebook):

@@ -133,6 +133,7 @@ def resolve(
     pretrained: str = "",
     dataset: str = "",
     data_root: str = "",
+    image_size: int = 0,
 ) -> dict[str, str]:
     """model, pretrained and dataset: what the preset says, and what was given instead.
 
@@ -154,7 +155,7 @@ def resolve(
             f"model={chosen['model']!r} needs pretrained: an open_clip tag, a checkpoint file, or 'random'; the demo "
             f"model its own weights or a file; found {chosen['pretrained']!r}"
         )
-    require_model(chosen["model"], _weights(chosen["pretrained"]))
+    require_model(chosen["model"], _weights(chosen["pretrained"]), image_size)
     return chosen
 
 
@@ -198,7 +199,7 @@ def experiment(
 
     Raises ValueError or OSError for anything that cannot work, before anything long starts.
     """
-    chosen = resolve(preset, model, pretrained, dataset, data_root)
+    chosen = resolve(preset, model, pretrained, dataset, data_root, image_size)
     # The data and the folder first: a wrong path shall not wait for a model to load.
     data = load_dataset(chosen["dataset"], data_root or None, categories or None, normal_folder)
     own_prompts = load_prompts(prompts or None)

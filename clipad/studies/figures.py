@@ -71,8 +71,9 @@ def show(figure: Figure, caption: str, alt: str = "") -> None:
     display(Markdown(f"*{caption.strip()}*"))
 
 
-def show_drawing(path: str | Path, caption: str) -> None:
-    """Display a drawing, an SVG file beside the notebook, with its caption below it."""
+def show_drawing(name: str, caption: str) -> None:
+    """Display a drawing, an SVG file in ``notebooks/``, with its caption below it."""
+    path = Path(__file__).resolve().parents[2] / "notebooks" / name
     display(SVG(filename=path), metadata={"image/svg+xml": {"alt": caption}})
     display(Markdown(f"*{caption}*"))
 

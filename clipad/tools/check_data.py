@@ -110,7 +110,7 @@ def check_dataset(
         rows = [row for rows in bar for row in rows]
     facts = pd.DataFrame(rows, columns=["category", "kind", "path", "said"])
     again = facts[facts["kind"] == "digest"].duplicated("said")
-    facts.loc[again[again].index, "kind"] = "duplicates"
+    facts.loc[again[again].index, "kind"] = "duplicates"  # of a digest that an earlier image has
     if all(sample.mask_path is None for sample in dataset):
         facts = facts[facts["kind"] != "missing_masks"]
     table = _table(name, facts)
@@ -140,16 +140,17 @@ def _facts(sample: Sample, image_size: int) -> Iterator[tuple[str, str, Path, ob
     facts = [(image, {LABELS[sample.label]: True, "missing_masks": missing})]
     for path in filter(None, (image, mask, objects)):
         try:
-            found = _of_image(image) if path == image else _of_mask(path, image, image_size)
+            found = _of_image(path) if path == image else _of_mask(path, image, image_size)
         except (MaskSizeError, OSError) as error:
             kind = "wrong_size_masks" if isinstance(error, MaskSizeError) else "unreadable"
             found = {kind: str(error)}
         if path == objects:
             found = {kind: said for kind, said in found.items() if kind in PROBLEMS}
-        facts.append((path, found))
         if path == image and "unreadable" in found:
-            break
+            image = None  # its masks are looked at all the same
+        facts.append((path, found))
     for path, found in facts:
+        # what is False or 0 is no fact, and is not counted
         yield from ((sample.category, kind, path, said) for kind, said in found.items() if said)
 
 
@@ -162,8 +163,9 @@ def _of_image(path: Path) -> dict[str, object]:
     }
 
 
-def _of_mask(path: Path, image: Path, image_size: int) -> dict[str, object]:
-    require_mask_size(path, image)
+def _of_mask(path: Path, image: Path | None, image_size: int) -> dict[str, object]:
+    if image:
+        require_mask_size(path, image)
     mask, stored = native_mask(path), decode(path)
     lossy = stored.format in ("JPEG", "MPO")
     return {
@@ -189,7 +191,8 @@ def _table(name: str, facts: pd.DataFrame) -> pd.DataFrame:
 
 def _notes(dataset: Dataset, facts: pd.DataFrame) -> list[str]:
     modes = facts["said"][facts["kind"] == "mode"].value_counts()
-    notes = ["image modes: " + ", ".join(f"{mode} {n}" for mode, n in modes.items())]
+    shown = ", ".join(f"{mode} {n}" for mode, n in modes.items())
+    notes = [f"image modes: {shown}"] if shown else []
     for kind, text in NOTES.items():
         if names := _named(dataset, facts["path"][facts["kind"] == kind]):
             notes.append(f"{text}: {names}")

@@ -25,6 +25,7 @@ from clipad.files import (
     content_hash,
     file_name,
     printable,
+    require_writable,
     write_arrays,
     write_atomically,
 )
@@ -46,6 +47,8 @@ from clipad.tools.report import (
 )
 
 BATCH = 16
+READERS = 4
+"""threads"""
 ENDINGS = {"images": ".jpg", "overlays": ".jpg", "heat": ".png", "masks": ".png", "maps": ".npz"}
 """folders of the results, a file per image in each (masks: where there is a region)"""
 DEMO_WARNING = (
@@ -127,11 +130,12 @@ def _settings(inspector: Inspector, images: Images, false_alarms: float) -> dict
 def _own(folder: Path, settings: dict) -> Path:
     """The output folder for results of these settings. ValueError if it holds any other content."""
     folder = folder.expanduser().absolute()
+    require_writable(folder)
     mark = folder / RESULT_MARK
-    if folder.is_dir() and any(folder.iterdir()) and not mark.is_file():
+    if any(folder.iterdir()) and not mark.is_file():
         raise ValueError(f"{folder} holds files that are not ours: choose another --out")
     write_atomically(mark, b"")
-    claim(folder, settings, option="--out")
+    claim(folder, settings, ["maps"], option="--out")
     return folder
 
 
@@ -162,13 +166,15 @@ class _Work:
     ) -> Iterator[tuple[Look, dict[Path, dict]]]:
         """Batches of images as the model sees them, with facts of each; those that cannot be read go to ``unread``."""
         with (
-            ThreadPoolExecutor(4) as readers,
+            ThreadPoolExecutor(READERS) as readers,
             tqdm(total=len(paths), desc=what, unit="image", disable=None) as bar,
         ):
-            for start in range(0, len(paths), BATCH):
-                group = paths[start : start + BATCH]
+            groups = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
+            ahead = None
+            for group, following in zip(groups, [*groups[1:], []], strict=True):
+                loaded = ahead or readers.map(lambda path: self._load(path, copy), group)
+                ahead = readers.map(lambda path: self._load(path, copy), following)
                 tensors, facts = [], {}
-                loaded = readers.map(lambda path: self._load(path, copy), group)
                 for path, (tensor, found) in zip(group, loaded, strict=True):
                     if tensor is None:
                         self.unread[path] = found
@@ -205,14 +211,15 @@ class _Work:
 
     def keep_maps(self, photographs: list[Path]) -> list[str]:
         """Keep the map of every image that has none yet; returns a note on those that have."""
-        todo = [path for path in photographs if not self._is_finished(path)]
+        with ThreadPoolExecutor(READERS) as pool:
+            finished = list(pool.map(self._is_finished, photographs))
+        todo = [path for path, done in zip(photographs, finished, strict=True) if not done]
         for look, facts in self.looks(todo, "photographs"):
             maps = self.inspector.maps(look)
             for (path, known), logit, heat in zip(facts.items(), look.logits, maps, strict=True):
                 write_arrays(self.file("maps", path), known | {"logit": logit, "map": heat})
-        before = len(photographs) - len(todo)
-        said = f"{before} of {len(photographs)} images were finished before, skipped"
-        return [said] if before else []
+        said = f"{sum(finished)} of {len(finished)} images were finished before, skipped"
+        return [said] if any(finished) else []
 
     def _is_finished(self, path: Path) -> bool:
         try:
@@ -236,7 +243,7 @@ class _Work:
     def table(self, labels: dict[Path, int], scale: tuple[float, float]) -> pd.DataFrame:
         """A row per image that was read, highest score first; draws its pictures on the way."""
         paths = [path for path in labels if path not in self.unread]
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(READERS) as pool:
             drawn = pool.map(lambda path: self._row(path, labels[path], scale), paths)
             rows = list(tqdm(drawn, "report", len(paths), unit="image", disable=None))
         rows.sort(key=lambda row: -row["score"])

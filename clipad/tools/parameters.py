@@ -66,23 +66,27 @@ class Parameter:
 
     def checked(self, value):
         """The value as a notebook may get it: right type, allowed, a path made absolute; else ValueError."""
-        if self.type != "bool" and not isinstance(value, bool) and value in ("", 0):
-            return TYPES[self.type]()
         if isinstance(value, str) and self.type in FROM_TEXT:
             with contextlib.suppress(ValueError, KeyError):
                 value = FROM_TEXT[self.type](value)
+        if self.type != "bool" and not isinstance(value, bool) and value in ("", 0, "0"):
+            return TYPES[self.type]()
         if not _fits(value, self.type):
             example = IN_YAML.get(self.type)
             advice = f"; in YAML: -y '{self.name}: {example}'" if example else ""
             found = f"{type(value).__name__} {shown(value)}{advice}"
             raise ValueError(f"{self.name} expects {self.type}, found {found}")
-        if self.choices and value not in self.choices:
-            hint = f"{did_you_mean(value, self.choices)}: one of {', '.join(self.choices)}"
-            raise ValueError(f"{self.name} cannot be {shown(value)}{hint}")
-        if isinstance(value, int | float) and not self.low <= value <= self.high:
-            ends = (f"{end:g}" if math.isfinite(end) else "" for end in (self.low, self.high))
-            raise ValueError(f"{self.name} must lie in {'..'.join(ends)}, found {shown(value)}")
+        for item in value if isinstance(value, list) else [value]:
+            self._require_allowed(item)
         return str(Path(value).expanduser().resolve()) if self._is_path(value) else value
+
+    def _require_allowed(self, item) -> None:
+        if self.choices and str(item) not in self.choices:
+            hint = f"{did_you_mean(item, self.choices)}: one of {', '.join(self.choices)}"
+            raise ValueError(f"{self.name} cannot be {shown(item)}{hint}")
+        if isinstance(item, int | float) and not self.low <= item <= self.high:
+            ends = (f"{end:g}" if math.isfinite(end) else "" for end in (self.low, self.high))
+            raise ValueError(f"{self.name} must lie in {'..'.join(ends)}, found {shown(item)}")
 
     def _is_path(self, value) -> bool:
         if self.type != "str" or "path" not in self.help.split():
@@ -159,10 +163,10 @@ def read_parameters(pairs, texts, files) -> dict:
 
     Raises ValueError for what is no mapping of names to plain values, OSError for a file that cannot be read.
     """
-    contents = {str(name): Path(name).expanduser().read_bytes() for name in files}
-    contents |= {f"-y {shown(text)}": text for text in texts}
+    contents = [(str(name), Path(name).expanduser().read_bytes()) for name in files]
+    contents += [(f"-y {shown(text)}", text) for text in texts]
     values = {}
-    for place, content in contents.items():
+    for place, content in contents:
         mapping = read_yaml(content, place)
         if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping):
             raise ValueError(f"{place} holds {shown(mapping)}, expected `name: value`")

@@ -45,7 +45,7 @@ def model_and_data(parameters: dict) -> dict:
     see :func:`clipad.studies.experiments.resolve`."""
     from clipad.studies.experiments import resolve
 
-    names = ("preset", "model", "pretrained", "dataset", "data_root")
+    names = ("preset", "model", "pretrained", "dataset", "data_root", "image_size")
     return resolve(**{name: parameters[name] for name in names if parameters.get(name)})
 
 

@@ -111,7 +111,11 @@ def plan(path) -> list[Run]:
     Checked here, before anything runs: names and values of parameters, data sets, named files, prompts. Raises
     ValueError or FileNotFoundError with what was found and what was expected.
     """
-    blocks = read_yaml(Path(path).expanduser().read_bytes(), str(path))
+    path = Path(path).expanduser()
+    if not path.is_file():
+        example = "notebooks/sweep_example.yaml is one to start from"
+        raise FileNotFoundError(f"no sweep file {path}; {example}")
+    blocks = read_yaml(path.read_bytes(), str(path))
     blocks = blocks if blocks and isinstance(blocks, list) else [blocks]
     runs = [run for block in blocks for run in _expand(block)]
     return list({run.address: run for run in runs}.values())

@@ -227,6 +227,8 @@ class Explorer:
         rules = {
             "detector": (s.detector in self.detectors, f"{', '.join(self.detectors)}{plus}"),
             "stages": (list(s.stages) == chosen, f"one or more of {stages}, rising"),
+            "smoothing": (s.smoothing <= self.size, f"a sigma in pixels, 0 to {self.size}"),
+            "false_alarms": (0 <= s.false_alarms <= 100, "a percentage, 0 to 100"),
             "look": (look or not s.look, f"row and column in 1..{self.grid}, block of {stages}"),
         }
         for name, (fits, expected) in rules.items():
