@@ -174,7 +174,7 @@ def _metrics(sums: np.ndarray, anomalous, normal, regions) -> dict[str, np.ndarr
 
 
 def _of_one(scores, anomalous, names: Sequence[str]) -> dict[str, float]:
-    """These metrics of one sample, from valid input."""
+    """These metrics of one sample, from valid input. (The PRO of labels means nothing and is not asked for.)"""
     n_anomalous = np.count_nonzero(anomalous)
     n_normal = anomalous.size - n_anomalous
     if not n_anomalous or not n_normal:
