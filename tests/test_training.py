@@ -392,7 +392,7 @@ STATE = LinearLayers(6, 4, 2).state_dict()
         ),
         (
             {"linear_layers": STATE | {"fc.1.weight": torch.zeros(4, 5)}},
-            r"fc.1.weight.*4, 5.*4, 6",
+            r"fc.1.weight.*4 x 5.*4 x 6",
         ),
         (
             {"linear_layers": STATE | {"fc.0.bias": torch.full((4,), torch.nan)}},
