@@ -8,6 +8,7 @@ import clipad
 from clipad.studies import after_clip_ad as study
 from clipad.studies.after_clip_ad import ideas
 from clipad.studies.common import keep, thinned
+from clipad.studies.sdp_plus_fine_tuning import LayersAlone
 
 
 @pytest.fixture
@@ -165,3 +166,33 @@ def test_the_free_choices_come_from_what_was_tried(kept):
     best = tried.loc[tried.groupby("what")["pro"].idxmax()].set_index("what")["value"]
     assert best.to_dict() == settings
     assert len(tried) == 2 + 4 + 3 + 4 + 7 + 7
+
+
+@pytest.mark.slow
+def test_an_idea_stands_there_as_chosen_and_as_published(kept):
+    sdp, features = kept
+    test, memory = study.split(features), study.remember(features)
+    layers = clipad.linear_layers.LinearLayers(*sdp.backbone.visual.proj.shape, 4, 0)
+    trained = [kind(sdp.backbone, layers, rvs="mean") for kind in (clipad.SDPPlus, LayersAlone)]
+    settings = {"lengths": "kept", "variance": 0.7, "largest neighbourhood": 1, "temperature": 0.1}
+    settings |= {"weight of nearest": 0.03, "weight of the batch": 0.1}
+    maps, spent = study.every_map((sdp, *trained), test, memory, settings)
+    published = [f"{name}, published" for name in study.OF_THE_PRODUCT]
+    assert list(maps) == [*study.USES, *published]
+    assert set(spent) == set(ideas.IDEAS)
+    pill = test.tested.where("pill")
+    pairs = list(zip(test.tokens["pill"], test.bank["pill"], strict=True))
+    near, pca = ideas.nearest_patch, ideas.subspace_residual
+    expected = {
+        "nearest of 4": sum(near(x, bank[:4], ideas.standardised) for x, bank in pairs),
+        "nearest of 4, published": sum(near(x, bank[:4], ideas.unit_length) for x, bank in pairs),
+        "one PCA of 4": sum(pca(x, bank[:4], 0.7) for x, bank in pairs),
+        "one PCA of 4, published": sum(pca(x, bank[:4], 0.99) for x, bank in pairs),
+        "the batch": sum(ideas.batch_scores(x, (1,)) for x, _ in pairs),
+        "the batch, published": sum(ideas.batch_scores(x, (1, 3, 5)) for x, _ in pairs),
+    }
+    for name, values in expected.items():
+        found = study.to_maps(sdp, values)
+        np.testing.assert_allclose(maps[name][pill], found, rtol=1e-4, atol=1e-5, err_msg=name)
+    added = maps["SDP"] + 0.1 * maps["the batch"]
+    np.testing.assert_allclose(maps["SDP + the batch"], added)

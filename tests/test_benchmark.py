@@ -6,7 +6,9 @@ from small_data import make_folder
 from clipad.detectors import SDP, Direct
 from clipad.evaluation import evaluate
 from clipad.studies import benchmark as study
+from clipad.studies.benchmark import figures as drawn
 from clipad.studies.common import METRICS, Scores
+from clipad.studies.figures import COLOURS, METHODS
 from clipad.surgery import smooth
 from clipad.winclip import WinCLIP
 
@@ -96,6 +98,21 @@ def test_a_decision_per_image_needs_no_map():
     assert image.take == "CLIP's class probability"
     assert len(image.equals) == 2
     assert "highest with WinCLIP" in study.told(image)
+
+
+def test_a_method_has_its_own_colour_and_marker_in_every_figure():
+    means = {"SDP": (0.8, 0.1), "WinCLIP": (0.7, 0.0), "Direct": (0.6, 0.0)}  # in another order
+    scores, spent = scores_of(means), pd.Series({"Direct": 1.0, "SDP": 1.2, "WinCLIP": 9.0})
+    by_category = drawn.by_category(scores, ["pixel_pro"], list(means), "A title")
+    with_time = drawn.quality_and_time(scores, spent, "pixel_pro", "A title")
+    for figure in (by_category, with_time):
+        marks = {line.get_label(): line for ax in figure.axes for line in ax.lines}
+        for name in means:
+            colour, marker = METHODS[name]
+            assert marks[name].get_marker() == marker
+            assert marks[name].get_color() == COLOURS[colour]
+    with pytest.raises(KeyError):
+        drawn.quality_and_time(scores, pd.Series({"unknown": 1.0}), "pixel_pro", "A title")
 
 
 def test_the_gallery_shows_anomalous_images_on_the_scale_of_flawless_ones(detectors, data):

@@ -58,6 +58,22 @@ def test_a_column_of_a_gallery_has_one_scale_and_says_it():
     assert [picture.get_clim() for picture in shown] == [(-1, 6)] * 2
 
 
+def test_growth_draws_each_series_of_a_panel_in_its_look_with_its_intervals():
+    rows = pd.DataFrame({"n": [10, 20, 10, 20], "series": ["a", "a", "b", "b"]})
+    rows["found"], rows["low"], rows["high"] = [0.1, 0.2, 0.3, 0.4], 0.05, 0.5
+    looks = {"a": ("blue", "o"), "b": ("orange", "s")}
+    panels = {"number of images": rows.set_index("n")}
+    (ax,) = plots.growth(panels, ["found"], None, "A title", looks).axes
+    lines = {line.get_label(): line for line in ax.lines if line.get_label() in looks}
+    for name, values in (("a", [10, 20]), ("b", [30, 40])):
+        colour, marker = looks[name]
+        np.testing.assert_allclose(lines[name].get_ydata(), values)
+        assert lines[name].get_marker() == marker
+        assert to_rgb(lines[name].get_color()) == plots.COLOURS[colour]
+    ends = [segment[:, 1] for marks in ax.collections for segment in marks.get_segments()]
+    np.testing.assert_allclose(ends, [[5, 50]] * 4)
+
+
 def test_a_figure_without_words_is_refused():
     with pytest.raises(ValueError, match="caption"):
         plots.show(plt.figure(), " ")
