@@ -78,6 +78,12 @@ def pixel_metrics(scores: ArrayLike, masks: ArrayLike) -> dict[str, float]:
     return _of_one(*_checked(scores, masks, "N x H x W", "masks"), METRICS)
 
 
+def within_image(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Pixel AUROC inside each image, N; NaN where nothing, or everything, is anomalous."""
+    pairs = zip(maps, masks, strict=True)
+    return np.array([pixel_metrics(v[None], m[None])["auroc"] for v, m in pairs])
+
+
 def pro_200_thresholds(scores: ArrayLike, masks: ArrayLike) -> float:
     """The approximation of PRO that many repositories share, for comparison with their tables only.
 

@@ -20,7 +20,7 @@ from scipy.stats import binomtest
 from clipad.datasets import Dataset
 from clipad.detectors import Detector, Features, Prediction
 from clipad.evaluation import COLUMNS, batches, category_metrics, read_masks
-from clipad.metrics import draw_counts, pixel_metrics
+from clipad.metrics import draw_counts, within_image
 
 METRICS = tuple(COLUMNS)
 METRIC_NAMES = {
@@ -225,7 +225,10 @@ def scores_of_images(
 
 @dataclass
 class Labelled:
-    """The images of a data set, in its order, with what is known of them."""
+    """The images of a data set, in its order, with what is known of them.
+
+    ``labels`` (N; 0 normal, 1 anomalous, -1 not known) and ``categories`` (N) are read from its samples.
+    """
 
     dataset: Dataset
     masks: np.ndarray | None
@@ -259,9 +262,8 @@ class Labelled:
             counts = None
             if resamples is not None:
                 counts = draw_counts(labels, resamples, np.random.default_rng([seed, c]))
-            found[category] = category_metrics(
-                maps[at], masks, probabilities[at], labels, with_map, counts
-            )
+            known = maps[at], masks, probabilities[at], labels
+            found[category] = category_metrics(*known, with_map, counts)
         return found
 
     def mean_metrics(self, maps: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
@@ -320,7 +322,7 @@ def keep(detector: Detector, dataset: Dataset, batch_size: int = 16) -> Kept:
     backbone = detector.backbone
     found = batches(backbone, list(dataset), batch_size)
     parts = [detector.features(images).to("cpu") for _, images in found]
-    masks = labelled(dataset, backbone.image_size).masks
+    masks = read_masks(list(dataset), backbone.image_size) if dataset.has_masks else None
     return Kept(dataset, masks, detector.reads, Features.cat(parts))
 
 
@@ -372,12 +374,6 @@ def need_both_labels(run, what: str) -> None:
 # Images by rule -------------------------------------------------------------------------------------------------
 
 
-def within_image(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Pixel AUROC inside each image, N; NaN where nothing, or everything, is anomalous."""
-    pairs = zip(maps, masks, strict=True)
-    return np.array([pixel_metrics(v[None], m[None])["auroc"] for v, m in pairs])
-
-
 def worst_median_best(values: Sequence[float]) -> list[int]:
     """Positions of the lowest, the (upper) median and the highest value; NaN is left out, few give few.
 
@@ -389,19 +385,25 @@ def worst_median_best(values: Sequence[float]) -> list[int]:
     return [int(order[place]) for place in places]
 
 
-def chosen_by_rule(dataset: Dataset, maps: np.ndarray, masks: np.ndarray | None) -> list[int]:
-    """Up to six images: worst, median and best anomalous one, then the normal ones with highest, median, lowest map.
+def chosen_by_rule(data: Labelled, maps: np.ndarray) -> dict[str, int]:
+    """Up to four positions: *worst*, *median* and *best* anomalous image, and *flawless*, the one with the highest map.
 
-    Anomalous images are ranked by the pixel AUROC inside the image or, without masks, by the map's maximum. Without
-    labels: lowest, median and highest maximum of all.
+    Anomalous images are ranked by the pixel AUROC inside the image or, without masks, by the map's maximum; two have no
+    median. Without labels: *lowest*, *median* and *highest* maximum of all.
     """
-    labels, maxima = np.array([s.label for s in dataset]), maps.max(axis=(1, 2))
+    labels, maxima = data.labels, maps.max(axis=(1, 2))
     if (labels < 0).all():
-        return worst_median_best(maxima)
-    rank = maxima if masks is None else within_image(maps, masks)
-    anomalous = worst_median_best(np.where(labels == 1, rank, np.nan))
-    normal = worst_median_best(np.where(labels == 0, -maxima, np.nan))
-    return anomalous + normal
+        return _named(("lowest", "median", "highest"), maxima)
+    rank = maxima if data.masks is None else within_image(maps, data.masks)
+    found = _named(("worst", "median", "best"), np.where(labels == 1, rank, np.nan))
+    if (labels == 0).any():
+        found["flawless"] = int(np.where(labels == 0, maxima, -np.inf).argmax())
+    return found
+
+
+def _named(names: Sequence[str], values: Sequence[float]) -> dict[str, int]:
+    positions = worst_median_best(values)
+    return dict(zip(names if len(positions) == 3 else names[::2], positions, strict=False))
 
 
 # Claims ---------------------------------------------------------------------------------------------------------

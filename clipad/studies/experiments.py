@@ -65,6 +65,12 @@ class Experiment:
             half = torch.is_autocast_enabled(self.backbone.device.type)
         return 0.02 if half else 1e-4
 
+    def has_masks(self) -> bool:
+        """Whether the data set has masks; where not, says so: the guard of a cell that needs them."""
+        if not self.dataset.has_masks:
+            print("Skipped: no masks.")
+        return self.dataset.has_masks
+
     def record(self, name: str, value: Any) -> None:
         """Keep a result (number, mapping or DataFrame) for the record of the run."""
         self.results[name] = _plain(value)

@@ -110,10 +110,15 @@ def subplots(rows: int, columns: int, size: tuple[float, float], title: str = ""
     return figure, axes
 
 
-def picture_grid(names: Sequence[str], titles: Sequence[str], side: float):
-    """A figure for pictures without ticks, ``side`` inches each, and its axes: rows have names, columns titles."""
-    size = (side * len(titles) + 0.4, side * len(names) + 0.6)
-    figure, axes = subplots(len(names), len(titles), size)
+def picture_grid(
+    names: Sequence[str], titles: Sequence[str], side: float, bars: tuple[float, float] = (0, 0)
+):
+    """A figure for pictures without ticks, ``side`` inches each, and its axes: rows have names, columns titles.
+
+    ``bars``: inches for colour bars at the right and below, so that the pictures keep their side.
+    """
+    size = (side * len(titles) + 0.4 + bars[0], side * len(names) + 0.6 + bars[1])
+    figure, axes = subplots(len(names), len(titles), size, layout="compressed")
     for ax in axes.flat:
         bare(ax)
     for ax, title in zip(axes[0], titles, strict=True):
@@ -182,29 +187,39 @@ def gallery(
     limits: Mapping[str, tuple[float | None, float | None]] | None = None,
     colours: Mapping[str, str] | None = None,
     landscape: bool = False,
+    masks_on: str = "maps",
     regions: Mapping[str, np.ndarray] | None = None,
+    below: Mapping[str, Sequence[str]] | None = None,
 ) -> Figure:
     """Images in the first column, one column of heat maps per method, one row per image; ``landscape``: transposed.
 
-    ``images``: S x S x 3; ``maps``: per method N x S x S; ``masks``: N x S x S or None, drawn as contours. The limits
-    of a method are shared by its maps (given, or 1st to 99.8th percentile of what is shown) and stand in its colour
-    bar; with (None, None) every map has a scale of its own. ``colours``: another colour map than ``MAP``.
-    ``regions``: what each method marks, N x S x S; outlined on its maps, and the masks on the images instead.
+    ``images``: S x S x 3; ``maps``: per method N x S x S. The limits of a method are shared by its maps (given, or 1st
+    to 99.8th percentile of what is shown) and stand in its colour bar; with (None, None) every map has a scale of its
+    own. ``colours``: another colour map than ``MAP``. ``below``: per method a text under each map.
+
+    Contours: those of ``masks`` (N x S x S, or None) are drawn where ``masks_on`` says, in any layout: on the "maps",
+    on the "images", or on "both". ``regions`` (what each method marks, N x S x S) are drawn on the method's maps.
     """
     titles, lines = titles or [""] * len(images), ["image", *maps]
     if landscape:
-        figure, axes = picture_grid(lines, titles, min(2.2, 9.5 / len(images)))
+        figure, axes = picture_grid(lines, titles, min(2.2, 9.5 / len(images)), bars=(0.9, 0))
     else:
-        figure, axes = picture_grid(titles, lines, 1.7)
+        figure, axes = picture_grid(titles, lines, 1.7, bars=(0, 0.6))
         axes = axes.T
+    on_images, on_maps = (
+        masks if masks_on in (place, "both") else None for place in ("images", "maps")
+    )
     place = {"location": "right" if landscape else "bottom", "shrink": 0.85, "aspect": 14}
     for line, name in zip(axes, lines, strict=True):
         if name == "image":
-            shown, low = draw(line, images, masks if landscape or regions else None), None
+            shown, low = draw(line, images, on_images), None
         else:
             low, high = (limits or {}).get(name) or np.percentile(maps[name], [1, 99.8])
             look = {"cmap": (colours or {}).get(name, MAP), "vmin": low, "vmax": high}
-            shown = draw(line, maps[name], regions[name] if regions else masks, **look)
+            shown = draw(line, maps[name], on_maps, **look)
+            for i, ax in enumerate(line):
+                contour(ax, regions[name][i] if regions else None)
+                ax.set_xlabel(below[name][i] if below else "")
         bar = figure.colorbar(shown, ax=list(line), ticks=plt.MaxNLocator(3), **place)
         bar.ax.tick_params(labelsize=8)
         bar.ax.set_visible(low is not None)  # an empty bar keeps all pictures at one size
@@ -242,14 +257,12 @@ def dots(
     ``table``: columns ``row``, ``series``, ``estimate`` and, where there are intervals, ``low`` and ``high``. Series of
     a row stand below one another. ``looks``: series -> colour and marker. ``rows``: their order, from the top.
     """
-    table = table.reset_index(drop=True)
     rows = list(table["row"].unique() if rows is None else rows)
     looks = looks or dict(zip(table["series"].unique(), cycle(LOOKS), strict=False))
-    nth = table.groupby("row")["series"].transform(lambda series: pd.factorize(series)[0])
-    most = nth.groupby(table["row"]).transform("max")
-    places = table["row"].map(rows.index) + (nth - most / 2) * min(0.13, 0.5 / max(1, most.max()))
+    heights = _heights(table, rows)
     for name, own in table.groupby("series", sort=False):
-        (colour, marker), at = looks[name], places[own.index]
+        colour, marker = looks[name]
+        at = [heights[row, name] for row in own["row"]]
         if "low" in own:
             ends = 100 * own["low"], 100 * own["high"]
             ax.hlines(at, *ends, color=COLOURS[colour], linewidth=2, alpha=0.6)
@@ -258,6 +271,16 @@ def dots(
     name_rows(ax, rows)
     ax.grid(axis="y", color="0.92")
     ax.set_axisbelow(True)
+
+
+def _heights(table: pd.DataFrame, rows: Sequence[str]) -> dict[tuple[str, str], float]:
+    """(row, series) -> its height on the axis: the series of a row share 0.6 of it, so neighbouring rows stay apart."""
+    heights = {}
+    for place, row in enumerate(rows):
+        series = table.loc[table["row"] == row, "series"].unique()
+        for number, name in enumerate(series):
+            heights[row, name] = place + 0.6 * ((number + 0.5) / len(series) - 0.5)
+    return heights
 
 
 def rows_and_series(table: pd.DataFrame) -> pd.DataFrame:
@@ -269,7 +292,7 @@ def rows_and_series(table: pd.DataFrame) -> pd.DataFrame:
 def dot_panels(
     panels: Mapping[str, pd.DataFrame], xlabel: str, title: str = "", level: float | None = None
 ) -> Figure:
-    """A panel per table of fractions: a row per index and a dot per column, in percent.
+    """A panel per table of fractions: a row per index (in the first table's order) and a dot per column, in percent.
 
     The red line is a ``level``, such as a rate that was promised.
     """
@@ -277,7 +300,7 @@ def dot_panels(
     size = (2 + 2.9 * len(panels), 0.34 * len(first) + 1.6)
     figure, axes = subplots(1, len(panels), size, title, sharey=True)
     for ax, (name, table) in zip(axes[0], panels.items(), strict=True):
-        dots(ax, rows_and_series(table))
+        dots(ax, rows_and_series(table), rows=list(first.index))
         if level is not None:
             ax.axvline(100 * level, color=COLOURS["red"])
         ax.set(title=name, xlabel=xlabel)
@@ -320,16 +343,17 @@ def _limit_of_most(rows: pd.DataFrame) -> float:
 
 
 def _forest_row(ax, place: int, row: pd.Series, colour: str, limit: float) -> None:
-    colour, (estimate, *ends) = COLOURS[colour], 100 * row[["estimate", "low_wide", "high_wide"]]
-    told = f"{Interval(row['estimate'], row['low_wide'], row['high_wide']):+}"
+    wide = Interval(row["estimate"], row["low_wide"], row["high_wide"])
+    look = {"color": COLOURS[colour]}
     at = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
-    ax.annotate(told, (0.99, place - 0.36), fontsize=7.5, color="0.3", **at)
-    ax.plot(ends, [place] * 2, color=colour, linewidth=1.2)
-    ax.plot([100 * row["low"], 100 * row["high"]], [place] * 2, color=colour, linewidth=4)
-    marker = "o" if abs(estimate) <= limit else ">" if estimate > 0 else "<"
-    clear = min(ends) > 0 or max(ends) < 0
-    look = {"color": colour, "mfc": colour if clear else "white", "markersize": 6}
-    ax.plot(np.clip(estimate, -limit, limit), place, marker, clip_on=False, **look)
+    ax.annotate(f"{wide:+}", (0.99, place - 0.36), fontsize=7.5, color="0.3", **at)
+    ax.plot([100 * wide.low, 100 * wide.high], [place] * 2, linewidth=1.2, **look)
+    ax.plot([100 * row["low"], 100 * row["high"]], [place] * 2, linewidth=4, **look)
+    estimate, edge = 100 * wide.estimate, 0.96 * limit  # a cut-off row's arrow stays in the panel
+    marker = "o" if abs(estimate) <= edge else ">" if estimate > 0 else "<"
+    filled = wide.verdict() in ("higher", "lower")
+    look["markerfacecolor"] = COLOURS[colour] if filled else "white"
+    ax.plot(np.clip(estimate, -edge, edge), place, marker, markersize=6, **look)
 
 
 def category_dots(table: pd.DataFrame, title: str, before: str, after: str) -> Figure:

@@ -15,7 +15,7 @@ from clipad.datasets import EXPECTED, Dataset, Sample
 from clipad.detectors import SDP, ClipSurgery, Detector, Direct
 from clipad.evaluation import batches, category_metrics, fingerprint, predict_halving
 from clipad.files import address, cached, code_version
-from clipad.metrics import draw_counts
+from clipad.metrics import draw_counts, within_image
 from clipad.published import published_results
 from clipad.studies.common import (
     METRIC_NAMES,
@@ -26,7 +26,6 @@ from clipad.studies.common import (
     groups,
     labelled,
     scores_of,
-    within_image,
     worst_median_best,
 )
 from clipad.studies.sdp_plus_fine_tuning import build, layers_for

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from clipad.datasets import Dataset
 from clipad.detectors import class_probability
 from clipad.evaluation import batches, read_masks
-from clipad.metrics import pixel_metrics
+from clipad.metrics import pixel_metrics, within_image
 from clipad.studies.common import (
     METRIC_NAMES,
     METRICS,
@@ -33,7 +33,6 @@ from clipad.studies.common import (
     labelled,
     scores_of,
     thinned,
-    within_image,
     worst_median_best,
 )
 from clipad.studies.opposite_predictions import (
@@ -77,7 +76,7 @@ def median_example(run, detector, category: str) -> Example:
     """
     category = category if category in run.dataset.categories else run.dataset.categories[0]
     kept = keep(detector, run.dataset.select(category))
-    chosen = chosen_by_rule(kept.dataset, kept.maps(detector), kept.masks) or [0]
+    chosen = list(chosen_by_rule(kept, kept.maps(detector)).values())
     return example_of(run, kept.dataset[chosen[min(1, len(chosen) - 1)]])
 
 
@@ -118,9 +117,8 @@ def score_variants(
     size = run.backbone.image_size
     data = labelled(run.dataset, size)
 
-    def scored(
-        patch_values: torch.Tensor,
-    ):  # one at a time: maps of all variants would fill the memory
+    # One variant at a time: maps of all would fill the memory.
+    def scored(patch_values: torch.Tensor):
         maps = smooth_maps(patch_values, size)
         return data.metrics_by_category(
             maps, probabilities.numpy(), resamples=resamples, seed=run.seed

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from clipad.studies.dual_path_surgery import Example
 from clipad.studies.figures import (
     ANOMALOUS,
+    COLOURS,
     MAP,
     NORMAL,
     dots,
@@ -57,26 +58,31 @@ def beside(
     are never negative, from 0 on. Every column has its own scale.
     """
     examples = [examples] if isinstance(examples, Example) else list(examples)
-    limits, colours, words, told = {}, {}, set(), []
+    limits, colours, below, words, told = {}, {}, {}, set(), []
     for name, values in maps.items():
         top, signed = np.abs(values).max(), values.min() < 0
         limits[name] = (-top, top) if signed else (0, np.ceil(top))
         colours[name] = SIGNED if signed else MAP
         words.add("red is anomalous, white 0, blue normal" if signed else "bright is anomalous")
-    names = [f"{example.category}, {example.defect}" for example in examples]
-    masks = None if examples[0].mask is None else [example.mask for example in examples]
-    figure = gallery([e.pixels for e in examples], maps, masks, names, limits, colours)
-    lines = np.reshape(figure.axes[: len(examples) * (1 + len(maps))], (len(examples), -1))[:, 1:]
-    for column, (name, values) in zip(lines.T, maps.items(), strict=True):
-        for ax, example, heat in zip(column, examples, values, strict=True):
-            auroc = example.auroc(heat)
+        aurocs = [example.auroc(heat) for example, heat in zip(examples, values, strict=True)]
+        below[name] = ["" if auroc is None else f"AUROC {auroc:.0f}" for auroc in aurocs]
+        for example, auroc in zip(examples, aurocs, strict=True):
             if auroc is not None:
-                ax.set_xlabel(f"AUROC {auroc:.0f}")
                 of = f"{example.category} " if len(examples) > 1 else ""
                 told.append(f"{of}{name} {auroc:.0f}")
+    figure = gallery(
+        [example.pixels for example in examples],
+        maps,
+        None if examples[0].mask is None else [example.mask for example in examples],
+        [f"{example.category},\n{example.defect}" for example in examples],
+        limits,
+        colours,
+        masks_on="images",
+        below=below,
+    )
     caption = f"In the maps {', or '.join(sorted(words)[::-1])}. Each column has its own scale."
     if told:
-        caption = f"White line: the defect. {caption}"
+        caption = f"White line in the image: the defect. {caption}"
         caption += f" Pixel AUROC inside the image: {', '.join(told)}."
     return figure, caption
 
@@ -86,10 +92,13 @@ def chance(controls: pd.DataFrame) -> tuple[Figure, str]:
 
     ``controls``: :func:`clipad.studies.dual_path_surgery.control_aurocs`.
     """
-    looks = {"found": ("orange", "D"), "shuffled states": ("grey", "o"), "untrained": ("blue", "^")}
+    looks = {"shuffled states": ("grey", "o"), "untrained": ("blue", "^")}
     table = controls.melt("control", var_name="row", value_name="estimate")
-    figure, ax = plt.subplots(figsize=(7.2, 0.55 * table["row"].nunique() + 1.2))
-    dots(ax, table.rename(columns={"control": "series"}), looks)
+    found = table["control"] == "found"
+    figure, ax = plt.subplots(figsize=(7.2, 0.55 * found.sum() + 1.2))
+    dots(ax, table[~found].rename(columns={"control": "series"}), looks)
+    look = {"color": COLOURS["orange"], "markersize": 9, "markeredgecolor": "white"}
+    ax.plot(100 * table["estimate"][found], range(found.sum()), "D", label="found", **look)
     ax.axvline(50, color="0.3", linewidth=0.8, linestyle="--")
     ax.set(xlim=(0, 100), xlabel="pixel AUROC, mean over categories")
     ax.set(title="What a map reaches that knows nothing")

@@ -17,6 +17,7 @@ from clipad.studies.figures import (
     COLOURS,
     KINDS,
     MAP,
+    bare,
     contour,
     dots,
     draw,
@@ -47,7 +48,7 @@ STYLES = {
     "feed-forward": ("orange", "X"),
 }
 
-ATTENTION = {"q-k": COLOURS["grey"], "v-v": COLOURS["green"]}
+KINDS_OF_ATTENTION = ("q-k", "v-v")
 
 
 def _look(series: str) -> dict:
@@ -73,7 +74,7 @@ def steps(image: np.ndarray, mask: np.ndarray, cosines: np.ndarray, values: np.n
         "$z_a - z_n$": (anomalous - normal, signed),
         "direct map": (values, {"cmap": MAP, "vmin": 0, "vmax": 1}),
     }
-    figure, axes = picture_grid([""], list(panels), 1.6)
+    figure, axes = picture_grid([""], list(panels), 1.6, bars=(0, 0.6))
     for ax, (panel, options) in zip(axes[0], panels.values(), strict=True):
         shown = ax.imshow(panel, interpolation="nearest", **options)
         ticks, place = MaxNLocator(3), {"location": "bottom", "shrink": 0.85, "aspect": 14}
@@ -213,23 +214,31 @@ def attention_of_patch(
 
     ``weights``: 0-based block -> the two rows of attention weights over all tokens, class token first.
     """
-    kinds = dict(zip(ATTENTION, zip(*weights.values(), strict=True), strict=True))
+    kinds = dict(zip(KINDS_OF_ATTENTION, zip(*weights.values(), strict=True), strict=True))
     side, grid = len(example.pixels), round((len(kinds["q-k"][0]) - 1) ** 0.5)
     top = max(np.delete(row[1:], example.patch).max() for rows in kinds.values() for row in rows)
     titles, drawn = ["", *(f"block {b}" for b in weights)], {"extent": (0, side, side, 0)}
-    figure, axes = picture_grid([f"{kind} attention" for kind in ATTENTION], titles, 2.1)
-    for line, rows in zip(axes, kinds.values(), strict=True):
-        line[0].imshow(example.pixels, **drawn)
+    figure, axes = picture_grid(["", ""], titles, 2, bars=(0, 0.7))
+    for ax in axes[:, 0]:  # the image stands once, beside both rows
+        ax.remove()
+    image = figure.add_subplot(axes[0, 0].get_gridspec()[:, 0])
+    bare(image)
+    image.imshow(example.pixels, **drawn)
+    for line, (kind, rows) in zip(axes[:, 1:], kinds.items(), strict=True):
         squares = [row[1:].reshape(grid, grid) for row in rows]
-        shown = draw(line[1:], squares, cmap=MAP, norm=PowerNorm(0.5, 0, top), **drawn)
-        for ax in line:
-            mark_patch(ax, example.patch, grid, side)
-            contour(ax, example.mask)
-    bar = figure.colorbar(shown, ax=axes[:, 1:], location="bottom", shrink=0.6, aspect=40)
-    bar.set_label("attention weight (square-root scale, one for all)")
+        shown = draw(line, squares, cmap=MAP, norm=PowerNorm(0.5, 0, top), **drawn)
+        line[0].set_ylabel(f"{kind} attention")
+    for ax in (image, *axes[:, 1:].flat):
+        mark_patch(ax, example.patch, grid, side)
+        contour(ax, example.mask)
+    bar = figure.colorbar(shown, ax=axes[:, 1:], location="bottom", shrink=0.85, aspect=40)
+    bar.set_label("attention weight")
+    known = example.mask is not None and example.mask.any()
+    blocks = ("Blocks " if len(weights) > 1 else "Block ") + ", ".join(map(str, weights))
     return figure, (
         f"What the marked patch (cyan) of a {example.category}, {example.defect}, takes from every other patch, "
-        f"mean over heads; the defect is outlined. Blocks {', '.join(map(str, weights))}, counted from 0."
+        f"mean over heads{'; the defect is outlined' if known else ''}. {blocks}, counted from 0. All maps share one "
+        "scale, the square root of the weight."
     )
 
 
@@ -239,13 +248,13 @@ def attention_by_block(tables: Mapping[str, pd.DataFrame]) -> tuple[Figure, str]
     ``tables``: ``trained`` and perhaps ``untrained``, :func:`clipad.studies.opposite_predictions.attention_on_defect`.
     """
     figure, ax = plt.subplots(figsize=(7.2, 3.1))
-    looks = {"trained": {"linestyle": "-"}, "untrained": {"linestyle": ":", "mfc": "white"}}
+    lines = {"trained": {"linestyle": "-"}, "untrained": {"linestyle": ":", "mfc": "white"}}
     for network, table in tables.items():
         by_block = 100 * table.groupby("block")[["q-k", "v-v", "even"]].mean()
-        for kind, colour in ATTENTION.items():
+        for kind in KINDS_OF_ATTENTION:
             label = kind if network == "trained" else f"{kind}, untrained"
-            marker = "o" if kind == "q-k" else "s"
-            ax.plot(by_block[kind], color=colour, marker=marker, label=label, **looks[network])
+            look = _look(f"{kind} attention") | lines[network]
+            ax.plot(by_block[kind], label=label, **look)
     even = by_block["even"].mean()
     ax.axhline(even, color="0.3", linewidth=0.8, linestyle="--", label="everywhere alike")
     ax.set(xlabel="block", ylabel="attention on the\nrest of the defect, %", ylim=(0, None))

@@ -62,7 +62,10 @@ def chance(
     for ax, metric in zip(axes[0], metrics, strict=True):
         columns = {"order": "row", metric: "estimate"}
         dots(ax, trainings.rename(columns=columns).assign(series=trainings["order"]))
-        ax.axvline(100 * baseline[metric], color="0.4", linestyle="--", linewidth=1)
+        level = 100 * baseline[metric]
+        ax.axvline(level, color="0.4", linestyle="--", linewidth=1)
+        place = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
+        ax.annotate("SDP", (level, 1), fontsize=9, color="0.3", **place)
         ax.set_xlabel(f"{METRIC_NAMES[metric]}, percent")
     return figure
 

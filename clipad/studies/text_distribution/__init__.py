@@ -195,6 +195,21 @@ def largest_cluster(e: np.ndarray, **options) -> np.ndarray:
     return found == np.bincount(clusters).argmax() if len(clusters) else np.zeros(len(e), bool)
 
 
+def kept_by_dbscan(sentences: Sentences, **options) -> pd.DataFrame:
+    """Which sentences DBSCAN averages, a row per category and state: how many, how many state words and templates
+    (articles aside) occur in them ("3 of 11"), and which templates."""
+    rows = {}
+    for category, state, own in sentences.each():
+        table = own.table.assign(template=own.table["template"].map(without_articles))
+        kept = table[largest_cluster(own.embeddings, **options)]
+        row = {"sentences": f"{len(kept)} of {len(table)}"}
+        for name, column in (("state words", "word"), ("templates", "template")):
+            row[name] = f"{kept[column].nunique()} of {table[column].nunique()}"
+        names = ", ".join(name.rstrip(".") for name in kept["template"].unique())
+        rows[category, state] = row | {"which templates": names or "none"}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["category", "state"])
+
+
 def what_dbscan_does(
     sentences: Sentences, grid: Iterable[float], min_samples: int = 15
 ) -> pd.DataFrame:
@@ -205,12 +220,12 @@ def what_dbscan_does(
     for category, state, own in sentences.each():
         e, words = own.embeddings, own.table["word"]
         for eps in grid:
-            kept = largest_cluster(e, eps=eps, min_samples=min_samples)
+            options = {"eps": eps, "min_samples": min_samples}
+            kept = largest_cluster(e, **options)
             share = kept.mean()
-            means = [rows.mean(axis=0) for rows in (e[kept] if share else e, e)]
-            vector, mean = (m / np.linalg.norm(m) for m in means)
+            vector, mean = _vector(e, "dbscan", **options), _vector(e, "mean")
             # Through the chord: the arc cosine of nearly 1 has no digits left.
-            angle = np.degrees(2 * np.arcsin(min(1, np.linalg.norm(vector - mean) / 2)))
+            angle = np.degrees(2 * np.arcsin(min(1, float((vector - mean).norm()) / 2)))
             row = {"category": category, "state": state, "eps": eps, "share": share, "angle": angle}
             row["regime"] = {0: "finds nothing", 1: "is the mean"}.get(share, "selects")
             row["words"] = words[kept].nunique() / words.nunique()
@@ -239,13 +254,15 @@ def vectors(
     """Per category the two text vectors, C x 2 unit columns, from all or from some of the sentences (``rows``)."""
     found = defaultdict(list)
     for category, _, own in (sentences if rows is None else sentences.take(rows)).each():
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # all noise: the mean is taken, as what_dbscan_does tells
-            vector = representative_vector(torch.from_numpy(own.embeddings), method, **options)
-        found[category].append(vector)
+        found[category].append(_vector(own.embeddings, method, **options))
     return {category: torch.stack(pair, dim=1).float() for category, pair in found.items()}
+
+
+def _vector(e: np.ndarray, method: str, **options) -> torch.Tensor:
+    with warnings.catch_warnings():
+        # All noise: the mean is taken, as what_dbscan_does tells.
+        warnings.simplefilter("ignore")
+        return representative_vector(torch.from_numpy(e), method, **options)
 
 
 def measure(

@@ -27,6 +27,7 @@ from clipad.studies.figures import (
 from clipad.studies.text_distribution import STATES, Sentences
 
 LOOKS = {"normal": (NORMAL, "o"), "anomalous": (ANOMALOUS, "^")}
+METHODS = {"mean": ("blue", "o"), "dbscan": ("green", "s")}
 REGIMES = {"finds nothing": "grey", "selects": "green", "is the mean": "blue"}
 
 
@@ -125,10 +126,10 @@ def word_matrix(words: pd.DataFrame, title: str) -> Figure:
 
 
 def leave_out(changes: Mapping[str, pd.Series], title: str) -> Figure:
-    """Change of a metric without each state word, in points: a dot per method and word."""
+    """Change of a metric without each state word, in points: a dot per method (``METHODS``) and word."""
     words = pd.DataFrame(changes).rename(index=lambda word: word.replace("{}", "…"))
     figure, ax = plt.subplots(figsize=(6.4, 0.26 * len(words) + 1.2))
-    dots(ax, rows_and_series(words))
+    dots(ax, rows_and_series(words), METHODS)
     ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
     ax.set(xlabel="change in points without this word", title=title)
     ax.legend()
