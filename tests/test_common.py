@@ -165,3 +165,16 @@ def test_a_chart_is_svg_and_a_picture_png_both_with_alt_text_and_caption(monkeyp
     with pytest.raises(ValueError, match="caption"):
         figures.show(plt.figure(), " ")
     plt.close("all")
+
+
+def test_images_by_rule_have_names_and_two_have_no_median():
+    def rule(labels, tops):
+        maps = np.zeros((len(labels), 2, 2))
+        maps[:, 0, 0] = tops
+        return common.chosen_by_rule(SimpleNamespace(labels=np.array(labels), masks=None), maps)
+
+    found = rule([1, 0, 1, 1, 0], [5, 1, 3, 4, 2])
+    assert found == {"worst": 2, "median": 3, "best": 0, "flawless": 4}
+    assert rule([0, 1, 1], [1, 3, 2]) == {"worst": 2, "best": 1, "flawless": 0}
+    assert rule([-1, -1, -1], [3, 1, 2]) == {"lowest": 1, "median": 2, "highest": 0}
+    assert rule([0, 0], [1, 2]) == {"flawless": 1}

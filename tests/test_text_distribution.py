@@ -95,6 +95,12 @@ def test_what_is_kept_is_what_the_vector_averages(two_clouds):
     np.testing.assert_allclose(vector / np.linalg.norm(vector), expected)
     table = study.what_dbscan_does(two_clouds, [0.1], 3)
     assert table.loc[0, "share"] == kept.mean()
+    mean = e.mean(axis=0) / np.linalg.norm(e.mean(axis=0))
+    angle = np.degrees(np.arccos(expected @ mean))
+    assert angle > 1
+    assert table.loc[0, "angle"] == pytest.approx(angle)
+    counts = study.kept_by_dbscan(two_clouds, **options).loc[("bolt", "normal")]
+    assert counts["sentences"] == f"{kept.sum()} of {len(e)}"
     templates = two_clouds.of("bolt", "normal").table["template"][kept]
     assert set(table.loc[0, "templates"]) == set(templates)
     both = [set(names) for names in table["templates"]]

@@ -17,7 +17,6 @@ from clipad.studies.figures import (
     COLOURS,
     KINDS,
     MAP,
-    bare,
     contour,
     dots,
     draw,
@@ -210,24 +209,23 @@ def last_blocks(auroc: Mapping[str, Sequence[float]], writes: pd.DataFrame, titl
 def attention_of_patch(
     example: Example, weights: Mapping[int, tuple[np.ndarray, np.ndarray]]
 ) -> tuple[Figure, str]:
-    """Where the example's patch looks, q-k above v-v, in some blocks, and the caption.
+    """Where the example's patch looks, by q-k and by v-v attention, a row per block, and the caption.
 
     ``weights``: 0-based block -> the two rows of attention weights over all tokens, class token first.
     """
-    kinds = dict(zip(KINDS_OF_ATTENTION, zip(*weights.values(), strict=True), strict=True))
-    side, grid = len(example.pixels), round((len(kinds["q-k"][0]) - 1) ** 0.5)
-    top = max(np.delete(row[1:], example.patch).max() for rows in kinds.values() for row in rows)
-    titles, drawn = ["", *(f"block {b}" for b in weights)], {"extent": (0, side, side, 0)}
-    figure, axes = picture_grid(["", ""], titles, 2, bars=(0, 0.7))
-    for ax in axes[:, 0]:  # the image stands once, beside both rows
-        ax.remove()
-    image = figure.add_subplot(axes[0, 0].get_gridspec()[:, 0])
-    bare(image)
-    image.imshow(example.pixels, **drawn)
-    for line, (kind, rows) in zip(axes[:, 1:], kinds.items(), strict=True):
-        squares = [row[1:].reshape(grid, grid) for row in rows]
-        shown = draw(line, squares, cmap=MAP, norm=PowerNorm(0.5, 0, top), **drawn)
-        line[0].set_ylabel(f"{kind} attention")
+    side, grid = len(example.pixels), round((len(next(iter(weights.values()))[0]) - 1) ** 0.5)
+    others = [np.delete(row[1:], example.patch) for rows in weights.values() for row in rows]
+    look = {"extent": (0, side, side, 0), "cmap": MAP, "norm": PowerNorm(0.5, 0, np.max(others))}
+    titles = ["", *(f"{kind} attention" for kind in KINDS_OF_ATTENTION)]
+    figure, axes = picture_grid([""] * len(weights), titles, 1.8, bars=(0, 0.7))
+    for row, ax in enumerate(axes[:, 0]):  # the image stands once, beside the middle row
+        ax.set_visible(row == len(axes) // 2)
+    image = axes[len(axes) // 2, 0]
+    image.imshow(example.pixels, extent=look["extent"])
+    image.set_title("image", fontsize=9)
+    for line, (block, rows) in zip(axes[:, 1:], weights.items(), strict=True):
+        shown = draw(line, [row[1:].reshape(grid, grid) for row in rows], **look)
+        line[0].set_ylabel(f"block {block}")
     for ax in (image, *axes[:, 1:].flat):
         mark_patch(ax, example.patch, grid, side)
         contour(ax, example.mask)
