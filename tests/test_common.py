@@ -13,6 +13,7 @@ from clipad.evaluation import evaluate
 from clipad.linear_layers import LinearLayers
 from clipad.studies import common, figures
 from clipad.studies.common import Interval, Scores
+from clipad.studies.experiments import Experiment
 
 
 class Run:
@@ -108,15 +109,15 @@ def test_images_with_nothing_to_count_are_left_out():
 
 def test_a_notebook_without_both_labels_keeps_its_record_and_ends(data, capsys):
     finished = []
-    normal = replace(data, samples=tuple(s for s in data if s.label == 0))
+    run = Experiment("00", {}, None, data, None, None, None, 0)
+    run.finish = lambda: finished.append(True)
+    run.need_both_labels("this notebook")  # goes on
+    run.dataset = replace(data, samples=tuple(s for s in data if s.label == 0))
     with pytest.raises(SystemExit) as stop:
-        common.need_both_labels(
-            SimpleNamespace(dataset=normal, finish=lambda: finished.append(True)), "this notebook"
-        )
+        run.need_both_labels("this notebook")
     assert not stop.value.code
     assert finished == [True]
     assert "normal images only" in capsys.readouterr().out
-    common.need_both_labels(SimpleNamespace(dataset=data), "this notebook")  # goes on
 
 
 def test_verdicts_say_what_the_interval_says():
@@ -178,3 +179,12 @@ def test_images_by_rule_have_names_and_two_have_no_median():
     assert rule([0, 1, 1], [1, 3, 2]) == {"worst": 2, "best": 1, "flawless": 0}
     assert rule([-1, -1, -1], [3, 1, 2]) == {"lowest": 1, "median": 2, "highest": 0}
     assert rule([0, 0], [1, 2]) == {"flawless": 1}
+
+
+def test_the_guard_of_a_cell_says_that_it_is_skipped_only_without_masks(data, capsys):
+    run = Experiment("00", {}, None, data, None, None, None, 0)
+    assert run.has_masks()
+    assert not capsys.readouterr().out
+    run.dataset = replace(data, samples=tuple(replace(s, mask_path=None) for s in data))
+    assert not run.has_masks()
+    assert "no masks" in capsys.readouterr().out

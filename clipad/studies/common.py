@@ -355,22 +355,6 @@ def score(
     return scores_of(found, METRICS, resamples, seed)
 
 
-def leave(run, why: str) -> None:
-    """End a notebook early and without an error, with a word, where its data has nothing to say; keeps the record."""
-    print(f"Skipped: {why}")
-    run.finish()
-    raise SystemExit(0)
-
-
-def need_both_labels(run, what: str) -> None:
-    """Leave where there is nothing to compare: no labels, or one of the two only."""
-    found = {s.label for s in run.dataset}
-    if not (run.dataset.has_masks or found >= {0, 1}):
-        there = {0: "normal", 1: "anomalous", -1: "unlabelled"}
-        kinds = " and ".join(there[label] for label in sorted(found))
-        leave(run, f"{what}. {run.dataset.name} has {kinds} images only; metrics need both kinds.")
-
-
 # Images by rule -------------------------------------------------------------------------------------------------
 
 

@@ -71,6 +71,21 @@ class Experiment:
             print("Skipped: no masks.")
         return self.dataset.has_masks
 
+    def need_both_labels(self, what: str) -> None:
+        """Leave where there is nothing to compare: no labels, or one of the two only."""
+        found = {s.label for s in self.dataset}
+        if not (self.dataset.has_masks or found >= {0, 1}):
+            there = {0: "normal", 1: "anomalous", -1: "unlabelled"}
+            kinds = " and ".join(there[label] for label in sorted(found))
+            name = self.dataset.name
+            self.leave(f"{what}. {name} has {kinds} images only; metrics need both kinds.")
+
+    def leave(self, why: str) -> None:
+        """End a notebook with a word and without an error where its data has nothing to say; keeps the record."""
+        print(f"Skipped: {why}")
+        self.finish()
+        raise SystemExit(0)
+
     def record(self, name: str, value: Any) -> None:
         """Keep a result (number, mapping or DataFrame) for the record of the run."""
         self.results[name] = _plain(value)

@@ -204,7 +204,7 @@ def gallery(
     if landscape:
         figure, axes = picture_grid(lines, titles, min(2.2, 9.5 / len(images)), bars=(0.9, 0))
     else:
-        figure, axes = picture_grid(titles, lines, 1.7, bars=(0, 0.6))
+        figure, axes = picture_grid(titles, lines, 1.8, bars=(0, 0.6))
         axes = axes.T
     on_images, on_maps = (
         masks if masks_on in (place, "both") else None for place in ("images", "maps")
@@ -349,7 +349,7 @@ def _forest_row(ax, place: int, row: pd.Series, colour: str, limit: float) -> No
     ax.annotate(f"{wide:+}", (0.99, place - 0.36), fontsize=7.5, color="0.3", **at)
     ax.plot([100 * wide.low, 100 * wide.high], [place] * 2, linewidth=1.2, **look)
     ax.plot([100 * row["low"], 100 * row["high"]], [place] * 2, linewidth=4, **look)
-    estimate, edge = 100 * wide.estimate, 0.96 * limit  # a cut-off row's arrow stays in the panel
+    estimate, edge = 100 * wide.estimate, 0.93 * limit  # a cut-off row's arrow stays in the panel
     marker = "o" if abs(estimate) <= edge else ">" if estimate > 0 else "<"
     filled = wide.verdict() in ("higher", "lower")
     look["markerfacecolor"] = COLOURS[colour] if filled else "white"
