@@ -222,15 +222,14 @@ def attention_of_patch(
         ax.set_visible(row == len(axes) // 2)
     image = axes[len(axes) // 2, 0]
     image.imshow(example.pixels, extent=look["extent"])
-    image.set_title("image", fontsize=9)
     for line, (block, rows) in zip(axes[:, 1:], weights.items(), strict=True):
         shown = draw(line, [row[1:].reshape(grid, grid) for row in rows], **look)
         line[0].set_ylabel(f"block {block}")
     for ax in (image, *axes[:, 1:].flat):
         mark_patch(ax, example.patch, grid, side)
         contour(ax, example.mask)
-    bar = figure.colorbar(shown, ax=axes[:, 1:], location="bottom", shrink=0.85, aspect=40)
-    bar.set_label("attention weight")
+    place = {"location": "bottom", "shrink": 0.85, "aspect": 40, "ticks": MaxNLocator(3)}
+    figure.colorbar(shown, ax=axes[:, 1:], label="attention weight", **place)
     known = example.mask is not None and example.mask.any()
     blocks = ("Blocks " if len(weights) > 1 else "Block ") + ", ".join(map(str, weights))
     return figure, (
