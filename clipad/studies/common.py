@@ -64,6 +64,8 @@ class Interval:
 
         >>> f"{Interval(0.009, 0.0004, 0.018):+}", f"{Interval(0.755, 0.68, 0.82)}"
         ('+0.9 [+0.04, +1.8]', '75.5 [68.0, 82.0]')
+        >>> f"{Interval(0.6, np.nan, np.nan)}"
+        '60.0'
         """
         if np.isnan([self.low, self.high]).any():
             return _percent(self.estimate, spec)
@@ -420,7 +422,8 @@ def claim(
         sign, p, against = "", float("nan"), f", against {100 * level:g}"
     verdict, narrow = wide.verdict(level or 0.0), (images or wide).verdict(level or 0.0)
     told = f"{METRIC_NAMES.get(metric, metric)} {wide:{sign}}{against}".strip()
-    text = f"**Found here:** {sentence}: **{verdict}**, {told} (95 %, {scope})."
+    about = scope if verdict == "not measured" else f"95 %, {scope}"
+    text = f"**Found here:** {sentence}: **{verdict}**, {told} ({about})."
     if narrow != verdict:
         text += f" For other images of these categories alone: {images:{sign}}, {narrow}."
     follows = then if isinstance(then, str) else then.get(verdict, "")
