@@ -197,7 +197,7 @@ def main(names) -> int:
         except (ValueError, OSError) as error:
             said = str(error)
         kept += said != "stored"
-        print(f"{name}: {said}", flush=True)
+        print(f"{Path(name).stem}: {said}", flush=True)
     return kept
 
 

@@ -222,3 +222,8 @@ def test_a_notebook_that_fails_keeps_its_last_outputs(make, monkeypatch, tmp_pat
         "00_good: stored\n01_bad: 01_bad.ipynb: code cell 2: an absolute path"
         in capsys.readouterr().out
     )
+
+
+def test_a_name_that_no_notebook_has_does_not_end_the_others(capsys):
+    assert store.main(["99"]) == 1
+    assert "99: no notebook starts with '99'" in capsys.readouterr().out
