@@ -170,10 +170,10 @@ class _Work:
             tqdm(total=len(paths), desc=what, unit="image", disable=None) as bar,
         ):
             groups = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
-            ahead = None
-            for group, following in zip(groups, [*groups[1:], []], strict=True):
-                loaded = ahead or readers.map(lambda path: self._load(path, copy), group)
-                ahead = readers.map(lambda path: self._load(path, copy), following)
+            loads = (readers.map(lambda path: self._load(path, copy), group) for group in groups)
+            following = next(loads, None)
+            for group in groups:
+                loaded, following = following, next(loads, None)  # read while the model computes
                 tensors, facts = [], {}
                 for path, (tensor, found) in zip(group, loaded, strict=True):
                     if tensor is None:
