@@ -1,4 +1,4 @@
-"""Figures of notebook 03: six tokens, where a patch looks, and maps beside one another."""
+"""Figures of notebook 03: six tokens, maps beside one another, and controls."""
 
 from __future__ import annotations
 
@@ -9,17 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from clipad.studies.dual_path_surgery import Example
-from clipad.studies.figures import (
-    ANOMALOUS,
-    COLOURS,
-    MAP,
-    NORMAL,
-    dots,
-    gallery,
-    heatmap,
-    subplots,
-)
+from clipad.studies.figures import ANOMALOUS, MAP, NORMAL, dots, gallery, heatmap, subplots
+from clipad.studies.opposite_predictions import Example
 
 SIGNED = "RdBu_r"
 """for values with a sign: white is 0, red anomalous"""
@@ -27,18 +18,17 @@ SIGNED = "RdBu_r"
 
 def six_tokens(v: np.ndarray, weights: Mapping[str, np.ndarray]) -> tuple[Figure, str]:
     """The six vectors v (6 x 2; the last two are the defect's) and attention weights, 6 x 6 each; and the caption."""
-    n = len(weights)
+    n, colours = len(weights), [NORMAL] * 4 + [ANOMALOUS] * 2
     figure, axes = subplots(1, 1 + n, (2.3 * (1 + n), 2.7), width_ratios=[1.1] + [1] * n)
     values, *tables = axes[0]
+    values.quiver(*np.zeros((2, 6)), *v.T, color=colours, angles="xy", scale_units="xy", scale=1)
     for token, end in enumerate(v):
-        style = {"arrowstyle": "-|>", "color": ANOMALOUS if token >= 4 else NORMAL}
-        values.annotate("", end, (0, 0), arrowprops=style)
         values.annotate(str(token), end, (3, 1), textcoords="offset points", fontsize=9)
     values.set(xlim=(-1, 2.7), ylim=(-0.8, 2.1), title="values $v$", aspect="equal")
     for ax, (name, w) in zip(tables, weights.items(), strict=True):
         heatmap(pd.DataFrame(100 * w), ax, fmt=".0f", square=True)
-        for line in (ax.axhline, ax.axvline):
-            line(4, color="white", linewidth=2)
+        ax.axhline(4, color="white", linewidth=2)
+        ax.axvline(4, color="white", linewidth=2)
         ax.set_title(name)
     tables[0].set(ylabel="token that looks", xlabel="token looked at")
     stays = {name: 100 * w[4:, 4:].sum(axis=1).mean() for name, w in weights.items()}
@@ -49,41 +39,38 @@ def six_tokens(v: np.ndarray, weights: Mapping[str, np.ndarray]) -> tuple[Figure
     )
 
 
-def beside(
-    examples: Example | Sequence[Example], maps: Mapping[str, np.ndarray]
-) -> tuple[Figure, str]:
+def beside(examples: Sequence[Example], maps: Mapping[str, np.ndarray]) -> tuple[Figure, str]:
     """Maps of one or several images side by side, a row per image, and their caption with the numbers.
 
     ``maps``: name -> E x S x S. Values with a sign are drawn around 0 (red: anomalous), sums of probabilities, which
     are never negative, from 0 on. Every column has its own scale.
     """
-    examples = [examples] if isinstance(examples, Example) else list(examples)
-    limits, colours, below, words, told = {}, {}, {}, set(), []
+    limits, colours, below, told = {}, {}, {}, []
     for name, values in maps.items():
         top, signed = np.abs(values).max(), values.min() < 0
         limits[name] = (-top, top) if signed else (0, np.ceil(top))
         colours[name] = SIGNED if signed else MAP
-        words.add("red is anomalous, white 0, blue normal" if signed else "bright is anomalous")
         aurocs = [example.auroc(heat) for example, heat in zip(examples, values, strict=True)]
         below[name] = ["" if auroc is None else f"AUROC {auroc:.0f}" for auroc in aurocs]
-        for example, auroc in zip(examples, aurocs, strict=True):
-            if auroc is not None:
-                of = f"{example.category} " if len(examples) > 1 else ""
-                told.append(f"{of}{name} {auroc:.0f}")
+        told.append(f"{name} {', '.join(text.removeprefix('AUROC ') for text in below[name])}")
+    known = examples[0].mask is not None
     figure = gallery(
         [example.pixels for example in examples],
         maps,
-        None if examples[0].mask is None else [example.mask for example in examples],
+        [example.mask for example in examples] if known else None,
         [f"{example.category},\n{example.defect}" for example in examples],
         limits,
         colours,
         masks_on="images",
         below=below,
     )
-    caption = f"In the maps {', or '.join(sorted(words)[::-1])}. Each column has its own scale."
-    if told:
+    caption = (
+        "Where a map has negative values red is anomalous, white 0 and blue normal; elsewhere bright is anomalous. "
+        "Each column has its own scale."
+    )
+    if known:
         caption = f"White line in the image: the defect. {caption}"
-        caption += f" Pixel AUROC inside the image: {', '.join(told)}."
+        caption += f" Pixel AUROC inside the image: {'; '.join(told)}."
     return figure, caption
 
 
@@ -92,22 +79,19 @@ def chance(controls: pd.DataFrame) -> tuple[Figure, str]:
 
     ``controls``: :func:`clipad.studies.dual_path_surgery.control_aurocs`.
     """
-    looks = {"shuffled states": ("grey", "o"), "untrained": ("blue", "^")}
+    looks = {"found": ("orange", "D"), "shuffled states": ("grey", "o"), "untrained": ("blue", "^")}
     table = controls.melt("control", var_name="row", value_name="estimate")
-    found = table["control"] == "found"
-    figure, ax = plt.subplots(figsize=(7.2, 0.55 * found.sum() + 1.2))
-    dots(ax, table[~found].rename(columns={"control": "series"}), looks)
-    look = {"color": COLOURS["orange"], "markersize": 9, "markeredgecolor": "white"}
-    ax.plot(100 * table["estimate"][found], range(found.sum()), "D", label="found", **look)
+    figure, ax = plt.subplots(figsize=(7.2, 0.55 * table["row"].nunique() + 1.2))
+    dots(ax, table.rename(columns={"control": "series"}), looks)
     ax.axvline(50, color="0.3", linewidth=0.8, linestyle="--")
     ax.set(xlim=(0, 100), xlabel="pixel AUROC, mean over categories")
     ax.set(title="What a map reaches that knows nothing")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     told = []
-    for (control, name), values in table.groupby(["control", "row"], sort=False)["estimate"]:
-        ends = sorted({f"{100 * value:.0f}" for value in (values.min(), values.max())}, key=int)
-        told.append(f"{name}, {control}: {' to '.join(ends)}")
+    for (name, row), values in table.groupby(["control", "row"], sort=False)["estimate"]:
+        ends = dict.fromkeys(f"{100 * value:.0f}" for value in (values.min(), values.max()))
+        told.append(f"{row}, {name}: {' to '.join(ends)}")
     return figure, (
-        "Diamond: this CLIP with its text. Dots: the same features with the sentences dealt to the states at random. "
-        f"Triangles: untrained networks. Dashed: 50. {'; '.join(told)}."
+        "Found: this CLIP with its text. Shuffled states: the same features with the sentences dealt to the states at "
+        f"random. Untrained: networks with random weights. Dashed: 50. {'; '.join(told)}."
     )
