@@ -607,7 +607,7 @@ def _folder_category(
         )
     if flat:
         return list(_samples(flat, category, -1, "unknown"))
-    normal = _normal_name(names, normal_folder)
+    normal = normal_name(names, normal_folder)
     words = {word for name in names for word in re.split("[-_ ]", nfc(name).lower())}
     if classes and normal is None and not normal_folder and (tests or words & STATES):
         raise LayoutError(
@@ -620,10 +620,10 @@ def _folder_category(
     return list(_by_defect(classes, category, truth, normal or "", masked))
 
 
-def _normal_name(names: list[str], given: str) -> str | None:
+def normal_name(names: Iterable[str], given: str) -> str | None:
     """Which of the sub-folders holds normal images, in lower case: "" for none of them, None if that is not known."""
     lower, wanted = [nfc(name).lower() for name in names], nfc(given).lower()
-    if wanted == "none" and names:
+    if wanted == "none" and lower:
         return ""
     if wanted:
         return wanted if wanted in lower else None

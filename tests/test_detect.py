@@ -252,7 +252,7 @@ def test_maps_that_are_not_finite_are_refused(detector, screws, tmp_path, monkey
         return found
 
     monkeypatch.setattr(SDP, "score_with", broken)
-    with pytest.raises(ValueError, match=r"not finite: one of 0\.png"):
+    with pytest.raises(ValueError, match="not finite"):
         run(detector, screws, tmp_path / "out")
 
 

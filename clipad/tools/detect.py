@@ -2,14 +2,16 @@
 
 What the numbers mean stands in :mod:`clipad.studies.inspection`; here are files: what is kept of each image, and how a
 stopped run continues. First every image is looked at by the model and its map is kept; then maps become pictures and
-rows of the table, each once. Memory does not grow with the number of images.
+rows of the table, each once. Memory does not grow with the number of photographs.
 """
 
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,6 @@ from clipad.files import (
     content_hash,
     file_name,
     printable,
-    require_writable,
     write_arrays,
     write_atomically,
 )
@@ -33,18 +34,8 @@ from clipad.metrics import image_metrics
 from clipad.published import data_dir
 from clipad.studies.common import exact_share
 from clipad.studies.inspection import Inspector, Look, require_enough, without_specks
+from clipad.tools import report
 from clipad.tools.photographs import Images
-from clipad.tools.report import (
-    COLUMNS,
-    ONLY_DRAWN,
-    Report,
-    draw,
-    find_regions,
-    heat_layer,
-    region_mask,
-    write_picture,
-    write_report,
-)
 
 BATCH = 16
 READERS = 4
@@ -65,7 +56,7 @@ def detect(
     false_alarms: float = 0.05,
     neighbours: str = "no",
     tiles: int = 1,
-) -> Report:
+) -> report.Report:
     """Score photographs, and write report.html, scores.csv, scores.json and pictures.
 
     ``images``: see :func:`clipad.tools.photographs.collect`. Its flawless images set the scale and the threshold, so
@@ -76,10 +67,8 @@ def detect(
     continues: images are finished by their content. Raises ValueError or OSError, before the first image is scored,
     for anything that cannot work: too few flawless images, an output folder with other settings or other files.
     """
-    if not object_name.strip():
-        raise ValueError("the object has no name: a prompt needs one, such as 'metal nut'")
     inspector = Inspector(detector, object_name, neighbours, tiles)
-    detector.text_vectors(object_name)
+    detector.text_vectors(object_name)  # an empty name is refused before anything is written
     if images.flawless:
         require_enough(len(images.flawless), false_alarms)
     elif neighbours != "no":
@@ -89,15 +78,13 @@ def detect(
     notes = list(images.notes)
     if images.flawless:
         looks = work.looks(images.flawless, "flawless images", copy=False)
-        inspector.fit((look for look, _ in looks), false_alarms)
+        inspector.fit([look for _, look in looks], false_alarms)
         unread, work.unread = work.unread, {}
-        notes += [
-            f"flawless, but not used: {printable(p.name)}: {why}" for p, why in unread.items()
-        ]
-    notes += work.keep_maps(list(images.labels))
-    scale = work.scale([path for path in images.labels if path not in work.unread])
-    scores = work.table(images.labels, scale)
-    report = Report(
+        notes += [f"flawless, but not used: {printable(p.name)}: {w}" for p, w in unread.items()]
+    if before := work.keep_maps(list(images.labels)):
+        notes.append(f"{before} of {len(images.labels)} images were finished before, skipped")
+    scale, scores = work.table(images.labels)
+    found = report.Report(
         scores=scores,
         scale=scale,
         unread={work.name(path): why for path, why in work.unread.items()},
@@ -108,9 +95,9 @@ def detect(
         warning=demo_warning(detector, images.labels),
         observed=_observed(scores),
     )
-    write_report(report, work.folder, inspector)
+    report.write_report(found, work.folder, inspector)
     work.remove_others(scores)
-    return report
+    return found
 
 
 def _settings(inspector: Inspector, images: Images, false_alarms: float) -> dict:
@@ -130,12 +117,11 @@ def _settings(inspector: Inspector, images: Images, false_alarms: float) -> dict
 def _own(folder: Path, settings: dict) -> Path:
     """The output folder for results of these settings. ValueError if it holds any other content."""
     folder = folder.expanduser().absolute()
-    require_writable(folder)
     mark = folder / RESULT_MARK
-    if any(folder.iterdir()) and not mark.is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not mark.is_file():
         raise ValueError(f"{folder} holds files that are not ours: choose another --out")
-    write_atomically(mark, b"")
     claim(folder, settings, ["maps"], option="--out")
+    write_atomically(mark, b"")
     return folder
 
 
@@ -161,94 +147,72 @@ class _Work:
         name = file_name(path.relative_to(self.root).as_posix())
         return self.folder / kind / (name + ENDINGS[kind])
 
-    def looks(
-        self, paths: list[Path], what: str, copy: bool = True
-    ) -> Iterator[tuple[Look, dict[Path, dict]]]:
-        """Batches of images as the model sees them, with facts of each; those that cannot be read go to ``unread``."""
-        with (
-            ThreadPoolExecutor(READERS) as readers,
-            tqdm(total=len(paths), desc=what, unit="image", disable=None) as bar,
-        ):
-            groups = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
-            loads = (readers.map(lambda path: self._load(path, copy), group) for group in groups)
-            following = next(loads, None)
-            for group in groups:
-                loaded, following = following, next(loads, None)  # read while the model computes
-                tensors, facts = [], {}
-                for path, (tensor, found) in zip(group, loaded, strict=True):
-                    if tensor is None:
-                        self.unread[path] = found
-                    else:
-                        tensors.append(tensor)
-                        facts[path] = found
-                if facts:
-                    yield self._look(tensors, facts), facts
-                bar.update(len(group))
+    def looks(self, paths: list[Path], what: str, copy: bool) -> Iterator[tuple[dict, Look]]:
+        """Of each batch path -> facts, and what the model sees; images that cannot be read go to ``unread``."""
+        load = partial(self._load, copy=copy)
+        with ThreadPoolExecutor(READERS) as readers:
+            for start in tqdm(range(0, len(paths), BATCH), what, unit="batch", disable=None):
+                group = paths[start : start + BATCH]
+                loaded = zip(group, readers.map(load, group), strict=True)
+                read = {path: found for path, found in loaded if found is not None}
+                if read:
+                    tensors = torch.stack([tensor for tensor, _ in read.values()])
+                    facts = {path: facts for path, (_, facts) in read.items()}
+                    yield facts, self.inspector.look(tensors)
 
-    def _look(self, tensors: list[torch.Tensor], paths) -> Look:
-        try:
-            return self.inspector.look(torch.stack(tensors))
-        except ValueError as error:
-            names = ", ".join(printable(path.name) for path in list(paths)[:3])
-            raise ValueError(f"{error}: one of {names}, ...") from error
-
-    def _load(self, path: Path, copy: bool) -> tuple[torch.Tensor | None, dict | str]:
-        """What the model takes of an image, and facts; or None, and why. Writes the report's copy, if asked."""
+    def _load(self, path: Path, copy: bool) -> tuple[torch.Tensor, dict] | None:
+        """What the model takes of an image, and facts. Writes the report's copy, if asked."""
         try:
             image, remarks = read_photograph(path)
+            if two_levels(image):
+                raise ValueError("at most two grey levels, so a mask or empty")
         except (OSError, ValueError, MemoryError) as error:
-            return None, str(error).replace(f"{self.root}/", "")
-        if two_levels(image):
-            return None, "at most two grey levels, so a mask or empty"
+            self.unread[path] = str(error).replace(f"{self.root}/", "")
+            return None
         if copy:
-            write_picture(self.file("images", path), image)
-        facts = {
-            "sha256": content_hash(path),
-            "size": image.size,
-            "remarks": ",".join(sorted(remarks)),
-        }
-        return self.inspector.prepare(image), facts
+            report.write_picture(self.file("images", path), image)
+        facts = {"size": image.size, "remarks": ",".join(sorted(remarks))}
+        return self.inspector.prepare(image), {"sha256": content_hash(path)} | facts
 
-    def keep_maps(self, photographs: list[Path]) -> list[str]:
-        """Keep the map of every image that has none yet; returns a note on those that have."""
-        with ThreadPoolExecutor(READERS) as pool:
-            finished = list(pool.map(self._is_finished, photographs))
-        todo = [path for path, done in zip(photographs, finished, strict=True) if not done]
-        for look, facts in self.looks(todo, "photographs"):
+    def keep_maps(self, photographs: list[Path]) -> int:
+        """Keep the map of every image that has none yet; returns how many had one."""
+        todo = [path for path in photographs if not self._is_finished(path)]
+        for facts, look in self.looks(todo, "photographs", copy=True):
             maps = self.inspector.maps(look)
             for (path, known), logit, heat in zip(facts.items(), look.logits, maps, strict=True):
                 write_arrays(self.file("maps", path), known | {"logit": logit, "map": heat})
-        said = f"{sum(finished)} of {len(finished)} images were finished before, skipped"
-        return [said] if any(finished) else []
+        return len(photographs) - len(todo)
 
     def _is_finished(self, path: Path) -> bool:
         try:
             with np.load(self.file("maps", path)) as kept:
                 same = str(kept["sha256"]) == content_hash(path)
-        except Exception:  # whatever is wrong with the file, its image is computed again
-            return False
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            return False  # none, or a damaged one
         return same and self.file("images", path).is_file()
 
-    def scale(self, finished: list[Path]) -> tuple[float, float]:
-        """From where to where the colours of maps go: from the flawless maps; without them the 1st to the 99.9th
-        percentile over up to 32 images spread over the folder."""
-        if rule := self.inspector.rule:
-            middle = float(np.median(self.inspector.flawless_maps[:, ::4, ::4]))
-            return middle, middle + 1.5 * (rule.map_threshold - middle)
-        chosen = finished[:: max(1, len(finished) // 32)][:32]
-        maps = [np.load(self.file("maps", path))["map"] for path in chosen]
-        low, high = np.percentile(maps, [1, 99.9]) if maps else (0.0, 1.0)
-        return float(low), float(high if high > low else low + 1)
-
-    def table(self, labels: dict[Path, int], scale: tuple[float, float]) -> pd.DataFrame:
-        """A row per image that was read, highest score first; draws its pictures on the way."""
+    def table(self, labels: dict[Path, int]) -> tuple[tuple[float, float], pd.DataFrame]:
+        """The colours' scale, and a row per image that was read, highest score first; draws on the way."""
         paths = [path for path in labels if path not in self.unread]
+        if not paths:
+            path, why = next(iter(self.unread.items()))
+            raise ValueError(f"not one of {len(labels)} images can be read; {path.name}: {why}")
+        scale = self._scale(paths)
         with ThreadPoolExecutor(READERS) as pool:
             drawn = pool.map(lambda path: self._row(path, labels[path], scale), paths)
             rows = list(tqdm(drawn, "report", len(paths), unit="image", disable=None))
-        rows.sort(key=lambda row: -row["score"])
-        table = pd.DataFrame(rows, columns=[*COLUMNS, *ONLY_DRAWN])
-        return table.drop(columns="label") if -1 in labels.values() else table
+        table = pd.DataFrame(sorted(rows, key=lambda row: -row["score"]))
+        return scale, table.drop(columns="label") if -1 in labels.values() else table
+
+    def _scale(self, paths: list[Path]) -> tuple[float, float]:
+        """From where to where the colours of maps go: from the flawless maps; without them the 1st to the 99.9th
+        percentile over at most 32 images, spread over the folder."""
+        if rule := self.inspector.rule:
+            middle = float(np.median(self.inspector.flawless_maps[:, ::4, ::4]))
+            return middle, middle + 1.5 * (rule.map_threshold - middle)
+        maps = [np.load(self.file("maps", p))["map"] for p in paths[:: 1 + (len(paths) - 1) // 32]]
+        low, high = np.percentile(maps, [1, 99.9])
+        return float(low), float(high)
 
     def _row(self, path: Path, label: int, scale: tuple[float, float]) -> dict:
         rule = self.inspector.rule
@@ -257,17 +221,19 @@ class _Work:
             size, remarks = tuple(map(int, kept["size"])), str(kept["remarks"])
         highest = float(heat.max())
         score = rule.score(logit, highest) if rule else logit
+        verdict = rule.verdict(score, highest) if rule else ""
         threshold = rule.map_threshold if rule else np.inf
         above = without_specks(heat, threshold)
-        boxes, outlines = find_regions(above, threshold, size)
-        overlay = draw(self.file("images", path), heat, scale, outlines, size)
-        write_picture(self.file("overlays", path), overlay)
-        write_picture(self.file("heat", path), heat_layer(heat, scale))
+        boxes, outlines = report.find_regions(above, threshold, size)
+        overlay = report.draw(self.file("images", path), heat, scale, outlines, size)
+        report.write_picture(self.file("overlays", path), overlay)
+        report.write_picture(self.file("heat", path), report.heat_layer(heat, scale))
         if boxes:
-            write_picture(self.file("masks", path), region_mask(above, threshold, size))
+            mask = report.region_mask(above, threshold, size)
+            report.write_picture(self.file("masks", path), mask)
         return {
             "image": self.name(path),
-            "verdict": rule.verdict(score, highest) if rule else "",
+            "verdict": verdict,
             "score": score,
             "p_value": rule.p_value(score) if rule else None,
             "logit": logit,
@@ -281,6 +247,7 @@ class _Work:
             "file": self.file("images", path).stem,
             "outlines": outlines,
             "remarks": remarks,
+            "no_region": "" if boxes else report.NO_REGION.get(verdict, ""),
         }
 
     def remove_others(self, scores: pd.DataFrame) -> None:
@@ -294,12 +261,10 @@ class _Work:
 
 def _notes(scores: pd.DataFrame, inspector: Inspector) -> list[str]:
     """What was done to the images that a reader has to know."""
-    if not len(scores):
-        return []
-    turned = int(scores["remarks"].str.contains("turned").sum())
-    twelve = int(scores["remarks"].str.contains("twelve bit").sum())
+    turned = scores["remarks"].str.contains("turned").sum()
+    twelve = scores["remarks"].str.contains("twelve bit").sum()
     sides = scores[["width", "height"]]
-    long = int((sides.max(axis=1) > 3 * sides.min(axis=1)).sum())
+    long = (sides.max(axis=1) > 3 * sides.min(axis=1)).sum()
     grid = inspector.detector.backbone.visual.grid_size[0] * inspector.tiles
     width, height = sides.value_counts().index[0]
     said = {
@@ -313,17 +278,13 @@ def _notes(scores: pd.DataFrame, inspector: Inspector) -> list[str]:
 
 
 def _observed(scores: pd.DataFrame) -> dict[str, float] | None:
-    """What the labels say: false alarms and defects found, with exact 95 % intervals, and AUROC."""
-    if not len(scores) or "label" not in scores:
+    """What the labels say: AUROC, and with verdicts false alarms and defects found, with exact 95 % intervals."""
+    if "label" not in scores:
         return None
     found = {"auroc": float(image_metrics(scores["score"], scores["label"])["auroc"])}
     for label, what in ((0, "false_alarms"), (1, "defects_found")):
         verdicts = scores["verdict"][scores["label"] == label]
         if (verdicts != "").any():
             share = exact_share(int((verdicts == "bad").sum()), len(verdicts))
-            found |= {
-                what: share.estimate,
-                f"{what}_low": share.low,
-                f"{what}_high": share.high,
-            }
+            found |= {what: share.estimate, f"{what}_low": share.low, f"{what}_high": share.high}
     return {key: value for key, value in found.items() if not np.isnan(value)}

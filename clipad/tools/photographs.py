@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipad.datasets import NORMAL_NAMES
+from clipad.datasets import normal_name
 from clipad.files import Scan, content_hash, nfc, printable, scan
 
 
@@ -35,10 +35,10 @@ def collect(path, output_dir, normal=None, normal_folder: str = "") -> Images:
     flawless, notes = _flawless(normal, output_dir, normal_folder) if normal else ([], [])
     labels = dict.fromkeys(found.photographs, -1)
     if normal_folder not in ("", "."):
-        named = {p: int(not _below(p, root, normal_folder)) for p in found.photographs}
+        named = {path: int(not _below(path, normal_folder, root)) for path in labels}
         if 0 in named.values():
             labels = named
-        elif not any(_below(p, Path(p.anchor), normal_folder) for p in flawless):
+        elif not any(_below(path, normal_folder) for path in flawless):
             raise ValueError(f"no folder is called {normal_folder!r}; found {_folders(labels)}")
     known = set(map(content_hash, flawless))
     shared = [path for path in labels if content_hash(path) in known]
@@ -64,46 +64,39 @@ def _photographs(path, output_dir) -> tuple[Path, Scan]:
     found = scan(path, without=out)
     if not found.photographs:
         skipped = "; ".join(found.skipped_lines(path))
-        raise ValueError(f"{path} holds no images" + (f". It holds {skipped}" if skipped else ""))
+        raise ValueError(f"{path} holds no images. It holds {skipped or 'no file'}")
     return path, found
 
 
 def _flawless(folder, output_dir, normal_folder: str) -> tuple[list[Path], list[str]]:
     """The flawless images of a folder, each content once, and notes on what was left out.
 
-    Images directly in the folder all count. With sub-folders, those called ``normal_folder`` do ("." for all), or, if
-    none is given, those called good, normal or ok, if only one of these names occurs. Anything else is a ValueError.
+    Images directly in the folder all count. With sub-folders those do that :func:`clipad.datasets.normal_name` names;
+    "." for all. ValueError if that is not known.
     """
     root, found = _photographs(folder, output_dir)
     chosen = found.photographs
-    deep = [path for path in chosen if path.parent != root]
-    if deep and normal_folder != ".":
-        usual = {path.parent.name for path in deep if path.parent.name.lower() in NORMAL_NAMES}
-        if not normal_folder and len(usual) == 1 and len(deep) == len(chosen):
-            normal_folder = usual.pop()
-        chosen = [path for path in deep if normal_folder and _below(path, root, normal_folder)]
+    folders = {name for path in chosen for name in path.relative_to(root).parts[:-1]}
+    if folders and normal_folder != ".":
+        name = normal_name(folders, normal_folder)
+        chosen = [path for path in chosen if name and _below(path, name, root)]
     if not chosen:
         raise ValueError(
-            f"{root} has images in the sub-folders {_folders(deep)}: which of them are flawless? "
+            f"{root} has images in the sub-folders {_folders(found.photographs)}: which of them are flawless? "
             "Give the folder that holds only these, or its name (--normal-folder NAME; . for all)"
         )
     once = list({content_hash(path): path for path in reversed(chosen)}.values())[::-1]
     notes = [f"beside the flawless images: {line}" for line in found.skipped_lines(root)]
-    others = len(found.photographs) - len(chosen)
-    if others:
-        notes.append(f"flawless: the {len(chosen)} images in {normal_folder}; {others} others not")
-    if len(once) < len(chosen):
-        copies = len(chosen) - len(once)
+    if others := len(found.photographs) - len(chosen):
+        notes.append(f"flawless: the {len(chosen)} images in {name}; {others} others not")
+    if copies := len(chosen) - len(once):
         notes.append(f"flawless: {copies} copies of another flawless image count once")
     return once, notes
 
 
-def _below(path: Path, root: Path, name: str) -> bool:
-    return _folded(name) in map(_folded, path.relative_to(root).parts[:-1])
-
-
-def _folded(name: str) -> str:
-    return nfc(printable(name)).casefold()
+def _below(path: Path, name: str, root: Path = Path("/")) -> bool:
+    folders = path.relative_to(root).parts[:-1]
+    return nfc(name).lower() in [nfc(folder).lower() for folder in folders]
 
 
 def _folders(paths) -> str:

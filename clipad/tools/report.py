@@ -6,7 +6,6 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 import contourpy
 import jinja2
@@ -24,9 +23,7 @@ MAP = "inferno"
 MOST_REGIONS = 20
 """regions that get a box in one image, the highest ones"""
 NO_REGION = {"bad": "bad by score, no region", "check": "too small to outline"}
-COLUMNS = ["image", "verdict", "score", "p_value", "logit", "map_max", "regions", "area", "boxes"]
-COLUMNS += ["width", "height", "label", "file"]
-ONLY_DRAWN = ["outlines", "remarks"]
+ONLY_DRAWN = ["outlines", "remarks", "no_region"]
 """columns of the table that no file holds"""
 
 
@@ -36,10 +33,10 @@ class Report:
 
     ``scores``: a row per image that was read, highest score first: image, verdict (good, check, bad; "" without
     flawless images), score, p_value, logit, map_max, regions, area (share of the image), boxes (left, top, right,
-    bottom in pixels), width, height, label (1 or 0; no column where they are not known), file (the stem of its files).
-    ``scale``: the colours of maps. ``unread``: image -> why. ``skipped``: a line per kind of file that is no
-    photograph. ``settings``: all that decides the numbers. ``rule``: None without flawless images. ``observed``: what
-    the labels say.
+    bottom in pixels), width, height, label (1 or 0; no column where they are not known), file (the stem of its files),
+    and ``ONLY_DRAWN``. ``scale``: the colours of maps. ``unread``: image -> why. ``skipped``: a line per kind of file
+    that is no photograph. ``settings``: all that decides the numbers. ``rule``: None without flawless images.
+    ``observed``: what the labels say.
     """
 
     scores: pd.DataFrame
@@ -85,13 +82,9 @@ def region_mask(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> Im
     return Image.fromarray(np.asarray(large) > threshold)
 
 
-def _strength(heat, scale) -> np.ndarray:
-    return np.clip((heat - scale[0]) / (scale[1] - scale[0]), 0, 1).astype(np.float32)
-
-
 def heat_layer(heat: np.ndarray, scale: tuple[float, float]) -> Image.Image:
     """The map as a layer to lay over the image: colour by value, transparent where it is low."""
-    strength = _strength(heat, scale)
+    strength = np.clip((heat - scale[0]) / (scale[1] - scale[0]), 0, 1).astype(np.float32)
     colours = matplotlib.colormaps[MAP](strength)
     colours[..., 3] = np.sqrt(strength)
     return Image.fromarray((255 * colours).round().astype(np.uint8), "RGBA")
@@ -121,9 +114,6 @@ def write_picture(path: Path, picture: Image.Image) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG" if path.suffix == ".png" else "JPEG", quality=88)
     write_atomically(path, buffer.getvalue())
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
 
 
 def write_report(report: Report, folder: Path, inspector) -> None:
@@ -160,42 +150,26 @@ def _html(report: Report, inspector) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
     )
-    rows = report.scores.assign(
-        url=report.scores["file"].map(quote),
-        no_region=list(map(no_region, report.scores["verdict"], report.scores["regions"])),
-    )
     colours = matplotlib.colormaps[MAP](np.linspace(0, 1, 9))
-    low, high = score_axis(report) if len(rows) else (0, 1)
+    low, high = report.scores["score"].min(), report.scores["score"].max()
+    if rule := report.rule:  # the threshold can be seen; what is far above it lies at the end
+        low = min(low, rule.scores.min())
+        below = rule.threshold - low
+        high = rule.threshold + np.clip(high - rule.threshold, 0.05 * below, 4 * below)
+    high = high if high > low else low + 1
     ticks = MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(low, high)
     return environment.get_template("report.html.j2").render(
         report=report,
-        rule=report.rule,
+        rule=rule,
         scale=report.scale,
-        rows=rows.to_dict(orient="records"),
-        has_labels="label" in rows,
+        rows=report.scores.to_dict(orient="records"),
         low=low,
         high=high,
         ticks=[tick for tick in ticks if low <= tick <= high],
         inspector=inspector,
         colours=[matplotlib.colors.to_hex(colour) for colour in colours],
-        score_name="score" if report.rule else "logit",
+        score_name="score" if rule else "logit",
     )
-
-
-def no_region(verdict: str, regions: int) -> str:
-    """What to say of an image with this verdict and this many regions: empty, or why nothing is outlined."""
-    return "" if regions else NO_REGION.get(verdict, "")
-
-
-def score_axis(report: Report) -> tuple[float, float]:
-    """From where to where the page draws scores: the threshold can be seen; what is beyond lies at the end."""
-    low, high = report.scores["score"].min(), report.scores["score"].max()
-    if report.rule:
-        low, threshold = min(low, report.rule.scores.min()), report.rule.threshold
-        high = threshold + np.clip(
-            high - threshold, 0.05 * (threshold - low), 4 * (threshold - low)
-        )
-    return low, high if high > low else low + 1
 
 
 def summary(report: Report, output_dir: Path, shown: int = 10) -> list[str]:
@@ -208,9 +182,7 @@ def summary(report: Report, output_dir: Path, shown: int = 10) -> list[str]:
     if report.observed:
         lines.append("  ".join(f"{k} {v:.3f}" for k, v in report.observed.items()))
     for row in report.scores.head(shown).itertuples():
-        why = no_region(row.verdict, row.regions)
-        lines.append(f"{row.score:8.2f}  {row.verdict:6}{row.image}  {why}".rstrip())
+        lines.append(f"{row.score:8.2f}  {row.verdict:6}{row.image}  {row.no_region}".rstrip())
     counts = ", ".join(f"{n} {verdict}" for verdict, n in report.counts.items())
-    highest = f" (the {shown} highest shown)" if len(report.scores) > shown else ""
-    said = f"{len(report.scores)} images{f': {counts}' if report.rule else ''}{highest}"
-    return [*lines, f"{said}; {output_dir / 'report.html'}"]
+    said = f"{len(report.scores)} images{f': {counts}' if report.rule else ''}"
+    return [*lines, f"{said}; all of them in {output_dir / 'report.html'}"]
