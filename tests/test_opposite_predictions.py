@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from clipad.datasets import Dataset, Sample, read_image
-from clipad.detectors import ClipSurgery, Direct
-from clipad.dual_path import project
+from clipad.detectors import Direct
+from clipad.dual_path import embed_patches
 from clipad.prompts import CLIP_AD
 from clipad.studies import opposite_predictions as phenomena
 from clipad.studies.common import keep
@@ -18,24 +18,16 @@ from clipad.studies.experiments import RESULT_MIME
 from clipad.studies.opposite_predictions import (
     attention_on_defect,
     beyond,
-    contributions,
     count_phenomena,
-    direct_maps,
     encoded,
     ground_truth,
-    held_out_scores,
     highlight,
     image_phenomena,
-    patch_auroc,
-    random_states,
-    rates_with,
     read,
     shuffled_states,
-    text_scores,
     untrained,
-    who_writes_what,
-    written_by_block,
 )
+from clipad.surgery import similarity_map
 from clipad.tools.notebooks import find_notebook, read_notebook
 
 SIZE = 20  # 5 % of 20 x 20 pixels are 20
@@ -209,23 +201,6 @@ def test_maps_have_to_be_finite(truth):
 # Controls -------------------------------------------------------------------------------------------------------
 
 
-def test_exchanged_states_turn_the_rate_around(truth, direct, text):
-    kept = keep(direct, truth.dataset)
-    exchanged = {category: vectors.flip(-1) for category, vectors in text.items()}
-    rate, turned = (rates_with(kept, direct, t, truth) for t in (text, exchanged))
-    counted = count_phenomena(kept.maps(direct), truth)
-    for form in SHARES:
-        assert rate[form] + turned[form] == pytest.approx(1)
-        assert rate[form] == pytest.approx(counted.groupby("category")[form].mean().mean())
-
-
-def test_random_states_are_directions():
-    vectors = random_states(24, ["nut", "screw"], seed=1)
-    assert vectors["nut"] is vectors["screw"]
-    np.testing.assert_allclose(vectors["nut"].norm(dim=0), 1, atol=1e-6)
-    assert not torch.equal(vectors["nut"], random_states(24, ["nut"], seed=2)["nut"])
-
-
 def test_shuffled_states_are_a_new_deal_of_the_same_sentences(tiny_backbone):
     sentences = encoded(tiny_backbone, CLIP_AD, ["nut"])
     one, same, other = (shuffled_states(sentences, "mean", {}, k)["nut"] for k in (0, 0, 1))
@@ -251,107 +226,23 @@ def test_beyond_a_control_means_beyond_its_draws():
     assert beyond(0.85, draws).estimate == pytest.approx(0.35)
 
 
-# What the patches know ------------------------------------------------------------------------------------------
-
-
-def test_a_linear_probe_finds_what_is_there_and_nothing_else():
-    rng = np.random.default_rng(0)
-    labels, fold = np.arange(200) % 2, np.arange(200) // 4 % 5
-    features = rng.normal(size=(200, 5))
-
-    def auroc(scores):
-        return (scores[labels == 1][:, None] > scores[labels == 0]).mean()
-
-    assert auroc(held_out_scores(features, labels, fold)) == pytest.approx(0.5, abs=0.12)
-    features[:, 2] -= 4 * labels  # whatever the sign
-    assert auroc(held_out_scores(features, labels, fold)) > 0.97
-    assert np.isnan(held_out_scores(features, labels, np.zeros(200))).all()
-
-
-def test_a_hold_out_keeps_away_everything_alike():
-    """A feature that marks the label only within a category is no use for other categories, nor for other pairs."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 400)
-    category, defect = np.arange(400) % 2, np.arange(400) // 2 % 2
-    features = rng.normal(size=(400, 3))
-    features[:, 0] += (
-        6 * labels * np.where(category == 0, 1, -1)
-    )  # the other category says the opposite
-    scores = held_out_scores(features, labels, category, defect)
-    assert scores[labels == 1].mean() < scores[labels == 0].mean()
-    features[:, 1] += 6 * labels * np.where(category == defect, 1, -1)
-    # Held out: category and defect; what is left differs in both, so the second feature keeps its sign.
-    features[:, 0] = 0
-    scores = held_out_scores(features, labels, category, defect)
-    assert scores[labels == 1].mean() > scores[labels == 0].mean()
-
-
-def test_patch_auroc_is_taken_inside_each_image(truth):
-    picked = pd.DataFrame({"image": [0, 0, 0, 1, 1, 2], "label": [1, 0, 0, 1, 0, 1]})
-    scores = np.array([0.5, 0.1, 0.5, 90.0, 91.0, 7.0])  # the images' offsets do not matter
-    found = patch_auroc(scores, picked, truth)
-    np.testing.assert_equal(found["patch AUROC"].to_numpy(), [0.75, 0, np.nan, np.nan, np.nan])
-    assert found["category"].tolist() == truth.categories.tolist()
-
-
 # The parts of the network ---------------------------------------------------------------------------------------
-
-
-def test_the_parts_add_up_to_the_network(tiny_backbone, direct, images):
-    start, attention, feed_forward, surgery, _ = written_by_block(tiny_backbone.visual, images)
-    tokens = project(tiny_backbone.visual, start + attention.sum(0) + feed_forward.sum(0))
-    torch.testing.assert_close(tokens, direct.features(images).tokens[0], atol=1e-4, rtol=1e-4)
-    half = ClipSurgery(tiny_backbone, rvs="mean").features(images).tokens[0]
-    last_half = project(tiny_backbone.visual, surgery[-2:].sum(0))
-    torch.testing.assert_close(last_half[:, 1:], half[:, 1:], atol=1e-4, rtol=1e-4)
-
-
-def test_contributions_make_up_the_difference_of_the_cosines(tiny_backbone, images, text):
-    visual = tiny_backbone.visual
-    with torch.no_grad():
-        visual.ln_post.bias.normal_()
-        start, attention, feed_forward, *_ = written_by_block(visual, images)
-        x = start + attention.sum(0) + feed_forward.sum(0)
-        parts = torch.cat([start[None], attention, feed_forward])
-        difference = text["nut"][:, 1] - text["nut"][:, 0]
-        projected = project(visual, x)
-        bias = visual.ln_post.bias @ visual.proj @ difference / projected.norm(dim=-1)
-        found = contributions(visual, parts, x, text["nut"]).sum(0) + bias
-        expected = projected @ difference / projected.norm(dim=-1)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_reading_all_parts_is_the_direct_map(tiny_backbone, truth, direct, text):
     picked = truth.pick(4, per_image=3)
 
-    def variants(x0, a, m, s, o):
-        return {"all": x0 + a.sum(0) + m.sum(0), "v-v": s.sum(0)}
+    def variants(visual, images):
+        return {"all": visual.transformer(visual.ln_pre(embed_patches(visual, images)))}
 
     cosines, features = read(tiny_backbone, truth, text, variants, picked)
+    values = (100 * cosines["all"]).softmax(dim=-1)[..., 1]
     maps = keep(direct, truth.dataset).maps(direct)
-    np.testing.assert_allclose(direct_maps(cosines["all"], 32), maps, atol=1e-4)
-    at = picked["image"].tolist(), picked["patch"].tolist()
-    for name, values in features.items():
-        np.testing.assert_allclose(np.linalg.norm(values, axis=1), 1, atol=1e-5)
-        z = cosines[name][at].numpy()
-        np.testing.assert_allclose(text_scores(values, text, picked), z[:, 1] - z[:, 0], atol=1e-5)
-    assert read(tiny_backbone, truth, text, variants)[1] == {}
-
-
-def test_who_writes_what_is_a_row_per_image_part_and_block(tiny_backbone, truth, text, images):
-    labels = truth.patches(4)
-    labels[1] = -1  # no patches to compare in this image
-    found = who_writes_what(tiny_backbone, truth, text, labels)
-    assert len(found) == 5 * 3 * 4
-    assert found.groupby("category")["patches"].apply(lambda p: p.isna().sum()).tolist() == [12, 0]
-    start, a, m, *_ = written_by_block(tiny_backbone.visual, images[:1])
-    x = start + a.sum(0) + m.sum(0)
-    expected = contributions(tiny_backbone.visual, a, x, text["nut"])[:, 0]
-    own = found[(found["part"] == "q-k attention")][:4]  # the first image's four blocks
-    np.testing.assert_allclose(own["class token"], expected[:, 0].detach(), atol=1e-5)
-    label = labels[0]
-    gain = expected[:, 1:][:, label == 1].mean(1) - expected[:, 1:][:, label == 0].mean(1)
-    np.testing.assert_allclose(own["patches"], gain.detach(), atol=1e-5)
+    np.testing.assert_allclose(similarity_map(values, 32, 0), maps, atol=1e-4)
+    vectors = torch.stack([text[c] for c in picked["category"]]).numpy()
+    z = cosines["all"][picked["image"].tolist(), picked["patch"].tolist()]
+    found = (features["all"][:, :, None] * vectors).sum(axis=1)
+    np.testing.assert_allclose(found, z, atol=1e-5)
 
 
 def test_attention_is_a_share_of_what_other_patches_get(tiny_backbone, truth, monkeypatch):

@@ -373,23 +373,25 @@ def growth(
     base: Mapping | None,
     title: str,
     looks: Mapping[str, tuple[str, str]] | None = None,
+    unit: str = "percent",
 ) -> Figure:
     """Metrics over a size, a column per frame and a row per metric: a dot per row, a line through their means.
 
     ``frames``: name of the axis -> rows, with the size as index; a "number of" something has a logarithmic axis.
     Columns ``low`` and ``high`` are the ends of intervals. ``base``: metric -> what the dashed line shows. ``looks``:
-    series -> colour and marker; the frames' column ``series`` then says which a row belongs to, side by side.
+    series -> colour and marker; the frames' column ``series`` then says which a row belongs to. Drawn is 100 x.
     """
-    size = (4 * len(frames) + (1.6 if looks else 0), 2.1 * len(metrics) + 0.5)
+    size = (max(4 * len(frames), 5) + (1.6 if looks else 0), 2.1 * len(metrics) + 0.5)
     figure, axes = subplots(len(metrics), len(frames), size, title, sharey="row", sharex="col")
     looks = looks or {"": ("blue", "o")}
     for column, (name, frame) in enumerate(frames.items()):
+        apart = 1.04 if name.startswith("number of") else 1
         for ax, metric in zip(axes[:, column], metrics, strict=True):
             for place, (series, look) in enumerate(looks.items()):
-                beside = 1.04 ** (place - (len(looks) - 1) / 2)
                 own = frame[frame["series"] == series] if series else frame
+                beside = apart ** (place - (len(looks) - 1) / 2)
                 _grow(ax, own.set_axis(own.index * beside), metric, *look, label=series)
-            if base is not None:
+            if base is not None and metric in base:
                 ax.axhline(100 * base[metric], color="0.4", linestyle="--", linewidth=1)
         ax.set_xlabel(name)
         if name.startswith("number of"):
@@ -398,7 +400,7 @@ def growth(
             ax.set_xticks(sizes, sizes)
             ax.minorticks_off()
     for ax, metric in zip(axes[:, 0], metrics, strict=True):
-        ax.set_ylabel(f"{METRIC_NAMES.get(metric, metric)},\npercent")
+        ax.set_ylabel(f"{METRIC_NAMES.get(metric, metric)},\n{unit}")
     if len(looks) > 1:
         axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -1,10 +1,9 @@
 """Opposite predictions and irrelevant highlights as numbers, and what lies behind them (METHOD.md section 3).
 
 The paper shows both phenomena of the direct map as pictures. Here each is a number per anomalous image, on the map
-at S x S before smoothing. What lies behind them is asked of the patches (a linear probe) and of the parts that the
-network adds up: x_L = x_0 + sum over blocks of attention + sum over blocks of feed-forward.
+at S x S before smoothing. What lies behind them, a linear probe and the parts of the network, is on notebook 02's page.
 
-Shapes: M anomalous images, S x S pixels, N = G x G patches, P picked patches, D vision width, C joint width, L blocks.
+Shapes: M anomalous images, S x S pixels, N = G x G patches, P picked patches, D vision width, C joint width.
 """
 
 from __future__ import annotations
@@ -18,38 +17,21 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from torch.nn.functional import scaled_dot_product_attention as attend
 
 from clipad.backbone import Backbone
 from clipad.datasets import Dataset, Sample, read_image, read_mask
-from clipad.detectors import CLIP_TEMPERATURE, Detector
-from clipad.dual_path import (
-    attention_weights,
-    embed_patches,
-    join_heads,
-    project,
-    queries_keys_values,
-)
+from clipad.dual_path import attention_weights, embed_patches, project
 from clipad.evaluation import batches, read_masks
 from clipad.metrics import pixel_metrics
-from clipad.studies.common import Interval, Kept, Labelled, from_draws
+from clipad.studies.common import Interval, Labelled, from_draws
 from clipad.studies.figures import image_array
-from clipad.surgery import similarity_map
 from clipad.text import representative_vector
 
-TOP = 0.05
-"""share of an image's pixels that count as highlighted"""
-PLACES = ("off_object", "off_object_area", "off_defect", "off_defect_area")
-PHENOMENA = ("opposite", "opposite_on_object", *PLACES)
+PHENOMENA = ("opposite", "opposite_on_object")
+PHENOMENA += ("off_object", "off_object_area", "off_defect", "off_defect_area")
 MEANS = ("on_defect", "elsewhere", "on_rest", "on_background")
 COMPARED = {"opposite": "elsewhere", "opposite_on_object": "on_rest"}
 """with which mean of the map a form of opposite prediction compares the mean on the defect"""
-
-
-# One image ------------------------------------------------------------------------------------------------------
 
 
 def opposite(values: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float:
@@ -59,7 +41,7 @@ def opposite(values: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> flo
     return float(0.5 - 0.5 * np.sign(higher))
 
 
-def highlight(values: np.ndarray, region: np.ndarray, top: float = TOP) -> float:
+def highlight(values: np.ndarray, region: np.ndarray, top: float = 0.05) -> float:
     """Share of the hottest pixels (``top`` of all) of a map that lie in a region, both S x S.
 
     Pixels that tie at the edge of the ``top`` count by their share, so a constant map gets the region's area.
@@ -94,9 +76,6 @@ def image_phenomena(
         found["on_background"] = values[~(whole | mask)].mean()
         found |= {"off_object": highlight(values, ~whole), "off_object_area": (~whole).mean()}
     return found
-
-
-# A data set -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -182,15 +161,6 @@ def count_phenomena(maps: np.ndarray, truth: Truth) -> pd.DataFrame:
     return pd.concat([pd.DataFrame(kinds), pd.DataFrame(rows, dtype=float)], axis=1)
 
 
-def direct_maps(cosines: torch.Tensor, image_size: int) -> np.ndarray:
-    """The direct map from cosines M x N x 2: softmax(100 *), anomalous column, bilinear to M x S x S, unsmoothed."""
-    values = (CLIP_TEMPERATURE * cosines).softmax(dim=-1)[..., 1]
-    return similarity_map(values, image_size, 0).numpy()
-
-
-# One image that a notebook looks at ----------------------------------------------------------------------------
-
-
 @dataclass
 class Example:
     """One image that a notebook looks at."""
@@ -226,9 +196,6 @@ def example_of(run, sample: Sample) -> Example:
     return Example(sample.category, sample.defect, tensor, image_array(image, size), mask, patch)
 
 
-# Controls -------------------------------------------------------------------------------------------------------
-
-
 def encoded(
     backbone: Backbone, prompts, categories: Sequence[str]
 ) -> dict[str, list[torch.Tensor]]:
@@ -256,12 +223,6 @@ def shuffled_states(
     return found
 
 
-def random_states(width: int, categories: Sequence[str], seed: int) -> dict[str, torch.Tensor]:
-    """Two random directions of the joint space in place of the two states, C x 2, the same for all categories."""
-    generator = torch.Generator().manual_seed(seed)
-    return dict.fromkeys(categories, F.normalize(torch.randn(width, 2, generator=generator), dim=0))
-
-
 def untrained(backbone: Backbone, seed: int) -> Backbone:
     """The same model with an image encoder of random weights, as PyTorch and open_clip initialise it.
 
@@ -284,82 +245,11 @@ def untrained(backbone: Backbone, seed: int) -> Backbone:
     return twin
 
 
-def rates_with(kept: Kept, detector: Detector, text: Mapping, truth: Truth) -> pd.Series:
-    """Mean over categories of ``PHENOMENA`` with other text vectors (C x 2 per category) on features that are kept."""
-    found = count_phenomena(kept.predict_all(detector, text)[0], truth)
-    return found.groupby("category")[list(PHENOMENA)].mean().mean()
-
-
 def beyond(observed: float, draws: Sequence[float]) -> Interval:
     """How far a number lies above what a control reaches: above its mean, and the interval over the control's draws."""
     draws = np.asarray(draws)
     found = from_draws(observed - draws.mean(), observed - draws)
     return replace(found, p=float("nan"))  # its smallest value is set by the number of draws
-
-
-# What the patches know ------------------------------------------------------------------------------------------
-
-
-def held_out_scores(features: np.ndarray, labels: np.ndarray, *groups: Sequence) -> np.ndarray:
-    """Scores P of a logistic regression on features P x C, each patch by a model that saw nothing like it.
-
-    A patch is predicted by patches that differ from it in *every* one of ``groups`` (a column of P values each): with
-    category and defect, from other categories *and* other defect types. NaN where nothing is left to learn from.
-    """
-    groups = np.stack([pd.factorize(np.asarray(g))[0] for g in groups], axis=1)
-    scores = np.full(len(labels), np.nan)
-    for cell in np.unique(groups, axis=0):
-        test, train = (groups == cell).all(axis=1), (groups != cell).all(axis=1)
-        if len(set(labels[train])) == 2:
-            model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
-            model.fit(features[train], labels[train])
-            scores[test] = model.decision_function(features[test])
-    return scores
-
-
-def text_scores(features: np.ndarray, text: Mapping, picked: pd.DataFrame) -> np.ndarray:
-    """cos(anomalous) - cos(normal) of unit features P x C, with each patch's own category's text."""
-    scores = np.empty(len(features))
-    for category, vectors in text.items():
-        own = (picked["category"] == category).to_numpy()
-        scores[own] = features[own] @ (vectors[:, 1] - vectors[:, 0]).numpy()
-    return scores
-
-
-def patch_auroc(scores: np.ndarray, picked: pd.DataFrame, truth: Truth) -> pd.DataFrame:
-    """How well defect patches are ranked above normal ones *inside* each image: ``category``, ``patch AUROC``, M rows.
-
-    ``scores``: P, for the ``picked`` patches. NaN where one kind is missing or a score is NaN.
-    """
-    image, label = picked["image"].to_numpy(), picked["label"].to_numpy()
-    found = np.full(len(truth.masks), np.nan)
-    for i in range(len(found)):
-        defect, normal = (scores[(image == i) & (label == k)] for k in (1, 0))
-        if len(defect) and len(normal):  # the share of pairs in the right order, a tie half
-            found[i] = np.mean(0.5 + 0.5 * np.sign(defect[:, None] - normal))
-    return pd.DataFrame({"category": truth.categories, "patch AUROC": found})
-
-
-# Which part of the network says what ----------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def written_by_block(visual, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What each block adds to the tokens, images B x 3 x S x S.
-
-    Returns the start x_0 (B x T x D) and, L x B x T x D each: q-k attention ``a`` and feed-forward ``m``, with
-    x_L = x_0 + sum a + sum m; v-v attention ``s``; and ``o``, each token's own value without any attention.
-    """
-    x = start = visual.ln_pre(embed_patches(visual, images))
-    written = []
-    for block in visual.transformer.resblocks:
-        q, k, v = queries_keys_values(block, x)
-        a, s, o = join_heads(block, torch.stack([attend(q, k, v), attend(v, v, v), v]))
-        x = x + a
-        m = block.ls_2(block.mlp(block.ln_2(x)))
-        x = x + m
-        written.append(torch.stack([a, m, s, o]))
-    return start, *torch.stack(written, dim=1)
 
 
 @torch.no_grad()
@@ -368,63 +258,25 @@ def read(
     truth: Truth,
     text: Mapping[str, torch.Tensor],
     variants: Callable[..., dict[str, torch.Tensor]],
-    picked: pd.DataFrame | None = None,
+    picked: pd.DataFrame,
 ) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
-    """Carry sums of parts into the joint space: their cosines with the text, M x N x 2, and unit features P x C.
+    """Carry other tokens into the joint space: their cosines with the text, M x N x 2, and unit features P x C.
 
-    ``variants``: from the parts of :func:`written_by_block` to tokens B x T x D by name; ``picked``: the patches whose
-    features are kept, None for none.
+    ``variants(visual, images)``: tokens B x (N+1) x D by name; ``picked``: the patches whose features are kept.
     """
     cosines, features = defaultdict(list), defaultdict(list)
     for at, category, images in truth.batches(backbone):
         with backbone.autocast():
-            tokens = variants(*written_by_block(backbone.tower, images))
-            for name, values in tokens.items():
+            for name, values in variants(backbone.tower, images).items():
                 unit = F.normalize(project(backbone.tower, values[:, 1:]).float(), dim=-1)
                 cosines[name].append((unit @ text[category].to(unit)).float().cpu())
-                if picked is not None:
-                    own = picked[picked["image"].isin(at)]
-                    place = (own["image"] - at[0]).tolist(), own["patch"].tolist()
-                    features[name].append(unit[place].cpu())
+                own = picked[picked["image"].isin(at)]
+                place = (own["image"] - at[0]).tolist(), own["patch"].tolist()
+                features[name].append(unit[place].cpu())
     return (
         {name: torch.cat(parts) for name, parts in cosines.items()},
         {name: torch.cat(parts).numpy() for name, parts in features.items()},
     )
-
-
-def contributions(visual, parts: torch.Tensor, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """What parts (... x B x T x D) of the tokens x (B x T x D) add to their cos(anomalous) - cos(normal), ... x B x T.
-
-    Exact: LayerNorm is linear but for its division, so the contributions of all parts and of its bias add up.
-    """
-    direction = visual.ln_post.weight * (visual.proj @ (text[:, 1] - text[:, 0]))
-    centred = parts - parts.mean(dim=-1, keepdim=True)
-    deviation = (x.var(dim=-1, correction=0) + visual.ln_post.eps).sqrt()
-    return centred @ direction / (deviation * project(visual, x).norm(dim=-1))
-
-
-@torch.no_grad()
-def who_writes_what(backbone: Backbone, truth: Truth, text: Mapping, labels: np.ndarray):
-    """Per image, part and block its contribution to cos(anomalous) - cos(normal): a tidy frame.
-
-    Columns ``category``, ``part`` (q-k attention, feed-forward, v-v attention), ``block`` (0-based), ``class token``
-    and ``patches``, the mean of the defect's patches minus that of the normal ones (``labels`` M x N; NaN if one kind
-    is missing).
-    """
-    tables, visual = [], backbone.visual
-    kinds = ("q-k attention", "feed-forward", "v-v attention")
-    index = pd.MultiIndex.from_product([kinds, range(len(visual.transformer.resblocks))])
-    index.names = ["part", "block"]
-    for at, category, images in truth.batches(backbone):
-        start, a, m, s, _ = written_by_block(visual, images)
-        x, parts = start + a.sum(0) + m.sum(0), torch.stack([a, m, s])
-        shares = contributions(visual, parts, x, text[category].to(x)).cpu()  # 3 x L x B x T
-        for i, label in enumerate(torch.from_numpy(labels[at])):
-            told, patches = shares[:, :, i, 0], shares[:, :, i, 1:]
-            gain = patches[..., label == 1].mean(-1) - patches[..., label == 0].mean(-1)
-            columns = {"class token": told.flatten(), "patches": gain.flatten()}
-            tables.append(pd.DataFrame(columns, index).assign(category=category))
-    return pd.concat(tables).reset_index()
 
 
 @torch.no_grad()
@@ -451,18 +303,17 @@ def attention_on_defect(backbone: Backbone, truth: Truth, labels: np.ndarray) ->
     with fewer than two defect patches (``labels`` M x N) are left out.
     """
     rows = []
+
+    def share_of_others(weights, defect):  # of what goes to other patches, N x N
+        mine = (weights - np.diag(np.diag(weights)))[defect]
+        return float((mine[:, defect].sum(axis=1) / mine.sum(axis=1)).mean())
+
     for at, category, images in truth.batches(backbone):
         for number, weights in enumerate(attention_by_block(backbone.visual, images)):
             for i, image in enumerate(at):
                 defect = np.flatnonzero(labels[image] == 1)
                 if len(defect) >= 2:
-                    shares = [_share_of_others(w[i, 1:, 1:], defect) for w in weights]
+                    shares = [share_of_others(w[i, 1:, 1:], defect) for w in weights]
                     even = (len(defect) - 1) / (labels.shape[1] - 1)
                     rows.append((image, category, number, *shares, even))
     return pd.DataFrame(rows, columns=["image", "category", "block", "q-k", "v-v", "even"])
-
-
-def _share_of_others(weights: np.ndarray, members: np.ndarray) -> float:
-    """Of the weights N x N that go to other patches, the share that goes from members to other members."""
-    mine = (weights - np.diag(np.diag(weights)))[members]
-    return float((mine[:, members].sum(axis=1) / mine.sum(axis=1)).mean())

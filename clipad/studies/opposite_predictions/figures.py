@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from clipad.studies.common import Interval, exact_share, groups
 from clipad.studies.figures import (
@@ -17,13 +14,11 @@ from clipad.studies.figures import (
     COLOURS,
     KINDS,
     MAP,
-    contour,
     dots,
-    draw,
+    gallery,
+    growth,
     legend_below,
     mark_patch,
-    name_rows,
-    picture_grid,
     subplots,
 )
 from clipad.studies.opposite_predictions import Example
@@ -41,18 +36,12 @@ STYLES = {
     "linear probe": ("blue", "o"),
     "text": ("orange", "X"),
     "linear probe, untrained encoder": ("grey", "s"),
+    "control": ("grey", "o"),
     "q-k attention": ("purple", "s"),
     "v-v attention": ("green", "o"),
     "own value": ("blue", "D"),
     "feed-forward": ("orange", "X"),
 }
-
-KINDS_OF_ATTENTION = ("q-k", "v-v")
-
-
-def _look(series: str) -> dict:
-    colour, marker = STYLES[series]
-    return {"color": COLOURS[colour], "marker": marker, "markersize": 6}
 
 
 def steps(image: np.ndarray, mask: np.ndarray, cosines: np.ndarray, values: np.ndarray) -> Figure:
@@ -62,24 +51,17 @@ def steps(image: np.ndarray, mask: np.ndarray, cosines: np.ndarray, values: np.n
     """
     grid = round(len(cosines) ** 0.5)
     normal, anomalous = cosines.T.reshape(2, grid, grid)
-    limits = {"cmap": "cividis", "vmin": cosines.min(), "vmax": cosines.max()}
-    reach = np.abs(anomalous - normal).max()
-    signed = {"cmap": DIVERGING, "vmin": -reach, "vmax": reach}
+    shared, reach = (cosines.min(), cosines.max()), np.abs(anomalous - normal).max()
     panels = {
-        "image": (image, {}),
-        "ground truth": (mask, {"cmap": "gray"}),
-        "cosine with $t_n$": (normal, limits),
-        "cosine with $t_a$": (anomalous, limits),
-        "$z_a - z_n$": (anomalous - normal, signed),
-        "direct map": (values, {"cmap": MAP, "vmin": 0, "vmax": 1}),
+        "ground truth": (mask, "gray", (None, None)),
+        "cosine with $t_n$": (normal, "cividis", shared),
+        "cosine with $t_a$": (anomalous, "cividis", shared),
+        "$z_a - z_n$": (anomalous - normal, DIVERGING, (-reach, reach)),
+        "direct map": (values, MAP, (0, 1)),
     }
-    figure, axes = picture_grid([""], list(panels), 1.6, bars=(0, 0.6))
-    for ax, (panel, options) in zip(axes[0], panels.values(), strict=True):
-        shown = ax.imshow(panel, interpolation="nearest", **options)
-        ticks, place = MaxNLocator(3), {"location": "bottom", "shrink": 0.85, "aspect": 14}
-        bar = figure.colorbar(shown, ax=ax, ticks=ticks, **place)
-        bar.ax.set_visible("vmin" in options)  # an empty bar keeps the panels at one size
-    return figure
+    maps, colours, limits = ({name: panel[k] for name, panel in panels.items()} for k in range(3))
+    maps = {name: values[None] for name, values in maps.items()}
+    return gallery([image], maps, limits=limits, colours=colours)
 
 
 def scatter(panels: Mapping[tuple[str, str], pd.DataFrame], title: str) -> Figure:
@@ -150,62 +132,6 @@ def by_category(frame: pd.DataFrame, column: str, series: str, shares: bool = Fa
     return rows
 
 
-def controls(
-    draws: Mapping[str, pd.DataFrame],
-    observed: Mapping[str, pd.Series],
-    columns: Mapping[str, str],
-    title: str,
-) -> Figure:
-    """Mean rates of every draw of every control as points, beside what the detectors have as lines.
-
-    ``columns``: what to show, with the name of its axis. A column's ``*_area`` is drawn as a dotted line, else 50 %.
-    """
-    figure, axes = subplots(1, len(columns), (1.4 + 3.7 * len(columns), 3.2), title, sharey=True)
-    rng, lines = np.random.default_rng(0), {"Direct": ("orange", "-"), "SDP": ("blue", "--")}
-    for ax, (column, name) in zip(axes[0], columns.items(), strict=True):
-        for row, frame in enumerate(draws.values()):
-            values, heights = 100 * frame[column], row + rng.uniform(-0.24, 0.24, len(frame))
-            ax.scatter(values, heights, s=13, color="0.45", alpha=0.5, linewidth=0)
-            ax.vlines(values.mean(), row - 0.36, row + 0.36, color="black", linewidth=2)
-        for method, (colour, style) in lines.items():
-            look = {"color": COLOURS[colour], "linestyle": style, "linewidth": 2}
-            ax.axvline(100 * observed[method][column], label=method, **look)
-        area = observed["Direct"].get(f"{column}_area", 0.5)
-        ax.axvline(100 * area, color="0.3", linestyle=":", label="50 %, or area off the object")
-        ax.set(xlim=(-2, 102), xlabel=name)
-        name_rows(ax, [f"{name}\n({len(frame)} draws)" for name, frame in draws.items()])
-    legend_below(figure)
-    return figure
-
-
-def last_blocks(auroc: Mapping[str, Sequence[float]], writes: pd.DataFrame, title: str) -> Figure:
-    """Left: patch AUROC of sums over the last 1, 2, .. L blocks. Middle, right: what each block writes.
-
-    ``auroc``: per part the AUROC for the last 1, 2, .. L blocks; ``writes``: of :func:`who_writes_what`.
-    """
-    figure, axes = subplots(1, 3, (10.2, 3.3), title)
-    left, *others = axes[0]
-    for name, values in auroc.items():
-        left.plot(range(1, 1 + len(values)), 100 * np.asarray(values), label=name, **_look(name))
-    left.axhline(50, color="0.3", linestyle=":", linewidth=1.2)
-    left.set(xlabel="sum over the last … blocks", ylabel="patch AUROC of the text, percent")
-    left.set(ylim=(0, 100))
-    means = writes.groupby(["part", "block"])[["class token", "patches"]].mean()
-    told = {
-        "class token": (("q-k attention", "feed-forward"), "the class token"),
-        "patches": (("v-v attention", "q-k attention", "feed-forward"), "defect − normal patches"),
-    }
-    for ax, (column, (parts, name)) in zip(others, told.items(), strict=True):
-        for part in parts:
-            ax.plot(means.loc[part, column], label=part, **_look(part))
-        ax.axhline(0, color="0.3", linestyle=":", linewidth=1.2)
-        ax.set(xlabel="block (0-based)", ylabel=f"adds to $z_a - z_n$\nto {name}")
-    for ax in axes[0]:
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        ax.legend()
-    return figure
-
-
 def attention_of_patch(
     example: Example, weights: Mapping[int, tuple[np.ndarray, np.ndarray]]
 ) -> tuple[Figure, str]:
@@ -213,29 +139,24 @@ def attention_of_patch(
 
     ``weights``: 0-based block -> the two rows of attention weights over all tokens, class token first.
     """
-    side, grid = len(example.pixels), round((len(next(iter(weights.values()))[0]) - 1) ** 0.5)
+    side, maps = len(example.pixels), {}
+    for k, name in enumerate(("q-k attention", "v-v attention")):
+        shown = np.sqrt([rows[k][1:] for rows in weights.values()])
+        grid = round(shown.shape[1] ** 0.5)
+        squares = shown.reshape(-1, grid, grid)
+        maps[name] = squares.repeat(side // grid, axis=1).repeat(side // grid, axis=2)
     others = [np.delete(row[1:], example.patch) for rows in weights.values() for row in rows]
-    look = {"extent": (0, side, side, 0), "cmap": MAP, "norm": PowerNorm(0.5, 0, np.max(others))}
-    titles = ["", *(f"{kind} attention" for kind in KINDS_OF_ATTENTION)]
-    figure, axes = picture_grid([""] * len(weights), titles, 1.8, bars=(0, 0.7))
-    for row, ax in enumerate(axes[:, 0]):  # the image stands once, beside the middle row
-        ax.set_visible(row == len(axes) // 2)
-    image = axes[len(axes) // 2, 0]
-    image.imshow(example.pixels, extent=look["extent"])
-    for line, (block, rows) in zip(axes[:, 1:], weights.items(), strict=True):
-        shown = draw(line, [row[1:].reshape(grid, grid) for row in rows], **look)
-        line[0].set_ylabel(f"block {block}")
-    for ax in (image, *axes[:, 1:].flat):
-        mark_patch(ax, example.patch, grid, side)
-        contour(ax, example.mask)
-    place = {"location": "bottom", "shrink": 0.85, "aspect": 40, "ticks": MaxNLocator(3)}
-    figure.colorbar(shown, ax=axes[:, 1:], label="attention weight", **place)
-    known = example.mask is not None and example.mask.any()
-    blocks = ("Blocks " if len(weights) > 1 else "Block ") + ", ".join(map(str, weights))
+    top, count = np.sqrt(np.max(others)), len(weights)
+    masks = None if example.mask is None else [example.mask] * count
+    titles, limits = [f"block {block}" for block in weights], dict.fromkeys(maps, (0, top))
+    figure = gallery([example.pixels] * count, maps, masks, titles, limits, masks_on="both")
+    for ax in figure.axes:
+        if ax.images:
+            mark_patch(ax, example.patch, grid, side)
     return figure, (
-        f"What the marked patch (cyan) of a {example.category}, {example.defect}, takes from every other patch, "
-        f"mean over heads{'; the defect is outlined' if known else ''}. {blocks}, counted from 0. All maps share one "
-        "scale, the square root of the weight."
+        f"What the marked patch (cyan) of a {example.category}, {example.defect}, takes from every other patch, mean "
+        "over heads; a known defect is outlined. Blocks are counted from 0. All maps share one scale, the square root "
+        "of the weight."
     )
 
 
@@ -244,22 +165,19 @@ def attention_by_block(tables: Mapping[str, pd.DataFrame]) -> tuple[Figure, str]
 
     ``tables``: ``trained`` and perhaps ``untrained``, :func:`clipad.studies.opposite_predictions.attention_on_defect`.
     """
-    figure, ax = plt.subplots(figsize=(7.2, 3.1))
-    lines = {"trained": {"linestyle": "-"}, "untrained": {"linestyle": ":", "mfc": "white"}}
+    what, frames, looks = "attention on the\nrest of the defect", [], {}
     for network, table in tables.items():
-        by_block = 100 * table.groupby("block")[["q-k", "v-v", "even"]].mean()
-        for kind in KINDS_OF_ATTENTION:
-            label = kind if network == "trained" else f"{kind}, untrained"
-            look = _look(f"{kind} attention") | lines[network]
-            ax.plot(by_block[kind], label=label, **look)
-    even = by_block["even"].mean()
-    ax.axhline(even, color="0.3", linewidth=0.8, linestyle="--", label="everywhere alike")
-    ax.set(xlabel="block", ylabel="attention on the\nrest of the defect, %", ylim=(0, None))
-    ax.set(title="How much a defect's patch takes from the rest of the defect")
-    ax.set_xticks(by_block.index)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        by_block = table.groupby("block")[["q-k", "v-v", "even"]].mean()
+        for kind in ("q-k", "v-v"):
+            colour, marker = STYLES[f"{kind} attention"]
+            series = kind if network == "trained" else f"{kind}, untrained"
+            looks[series] = (colour if network == "trained" else "grey", marker)
+            frames.append(pd.DataFrame({what: by_block[kind], "series": series}))
+    even = {what: by_block["even"].mean()}
+    title = "How much a defect's patch takes from the rest of the defect"
+    figure = growth({"block": pd.concat(frames)}, [what], even, title, looks)
     images = len(table[["category", "image"]].drop_duplicates())
     caption = f"Mean over {images} anomalous images, per block. Dashed: the share if a patch looked everywhere alike."
     if "untrained" in tables:
-        caption += " Solid: this CLIP. Dotted: the same architecture with random weights."
+        caption += " Coloured: this CLIP. Grey: the same architecture with random weights."
     return figure, caption
