@@ -51,33 +51,6 @@ def test_sentences_are_those_of_the_prompts_in_their_order(sentences):
     np.testing.assert_allclose(np.linalg.norm(sentences.embeddings, axis=1), 1)
 
 
-def test_shares_of_the_spread_add_up_and_follow_the_construction(sentences, two_clouds):
-    for found in (sentences.of("bolt"), two_clouds):
-        shares = study.explained_variance(found)
-        np.testing.assert_allclose(shares.sum(), 1)
-        assert (shares["share"] >= -1e-9).all()
-    built = study.explained_variance(two_clouds)["share"]
-    assert built["template"] > built["state"] > 10 * built["state word"]
-
-
-def test_the_probe_finds_a_state_that_is_there_and_not_one_that_is_not(two_clouds):
-    found = study.separability(two_clouds, draws=6)
-    assert found.loc[["templates", "state words"], "state"].min() > 0.95
-    assert found.loc["state words", "control"] < 0.8
-    rng = np.random.default_rng(1)
-    noise = study.Sentences(two_clouds.table, rng.normal(size=two_clouds.embeddings.shape))
-    assert study.separability(noise, draws=2)["state"].max() < 0.85
-
-
-def test_negations_are_compared_with_the_other_words_of_their_state(sentences):
-    words = study.word_cosines(sentences.of("bolt"))
-    pairs = study.negation_pairs(words)
-    assert list(pairs.index) == ["flaw", "crack"]
-    flaw = words.loc[("normal", "{} without flaw")]
-    assert pairs.loc["flaw", "negation"] == flaw["anomalous", "{} with flaw"]
-    np.testing.assert_allclose(np.diag(words), 1)
-
-
 @pytest.mark.parametrize(("eps", "regime"), [(1e-4, "finds nothing"), (2.0, "is the mean")])
 def test_dbscan_finds_nothing_or_is_the_mean_at_the_ends(sentences, eps, regime):
     found = study.what_dbscan_does(sentences, [eps], min_samples=3)
@@ -99,12 +72,8 @@ def test_what_is_kept_is_what_the_vector_averages(two_clouds):
     angle = np.degrees(np.arccos(expected @ mean))
     assert angle > 1
     assert table.loc[0, "angle"] == pytest.approx(angle)
-    counts = study.kept_by_dbscan(two_clouds, **options).loc[("bolt", "normal")]
-    assert counts["sentences"] == f"{kept.sum()} of {len(e)}"
     templates = two_clouds.of("bolt", "normal").table["template"][kept]
     assert set(table.loc[0, "templates"]) == set(templates)
-    both = [set(names) for names in table["templates"]]
-    assert study.shared_templates(table)[0.1] == len(both[0] & both[1]) / len(both[0] | both[1])
 
 
 @pytest.mark.parametrize("method", ["mean", "pca", "kde", "mean_shift"])
@@ -136,27 +105,14 @@ def test_subsets_hold_what_they_say(sentences):
             assert kinds["normal", "bolt"] == kinds["normal", "leather"]
             if column == "template":
                 assert kinds["normal", "bolt"] == kinds["anomalous", "bolt"]
-    for rows in study.resampled(sentences, 3):
-        drawn = table.iloc[rows].groupby(["state", "category"])["sentence"].size()
-        assert (drawn == table.groupby(["state", "category"])["sentence"].size()).all()
-
-
-def test_one_word_is_left_out_at_a_time(sentences):
-    found = study.leave_one_word_out(sentences)
-    assert len(found) == len(PROMPTS.normal) + len(PROMPTS.anomalous)
-    left = sentences.table.iloc[found["normal: perfect {}"]]
-    assert "perfect {}" not in set(left["word"])
-    assert len(left) == len(sentences) - 2 * len(PROMPTS.templates)
 
 
 @pytest.mark.slow
-def test_layouts_are_equal_for_a_seed_and_too_few_rows_are_refused(two_clouds):
+def test_layouts_are_equal_for_a_seed(two_clouds):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         first, again = (study.umap_layout(two_clouds.embeddings, 3) for _ in range(2))
     np.testing.assert_array_equal(first, again)
-    with pytest.raises(ValueError, match="at least 10"):
-        study.umap_layout(two_clouds.embeddings[:9])
 
 
 def test_every_mark_says_its_sentence(two_clouds):

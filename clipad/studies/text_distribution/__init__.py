@@ -16,10 +16,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import DBSCAN
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score
-from sklearn.metrics.pairwise import cosine_similarity
-from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
 from clipad.studies.common import Kept
 from clipad.text import representative_vector
@@ -83,10 +79,8 @@ def without_articles(template: str) -> str:
 def umap_layout(e: np.ndarray, seed: int = 0) -> np.ndarray:
     """Rows in the plane, M x 2, by UMAP (McInnes et al., arXiv 1802.03426) with :data:`UMAP_OPTIONS`.
 
-    Deterministic for a seed, hence one thread. Raises ValueError for fewer than 10 rows: nothing to lay out.
+    Deterministic for a seed, hence one thread.
     """
-    if len(e) < 10:
-        raise ValueError(f"a layout of {len(e)} sentences says nothing: at least 10 are needed")
     # Late: compiling takes seconds. By default numba takes torch's OpenMP pool and changes its number of threads,
     # after which both can be many times slower.
     import numba
@@ -98,116 +92,11 @@ def umap_layout(e: np.ndarray, seed: int = 0) -> np.ndarray:
     return UMAP(**options, random_state=seed, n_jobs=1).fit_transform(e.astype(np.float32))
 
 
-# The distribution -----------------------------------------------------------------------------------------------
-
-
-def explained_variance(sentences: Sentences, seed: int = 0) -> pd.DataFrame:
-    """Shares of the sum of squared distances to the overall mean, for the sentences of one category.
-
-    A factor's share is what its group means explain; words lie within states, templates cross them, and every word
-    stands in every template, so with ``rest`` (interactions) the shares add up to 1. ``chance``: the same for rows in
-    random order.
-    """
-    table = sentences.table
-
-    def shares(e):
-        e = pd.DataFrame(e - e.mean(axis=0))
-
-        def between(*columns):
-            means = e.groupby([table[column] for column in columns]).transform("mean")
-            return (means**2).to_numpy().sum() / (e**2).to_numpy().sum()
-
-        found = {"state": between("state")}
-        found["state word"] = between("state", "word") - found["state"]
-        found["template"] = between("template")
-        return found | {"rest": 1 - sum(found.values())}
-
-    shuffled = np.random.default_rng(seed).permutation(sentences.embeddings)
-    return pd.DataFrame({"share": shares(sentences.embeddings), "chance": shares(shuffled)})
-
-
-def separability(sentences: Sentences, draws: int = 10, seed: int = 0) -> pd.DataFrame:
-    """Balanced accuracy of a linear probe that tells the states apart, beside a control; a row per hold-out.
-
-    Held out are templates (variants in the article together), state words, or the phrasing (words with "with" or
-    "without" against the others). The control gives the *state words* random states, ``draws`` times: a sentence keeps
-    its neighbours, only the meaning goes. Columns: ``state``, ``control``, ``control_low``, ``control_high``.
-    """
-    table, e = sentences.table, sentences.embeddings
-    words, position = np.unique(table["state"] + "|" + table["word"], return_inverse=True)
-    truth = np.array([word.startswith(STATES[1]) for word in words])
-    groups = {
-        "templates": table["template"].map(without_articles),
-        "state words": position,
-        "phrasing": table["word"].str.contains(r"\b(?:with|without)\b"),
-    }
-    rng = np.random.default_rng(seed)
-    shuffled = [rng.permutation(truth) for _ in range(draws)]
-    rows = {}
-    for name, group in groups.items():
-        group = np.asarray(group)
-        control = [probe_accuracy(e, labels[position], group) for labels in shuffled]
-        ends = (np.mean(control), np.min(control), np.max(control))
-        rows[name] = (probe_accuracy(e, truth[position], group), *ends)
-    columns = ["state", "control", "control_low", "control_high"]
-    return pd.DataFrame.from_dict(rows, "index", columns=columns).rename_axis("held out")
-
-
-def probe_accuracy(e: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> float:
-    """Balanced accuracy of a logistic regression on M x C rows; each group is predicted by a probe that saw none of it.
-
-    NaN where leaving a group out leaves one label only.
-    """
-    if pd.Series(groups).groupby(labels).nunique().min() < 2 or len(np.unique(labels)) < 2:
-        return float("nan")
-    model = LogisticRegression(solver="liblinear")  # small problems; no iteration limit to tune
-    predicted = cross_val_predict(model, e, labels, groups=groups, cv=LeaveOneGroupOut())
-    return float(balanced_accuracy_score(labels, predicted))
-
-
-def word_cosines(sentences: Sentences) -> pd.DataFrame:
-    """Cosines between the mean embeddings of the state words, words x words, normal ones first."""
-    words = [sentences.table["state"], sentences.table["word"]]
-    centres = pd.DataFrame(sentences.embeddings).groupby(words, sort=False).mean()
-    return pd.DataFrame(cosine_similarity(centres), index=centres.index, columns=centres.index)
-
-
-def negation_pairs(words: pd.DataFrame) -> pd.DataFrame:
-    """For each x that occurs as "with x" and "without x" (input: :func:`word_cosines`): the cosine of the two,
-    ``negation``, and the mean cosine of "without x" with the other normal words, ``same_state``."""
-    rows = {}
-    for state, word in words.index:
-        positive = ("anomalous", word.replace("without", "with"))
-        if state == "normal" and "without" in word and positive in words.index:
-            own = words[state, word]
-            name = word.replace("{} without ", "")
-            rows[name] = (own[positive], own["normal"].drop(word).mean())
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["negation", "same_state"])
-
-
-# What each method takes -----------------------------------------------------------------------------------------
-
-
 def largest_cluster(e: np.ndarray, **options) -> np.ndarray:
     """M bool: the sentences that DBSCAN averages; none where all are noise."""
     found = DBSCAN(**options).fit_predict(e)
     clusters = found[found >= 0]
     return found == np.bincount(clusters).argmax() if len(clusters) else np.zeros(len(e), bool)
-
-
-def kept_by_dbscan(sentences: Sentences, **options) -> pd.DataFrame:
-    """Which sentences DBSCAN averages, a row per category and state: how many, how many state words and templates
-    (articles aside) occur in them ("3 of 11"), and which templates."""
-    rows = {}
-    for category, state, own in sentences.each():
-        table = own.table.assign(template=own.table["template"].map(without_articles))
-        kept = table[largest_cluster(own.embeddings, **options)]
-        row = {"sentences": f"{len(kept)} of {len(table)}"}
-        for name, column in (("state words", "word"), ("templates", "template")):
-            row[name] = f"{kept[column].nunique()} of {table[column].nunique()}"
-        names = ", ".join(name.rstrip(".") for name in kept["template"].unique())
-        rows[category, state] = row | {"which templates": names or "none"}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["category", "state"])
 
 
 def what_dbscan_does(
@@ -231,21 +120,6 @@ def what_dbscan_does(
             row["words"] = words[kept].nunique() / words.nunique()
             rows.append(row | {"templates": tuple(own.table["template"][kept].unique())})
     return pd.DataFrame(rows)
-
-
-def shared_templates(found: pd.DataFrame) -> pd.Series:
-    """Per eps of :func:`what_dbscan_does`, the templates that both states keep / those that either keeps, mean over
-    categories; NaN for nothing."""
-
-    def share(templates):
-        one, other = map(set, templates)
-        return len(one & other) / len(one | other) if one | other else np.nan
-
-    shares = found.groupby(["eps", "category"])["templates"].agg(share)
-    return shares.groupby("eps").mean()
-
-
-# What counts ----------------------------------------------------------------------------------------------------
 
 
 def vectors(
@@ -273,48 +147,19 @@ def measure(
     return pd.DataFrame(rows).T
 
 
-# Choices of sentences, the same in every category: their positions.
-
-
-def resampled(sentences: Sentences, draws: int, seed: int = 0) -> list[np.ndarray]:
-    """Bootstrap samples of the sentences, with replacement within each state."""
-    rng, found = np.random.default_rng(seed), []
-    groups = sentences.table.groupby(["category", "state"], sort=False).indices
-    sizes = {state: len(own) for (_, state), own in groups.items()}
-    for _ in range(draws):
-        drawn = {state: rng.integers(size, size=size) for state, size in sizes.items()}
-        found.append(np.concatenate([own[drawn[state]] for (_, state), own in groups.items()]))
-    return found
-
-
 def subsets(
     sentences: Sentences, column: str, sizes: Iterable[int], draws: int, seed: int = 0
 ) -> dict[tuple[int, int], np.ndarray]:
-    """(size, draw) -> the sentences with ``size`` random templates (``column`` "template", the same for both states) or
-    state words ("word", drawn per state). Sizes above what there is are left out; the full size is taken once."""
-    rng, table = np.random.default_rng(seed), sentences.table
-    names = [table[column][table["state"] == state].unique() for state in STATES]
-    found = {}
-    for size in sorted(size for size in set(sizes) if size <= min(map(len, names))):
-        full = all(len(n) == size for n in names)
-        for draw in range(1 if full else draws):
-            normal, anomalous = (set(rng.choice(n, size, replace=False)) for n in names)
-            of_state = {
-                "normal": normal,
-                "anomalous": normal if column == "template" else anomalous,
-            }
-            pairs = zip(table["state"], table[column], strict=True)
-            found[size, draw] = np.flatnonzero([name in of_state[state] for state, name in pairs])
-    return found
-
-
-def leave_one_word_out(sentences: Sentences) -> dict[str, np.ndarray]:
-    """ "state: word" -> all sentences but those with that word; a state with a single word keeps it."""
-    table = sentences.table
-    found = {}
-    for state in STATES:
-        words = table["word"][table["state"] == state].unique()
-        for word in words if len(words) > 1 else ():
-            left = (table["state"] != state) | (table["word"] != word)
-            found[f"{state}: {word}"] = np.flatnonzero(left)
+    """(size, draw) -> positions of the sentences with ``size`` random templates (``column`` "template", the same for
+    both states) or state words ("word", drawn per state). Sizes above what there is are left out; all is taken once."""
+    rng, table, found = np.random.default_rng(seed), sentences.table, {}
+    names = {state: table[column][table["state"] == state].unique() for state in STATES}
+    fewest, most = sorted(map(len, names.values()))
+    for size in sorted(size for size in set(sizes) if size <= fewest):
+        for draw in range(draws if size < most else 1):
+            chosen = {state: rng.choice(n, size, replace=False) for state, n in names.items()}
+            if column == "template":
+                chosen["anomalous"] = chosen["normal"]
+            taken = [table[column].isin(chosen[s]) & (table["state"] == s) for s in STATES]
+            found[size, draw] = np.flatnonzero(taken[0] | taken[1])
     return found

@@ -11,24 +11,19 @@ import pandas as pd
 from IPython.display import HTML
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
-from clipad.studies.common import METRIC_NAMES
 from clipad.studies.figures import (
     ANOMALOUS,
-    COLOURS,
     NORMAL,
     dots,
+    growth,
     heatmap,
-    name_rows,
     rows_and_series,
     subplots,
 )
 from clipad.studies.text_distribution import STATES, Sentences
 
 LOOKS = {"normal": (NORMAL, "o"), "anomalous": (ANOMALOUS, "^")}
-METHODS = {"mean": ("blue", "o"), "dbscan": ("green", "s")}
-REGIMES = {"finds nothing": "grey", "selects": "green", "is the mean": "blue"}
 
 
 def find_a_sentence(layout: np.ndarray, sentences: Sentences, alt: str) -> HTML:
@@ -59,55 +54,23 @@ def layout_and_variance(
         plane.scatter(*own.T, s=16, color=colour, marker=marker, alpha=0.6, label=state, lw=0)
     plane.legend()
     plane.set(xticks=[], yticks=[], xlabel="UMAP: neither axes nor distances have a meaning")
-    places = range(len(variance))
-    drawn = bars.barh(places, 100 * variance["share"], color=NORMAL, height=0.6)
-    bars.bar_label(drawn, fmt="%.0f %%", padding=3, fontsize=9)
-    bars.plot(100 * variance["chance"], places, "|", color="black", markersize=14, mew=2)
-    bars.set(xlabel="share of the spread, percent (black: shuffled)", xlim=(0, 100))
-    name_rows(bars, variance.index)
+    dots(bars, rows_and_series(variance))
+    bars.set(xlabel="share of the spread, percent", xlim=(-3, 100))
+    bars.legend()
     return figure
 
 
 def eps_curves(
-    regimes: pd.DataFrame,
-    shared: pd.Series,
-    curve: pd.DataFrame,
-    mean: pd.Series,
-    published: Mapping[float, str],
-    title: str,
+    curves: pd.DataFrame, base: Mapping, published: Mapping[float, str], title: str
 ) -> Figure:
-    """DBSCAN over eps: what it does (share of categories and states), which templates both states keep, and the
-    metrics beside the mean's (dashed).
-
-    ``shared``, ``curve``: a row per eps; ``published``: eps -> label.
-    """
-    grid, places, rows = list(curve.index), np.arange(len(curve)), 2 + len(curve.columns)
-    figure, axes = subplots(rows, 1, (8.4, 1.6 * rows + 0.5), title, sharex=True)
-    above, middle, *others = axes[:, 0]
-    counts = regimes.groupby("eps")["regime"].value_counts(normalize=True).unstack(fill_value=0)
-    counts = counts.reindex(columns=list(REGIMES), fill_value=0).loc[grid]
-    bottom = counts.cumsum(axis=1) - counts
-    for regime, colour in REGIMES.items():
-        look = {"color": COLOURS[colour], "width": 0.8, "label": regime}
-        above.bar(places, counts[regime], bottom=bottom[regime], **look)
-    above.set_ylabel("categories\nand states")
-    middle.plot(places, shared.loc[grid], "o-", color=COLOURS["purple"], markersize=4)
-    middle.set(ylim=(0, 1.05), ylabel="templates in\nboth states")
-    for ax in (above, middle):
-        ax.yaxis.set_major_formatter(PercentFormatter(1))
-    for ax, metric in zip(others, curve.columns, strict=True):
-        ax.plot(places, 100 * curve[metric], "o-", color=COLOURS["green"], markersize=4)
-        ax.axhline(100 * mean[metric], color=COLOURS["blue"], linestyle="--", label="mean")
-        ax.set_ylabel(f"{METRIC_NAMES[metric]},\npercent")
-    for ax in (above, others[0]):
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    for eps, label in published.items():
-        place = grid.index(eps)
-        above.annotate(label, (place, 1.04), ha="center", fontsize=9, annotation_clip=False)
-        for ax in axes[:, 0]:
-            ax.axvline(place, color="0.4", linestyle=":", linewidth=1)
-    axes[-1, 0].set_xticks(places, [f"{eps:g}" for eps in grid])
-    axes[-1, 0].set_xlabel("eps")
+    """Fractions over eps, a panel per column of ``curves``; ``base``: what the mean has (dashed); dotted: ``published``
+    values of eps and their names."""
+    figure = growth({"eps": curves}, list(curves.columns), base, title)
+    for eps, name in published.items():
+        for ax in figure.axes:
+            ax.axvline(eps, color="0.4", linestyle=":", linewidth=1)
+        above = figure.axes[0].get_xaxis_transform()
+        figure.axes[0].text(eps, 1, name, ha="center", va="bottom", fontsize=9, transform=above)
     return figure
 
 
@@ -122,15 +85,4 @@ def word_matrix(words: pd.DataFrame, title: str) -> Figure:
     for line in (ax.axhline, ax.axvline):
         line(border, color="white", linewidth=3)
     ax.set_title(title)
-    return figure
-
-
-def leave_out(changes: Mapping[str, pd.Series], title: str) -> Figure:
-    """Change of a metric without each state word, in points: a dot per method (``METHODS``) and word."""
-    words = pd.DataFrame(changes).rename(index=lambda word: word.replace("{}", "…"))
-    figure, ax = plt.subplots(figsize=(6.4, 0.26 * len(words) + 1.2))
-    dots(ax, rows_and_series(words), METHODS)
-    ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
-    ax.set(xlabel="change in points without this word", title=title)
-    ax.legend()
     return figure
