@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+REPOSITORY = Path(__file__).resolve().parents[1]
+"""the clone, if the package is installed from one with ``pip install -e``"""
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -29,17 +29,15 @@ from clipad.studies import after_clip_ad
 from clipad.studies.common import keep
 from clipad.studies.opposite_predictions import count_phenomena, ground_truth
 from clipad.studies.sdp_plus_fine_tuning import LayersAlone
-from clipad.studies.trainings import (
-    COLUMNS,
-    METRICS,
-    RATES,
-    after_file,
-    read_trainings,
-    trainings_file,
-)
+from clipad.studies.trainings import after_file, read_trainings, trainings_file
 from clipad.surgery import cosine
 from clipad.training import train
 from clipad.winclip import WinCLIP
+
+METRICS = ("class_auroc", "image_auroc", "pixel_auroc", "pixel_f1_max", "pixel_pro")
+RATES = ("opposite", "opposite_on_object")
+COLUMNS = ("seed", "steps", "weights", "method", "category", *METRICS, *RATES)
+"""metrics and rates are fractions; the rates are those of Direct and SDP only"""
 
 
 class DirectDifference(Direct):

@@ -11,8 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import nbformat
+
+from clipad.files import REPOSITORY, write_atomically
 from clipad.tools.notebooks import (
-    REPOSITORY,
     WIDGET_STATE,
     code_cells,
     faults,
@@ -22,7 +24,6 @@ from clipad.tools.notebooks import (
     own_cells,
     read_notebook,
     source_hash,
-    write_notebook,
 )
 from clipad.tools.runner import run_notebook
 
@@ -115,6 +116,12 @@ def _path_problems(text: str, notebook) -> list[str]:
 
 
 # --- storing --------------------------------------------------------------------------------------------------------
+
+
+def write_notebook(notebook, path) -> None:
+    """Deterministic JSON (sorted keys, indent 1, newline at the end), validated, written in one step."""
+    nbformat.validate(notebook)
+    write_atomically(Path(path), nbformat.writes(notebook).rstrip("\n") + "\n")
 
 
 def is_in_step(path) -> bool:

@@ -11,7 +11,7 @@ names: list = []  # of anything
 options: dict = {}  # of the method
 data_root: str = ""  # path of the data
 pretrained: str = ""  # published tag, or path of a checkpoint
-device: str = ""  # where to compute [cpu|cuda]"""
+device: str = ""  # where to compute"""
 
 
 def notebook(*cells, parameters=PARAMETERS):

@@ -16,6 +16,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -66,7 +67,7 @@ def lab(tmp_path):
     notebook.metadata.pop("widgets", None)
     served = tmp_path / "served"
     served.mkdir()
-    notebooks.write_notebook(notebook, served / "06_explorer.ipynb")
+    nbformat.write(notebook, served / "06_explorer.ipynb")
     quiet_settings(tmp_path / "settings")
 
     with socket.socket() as free:

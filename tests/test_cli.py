@@ -5,11 +5,13 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+import nbformat
 import pytest
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_notebook
 
-from clipad.tools import doctor, notebooks, runner
+from clipad.studies import experiments
+from clipad.tools import doctor, notebooks
 from clipad.tools.cli import app
 from clipad.tools.parameters import read_parameters
 
@@ -17,7 +19,7 @@ from clipad.tools.parameters import read_parameters
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A project of two notebooks; the second one fails when told to."""
-    for module in (notebooks, runner):
+    for module in (notebooks, experiments):
         monkeypatch.setattr(module, "REPOSITORY", tmp_path)
     kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
     for name, lines, code in (
@@ -27,7 +29,7 @@ def project(tmp_path, monkeypatch):
         cells = [new_code_cell(lines, metadata={"tags": ["parameters"]}), new_code_cell(code)]
         metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
         (tmp_path / "notebooks").mkdir(exist_ok=True)
-        notebooks.write_notebook(
+        nbformat.write(
             new_notebook(cells=cells, metadata=metadata), tmp_path / "notebooks" / f"{name}.ipynb"
         )
     return tmp_path
@@ -72,7 +74,6 @@ def test_every_command_has_help(command):
         (["run", "00", "--preset", "paper"], "unknown parameter 'preset'"),
         (["run", "00", "-y", "n: [1"], "is no YAML"),
         (["run", "00", "-y", "n"], "holds 'n', expected `name: value`"),
-        (["run", "00", "-y", "1: 2"], "holds {1: 2}, expected `name: value`"),
         (["run", "--all", "-p", "m", "1"], "all notebooks: unknown parameter 'm'"),
         (["params", "07"], "no notebook starts with '07'"),
     ],
@@ -87,7 +88,7 @@ def test_wrong_usage_is_told_in_one_line(project, arguments, message):
 
 def test_missing_parameter_file_is_told(project):
     done = invoke("run", "00", "-f", "nowhere.yaml")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "nowhere.yaml" in done.stderr
 
 
@@ -108,8 +109,7 @@ def test_run_all_goes_on_after_a_failure(project):
     done = invoke("run", "--all", "-p", "fail", "True", "--output-dir", project / "there")
     assert done.exit_code == 1
     assert "AssertionError" in done.stderr
-    summary = done.stdout.split("minutes")[1].splitlines()
-    assert [line.split()[:2] for line in summary[1:]] == [["00_a", "failed"], ["00_first", "ok"]]
+    assert "2 notebooks, failed: 00_a" in done.stdout
     record = json.loads((project / "there" / "runs.json").read_text())
     assert {name: run["status"] for name, run in record.items()} == {
         "00_a": "failed",
@@ -119,22 +119,22 @@ def test_run_all_goes_on_after_a_failure(project):
 
 def test_params(project):
     lines = invoke("params", "01").output.splitlines()
-    assert [line.split()[:3] for line in lines[1:]] == [
+    assert [line.split()[:3] for line in lines] == [
         ["n", "int", "1"],
         ["fail", "bool", "false"],
     ]
 
 
 def test_later_kinds_of_parameters_win(tmp_path):
-    (tmp_path / "a.yaml").write_text("a: 1\nb: 1\nc: 1\nday: 2024-01-01")
+    (tmp_path / "a.yaml").write_text("a: 1\nb: 1\nc: 1")
     found = read_parameters([("c", "3")], ["{b: 2, c: 2}"], [tmp_path / "a.yaml"])
-    assert found == {"a": 1, "b": 2, "c": "3", "day": "2024-01-01"}
+    assert found == {"a": 1, "b": 2, "c": "3"}
 
 
 def test_data_check(tmp_path):
-    assert invoke("data", "check", "mvtec", "--root", tmp_path / "nowhere").exit_code == 1
+    assert invoke("data", "check", "mvtec", "--root", tmp_path / "nowhere").exit_code == 2
     done = invoke("data", "check", "mvtek", "--root", tmp_path)
-    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
     assert "mvtec" in done.stderr
 
 
@@ -146,27 +146,14 @@ def test_doctor_says_faults_with_their_fix(monkeypatch, tmp_path):
     assert "PyTorch version" in done.output
     monkeypatch.setenv("CLIPAD_DATA", str(tmp_path))  # no model, no images
     faults = list(doctor.diagnose())
-    assert len(faults) == 2
-    assert all("restore data/demo" in fix for _, fix in faults)
+    assert len(faults) == 1
+    assert "restore data/demo" in faults[0][1]
     done = invoke("doctor")
     assert done.exit_code == 1
-    assert done.output.count("fix:") == 2
+    assert done.output.count("fix:") == 1
 
 
 def test_doctor_speaks_where_torch_is_broken(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)  # its import fails
     faults = list(doctor.diagnose())
     assert any("torchvision" in fault and "install" in fix for fault, fix in faults)
-
-
-def test_another_python_behind_the_kernel_is_noticed(monkeypatch, tmp_path):
-    folder = tmp_path / "kernels" / "python3"
-    folder.mkdir(parents=True)
-    kernel = {
-        "argv": ["/elsewhere/python", "-m", "ipykernel_launcher"],
-        "display_name": "x",
-        "language": "python",
-    }
-    (folder / "kernel.json").write_text(json.dumps(kernel))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    assert any("runs /elsewhere/python" in fault for fault, _ in doctor.diagnose())

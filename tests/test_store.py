@@ -7,9 +7,11 @@ import pytest
 from nbformat.v4 import new_output
 from small_notebooks import notebook
 
+from clipad.studies import experiments
 from clipad.tools import runner
-from clipad.tools.notebooks import merge_streams, read_notebook, source_hash, write_notebook
+from clipad.tools.notebooks import merge_streams, read_notebook, source_hash
 from docs import store
+from docs.store import write_notebook
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
@@ -212,7 +214,7 @@ def test_of_widgets_stays_what_works_without_a_kernel(make):
 
 @pytest.mark.slow
 def test_a_notebook_that_fails_keeps_its_last_outputs(make, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(runner, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(experiments, "REPOSITORY", tmp_path)
     good, bad = make("00_good", "print(1)"), make("01_bad", "print('/home/somebody')")
     before = bad.read_bytes()
     assert store.main([str(good), str(bad)]) == 1

@@ -10,19 +10,20 @@ import sys
 import threading
 import time
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
 
+import clipad
 from clipad.datasets import load_dataset
 from clipad.linear_layers import LinearLayers
 from clipad.tools import sweep as sweeps
-from clipad.tools.notebooks import write_notebook
 
 PARAMETERS = """seed: int = 0  # a number [0..99]
 pause: float = 0.0  # seconds
-log: str = ""  # path of a file
+log: str = ""  # a file
 names: list[str] = []  # words
 output_dir: str = ""  # path"""
 # The parent of a kernel is the worker that runs it. Random numbers, so that a second execution would be seen.
@@ -44,7 +45,7 @@ def notebook(tmp_path):
     kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
     path = tmp_path / "00_work.ipynb"
     metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
-    write_notebook(new_notebook(cells=cells, metadata=metadata), path)
+    nbformat.write(new_notebook(cells=cells, metadata=metadata), path)
     return path
 
 
@@ -67,11 +68,6 @@ def test_a_file_of_another_kind_is_named(tmp_path):
         sweeps.plan(tmp_path / "picture.yaml")
 
 
-def test_a_missing_file_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none.yaml; notebooks/sweep_example.yaml"):
-        sweeps.plan(tmp_path / "none.yaml")
-
-
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -88,38 +84,15 @@ def test_models_that_do_not_exist_are_refused_before_a_run(plan, values, said):
 
 def test_lists_are_axes(plan, notebook):
     block = {"notebook": str(notebook), "parameters": {"seed": [1, 2], "names": ["a", ["b", "c"]]}}
-    points = [(run.parameters["seed"], run.parameters["names"]) for run in plan(block)]
+    points = [(run["parameters"]["seed"], run["parameters"]["names"]) for run in plan(block)]
     assert points == [(1, ["a"]), (1, ["b", "c"]), (2, ["a"]), (2, ["b", "c"])]
     both = plan(block, {"notebook": str(notebook), "parameters": {"seed": [2, 3], "names": "a"}})
     assert len(both) == 5  # seed 2 with ["a"] is in both blocks
 
 
-def test_protocol_and_presets_are_resolved(plan):
-    first, second = plan({"evaluate": {"rvs": ["", "mean"], "categories": "gear"}})
-    assert first.parameters["rvs_options"] == {"eps": 0.5, "min_samples": 15}
-    assert second.parameters["rvs_options"] == {}
-    assert {first.parameters[name] for name in ("model", "dataset")} == {"demo"}
-    spelled_out = {
-        "detectors": "sdp",
-        "rvs": "dbscan",
-        "categories": "gear",
-        "seed": 0,
-        "dataset": "demo",
-    }
-    assert plan({"evaluate": spelled_out})[0].address == first.address
-
-
-def test_what_a_detector_does_not_take_makes_no_second_run(plan):
-    block = {"detectors": ["winclip", "direct"], "rvs": ["mean", "kde"], "categories": "gear"}
-    found = [
-        (run.parameters["detectors"], run.parameters["rvs"]) for run in plan({"evaluate": block})
-    ]
-    assert found == [("winclip", ""), ("direct", "mean"), ("direct", "kde")]
-
-
 def test_what_decides_the_result_decides_the_address(plan, tmp_path, notebook):
     def address(**values):
-        return plan({"evaluate": {"categories": "gear"} | values})[0].address
+        return plan({"evaluate": {"categories": "gear"} | values})[0]["run"]
 
     (tmp_path / "own.yaml").write_text("normal: ['sound {}']")
     prompts = str(tmp_path / "own.yaml")
@@ -129,14 +102,14 @@ def test_what_decides_the_result_decides_the_address(plan, tmp_path, notebook):
     random = {"model": "ViT-S-32-alt", "pretrained": "random"}
     found += [address(**random), address(**random, seed=1)]
     assert len(set(found)) == len(found)
-    before = plan({"notebook": str(notebook)})[0].address
+    before = plan({"notebook": str(notebook)})[0]["run"]
     notebook.write_text(notebook.read_text().replace("unlucky", "lucky"))
-    assert plan({"notebook": str(notebook)})[0].address != before
+    assert plan({"notebook": str(notebook)})[0]["run"] != before
 
 
 def test_what_sdp_plus_is_trained_with_decides_the_address_too(plan, tmp_path):
     def address(**values):
-        return plan({"notebook": "05", "parameters": values})[0].address
+        return plan({"notebook": "05", "parameters": values})[0]["run"]
 
     checkpoint, root = tmp_path / "layers.pt", tmp_path / "demo_aux"
     with pytest.raises(FileNotFoundError, match="layers"):
@@ -157,24 +130,20 @@ def test_what_sdp_plus_is_trained_with_decides_the_address_too(plan, tmp_path):
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({}, "holds either"),
-        ([], "holds either"),
-        ("x", "holds either"),
-        ({"evaluat": {}}, "holds either.*found {'evaluat'"),
-        ({"evaluate": {}, "parameters": {}}, "holds either"),
-        ({"evaluate": "sdp"}, "has to be a mapping"),
+        ({}, "a block is"),
+        ("x", "a block is"),
+        ({"evaluat": {}}, "a block is.*found {'evaluat'"),
+        ({"evaluate": {}, "parameters": {}}, "a block is"),
+        ({"evaluate": "sdp"}, "a block is"),
         ({"evaluate": {"detector": "sdp"}}, "did you mean 'detectors'"),
         ({"evaluate": {"detectors": "sdq"}}, "did you mean 'sdp'"),
-        ({"evaluate": {"seed": []}}, "seed has no values"),
         ({"evaluate": {"seed": "x"}}, "seed expects int"),
         ({"evaluate": {"seed": -1}}, "must lie in 0"),
-        ({"evaluate": {"rvs": "kdee"}}, "unknown representative vector"),
-        ({"evaluate": {"rvs": "mean", "rvs_options": {"eps": 1}}}, "mean has no option eps"),
+        ({"evaluate": {"rvs": "kdee"}}, "did you mean 'kde'"),
         ({"evaluate": {"categories": "gears"}}, "unknown category 'gears'"),
         ({"evaluate": {"dataset": "demoo"}}, "'demo"),
         ({"evaluate": {"model": "ViT-S-32-alt"}}, "needs pretrained"),
         ({"evaluate": {"pretrained": "random"}}, "needs pretrained"),
-        ({"evaluate": {"detectors": "sdp_plus"}}, "needs its linear layers"),
         ({"notebook": "99"}, "no notebook starts with"),
         ({"notebook": "00_work", "parameters": {"sead": 1}}, "did you mean 'seed'"),
         ({"notebook": "00_work", "parameters": {"seed": [1, 100]}}, "must lie in 0..99"),
@@ -210,9 +179,9 @@ def test_gpus_that_a_sweep_may_use(monkeypatch, kind, count, asked, gpus):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *a, **k: device)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
-    assert sweeps.gpus_for([sweeps.Run("", {"device": asked}, {}), sweeps.Run("", {}, {})]) == gpus
+    assert sweeps.gpus_for([{"parameters": {"device": asked}}, {"parameters": {}}]) == gpus
     with pytest.raises(ValueError, match="torch sees"):
-        sweeps.gpus_for([sweeps.Run("", {"device": "cuda:7"}, {})])
+        sweeps.gpus_for([{"parameters": {"device": "cuda:7"}}])
 
 
 @pytest.mark.slow
@@ -230,30 +199,34 @@ def test_each_worker_has_a_gpu_of_its_own():
 
 
 @pytest.mark.slow
-def test_an_evaluation_is_what_evaluate_says(plan, tmp_path):
-    import clipad
-
-    run = plan({"evaluate": {"detectors": "direct", "rvs": "mean", "categories": "gear"}})[0]
+@pytest.mark.parametrize(
+    ("values", "rvs"),
+    [
+        ({"rvs": "mean"}, "mean"),
+        ({"rvs": "dbscan"}, "dbscan"),  # with the published options
+        ({}, "dbscan"),
+    ],
+)
+def test_an_evaluation_is_what_evaluate_says(plan, tmp_path, values, rvs):
+    run = plan({"evaluate": {"detectors": "direct", "categories": "gear"} | values})[0]
     (tmp_path / "runs").mkdir()
     sweeps.run_one(run, str(tmp_path), [])
-    record = run.read_record(tmp_path)
+    record = sweeps.read_record(run, tmp_path)
     assert (record["status"], record["reason"]) == ("ok", "")
     backbone, data = clipad.load_backbone("demo"), clipad.load_dataset("demo", categories=["gear"])
-    expected = clipad.evaluate(clipad.Direct(backbone, rvs="mean"), data, progress=False).table.loc[
-        "gear"
-    ]
+    options = clipad.protocol("demo").rvs_options if rvs == "dbscan" else {}
+    detector = clipad.Direct(backbone, rvs=rvs, rvs_options=options)
+    expected = clipad.evaluate(detector, data, progress=False).table.loc["gear"]
     assert {result["metric"]: result["value"] for result in record["results"]} == expected.to_dict()
 
 
 def test_other_code_on_a_worker_is_noticed(plan, tmp_path):
     run = plan({"evaluate": {"categories": "gear"}})[0]
     (tmp_path / "runs").mkdir()
-    other = sweeps.Run("", run.parameters, run.inputs | {"code": "0"})
-    record = sweeps.run_one(other, str(tmp_path), [])
-    assert record["status"] == "failed"
-    assert "another version" in record["reason"]
-    assert "another version" in record["traceback"]
-    with pytest.raises(FileNotFoundError, match="does not see"):
+    other = run | {"inputs": run["inputs"] | {"code": "0"}}
+    with pytest.raises(ValueError, match="another version"):
+        sweeps.run_one(other, str(tmp_path), [])
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
         sweeps.run_one(run, str(tmp_path / "elsewhere"), [])
 
 
@@ -261,8 +234,8 @@ def test_other_code_on_a_worker_is_noticed(plan, tmp_path):
 def test_a_complete_run_stays(plan, notebook, tmp_path):
     run = plan({"notebook": str(notebook), "parameters": {"log": str(tmp_path / "log")}})[0]
     (tmp_path / "runs").mkdir()
-    first = sweeps.run_one(run, str(tmp_path), [])
-    assert sweeps.run_one(run, str(tmp_path), []) == first
+    for _ in range(2):
+        sweeps.run_one(run, str(tmp_path), [])
     assert len((tmp_path / "log").read_text().splitlines()) == 1
 
 
@@ -275,7 +248,6 @@ def test_runs_of_different_kinds_share_one_table(tmp_path):
     second["parameters"] = {"seed": 1, "share": 0.5, "more": "text"}
     sweeps.write_table([first | common, second | common], tmp_path / "table.csv")
     table = pd.read_csv(tmp_path / "table.csv")
-    assert table["categories"].tolist()[0] == '["nut"]'
     assert table["value"].isna().tolist() == [False, True]
     assert table["seed"].tolist() == [0, 1]
     assert table["reason"].tolist()[1] == "x, <b>"
@@ -325,8 +297,7 @@ class Sweep:
 
     def finished(self):
         """Records of runs that ended well, by their address."""
-        found = {path.parent.name: path.read_bytes() for path in self.out.glob("runs/*/run.json")}
-        return {run: text for run, text in found.items() if b'"status": "failed"' not in text}
+        return {path.parent.name: path.read_bytes() for path in self.out.glob("runs/*/run.json")}
 
     def wait_for(self, condition):
         while not condition():
@@ -430,7 +401,7 @@ def test_what_a_lost_cluster_did_not_do_is_no_failure(plan, notebook, tmp_path):
             time.sleep(0.1)
         threading.Thread(target=kill, daemon=True).start()
         at = json.loads(address.read_text())["address"]
-        with pytest.raises(OSError, match="1 runs are not done"):
+        with pytest.raises(OSError, match="scheduler is gone"):
             sweeps.sweep(runs, tmp_path / "out", scheduler=at)
     finally:
         for process in processes.values():

@@ -11,9 +11,8 @@ SOLVED, NOT_YET = "Solved", "Not yet"
 def check(answer: Any, test: Callable[[], Any], hint: str) -> None:
     """Say whether an exercise is solved, and if not, what to look at; nothing while the answer is still ``...``.
 
-    ``test`` is called once there is an answer; a test that raises counts as "not yet", so that a notebook runs
-    through. The cell above has the tag ``exercise`` and is left unfilled (``answer = ...``); its solution stands folded
-    before it, as the one ``python`` block inside ``<details>``. Our tests put it in and expect "Solved".
+    A test that raises counts as "not yet", so that a notebook runs through. The cell above has the tag ``exercise``;
+    its solution stands folded before it, as the one ``python`` block inside ``<details>``.
     """
     if answer is ...:
         return

@@ -1,17 +1,15 @@
-"""What every notebook starts and ends with: from papermill parameters to backbone, data and folders, and the record
-of the run.
-
-A parameter left empty ("" or 0 or []) means what the preset says; a given one wins.
+"""What every notebook starts and ends with: from its parameters to backbone, data and folder, and the record of the
+run. A parameter left empty ("" or 0 or []) means what the preset says; a given one wins.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import random
 import re
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,13 @@ from clipad.backbone import Backbone, load_backbone, require_model
 from clipad.datasets import Dataset, load_dataset
 from clipad.detectors import SDP, ClipSurgery, Detector, Direct, SDPPlus
 from clipad.evaluation import fingerprint
-from clipad.files import code_version, did_you_mean, require_writable, write_atomically
+from clipad.files import (
+    REPOSITORY,
+    code_version,
+    did_you_mean,
+    require_writable,
+    write_atomically,
+)
 from clipad.prompts import Prompts, load_prompts
 from clipad.published import Protocol, protocol
 from clipad.training import load_layers
@@ -73,12 +77,9 @@ class Experiment:
 
     def need_both_labels(self, what: str) -> None:
         """Leave where there is nothing to compare: no labels, or one of the two only."""
-        found = {s.label for s in self.dataset}
-        if not (self.dataset.has_masks or found >= {0, 1}):
-            there = {0: "normal", 1: "anomalous", -1: "unlabelled"}
-            kinds = " and ".join(there[label] for label in sorted(found))
+        if not (self.dataset.has_masks or {s.label for s in self.dataset} >= {0, 1}):
             name = self.dataset.name
-            self.leave(f"{what}. {name} has {kinds} images only; metrics need both kinds.")
+            self.leave(f"{what}. Metrics need normal and anomalous images, {name} has not both.")
 
     def leave(self, why: str) -> None:
         """End a notebook with a word and without an error where its data has nothing to say; keeps the record."""
@@ -107,7 +108,7 @@ class Experiment:
     def provenance(self) -> dict[str, str]:
         """Versions, device, seed and hashes: what somebody needs to get the same numbers."""
         packages = ("torch", "open_clip_torch", "numpy", "scikit-learn", "umap-learn")
-        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+        versions = ", ".join(f"{name} {version(name)}" for name in packages)
         model, data = self.backbone, self.dataset
         on = f"{model.device.type.upper()}, {torch.get_num_threads()} threads"
         if model.device.type == "cuda":
@@ -117,7 +118,7 @@ class Experiment:
             "model": f"{model.name}, {model.pretrained}, {model.activation}, weights {model.weights_hash}",
             "pre-processing": f"{model.image_size} px, mean {mean}, std {std}",
             "data": f"{data.name}, {len(data)} images, samples {fingerprint(data)}",
-            "code": f"clipad {importlib.metadata.version('clipad')}, sources {code_version()}",
+            "code": f"clipad {version('clipad')}, sources {code_version()}",
             "versions": f"Python {platform.python_version()}, {versions}",
             "device": on,
             "seed": str(self.seed),
@@ -126,21 +127,19 @@ class Experiment:
     def __str__(self) -> str:
         model, data = self.backbone, self.dataset
         kinds = {"image labels": data.has_image_labels, "pixel masks": data.has_masks}
-        known = [kind for kind, there in kinds.items() if there]
+        known = ", ".join(kind for kind, there in kinds.items() if there) or "no labels"
         many = "1 category" if len(data.categories) == 1 else f"{len(data.categories)} categories"
         return (
             f"model **{model.name}** ({model.pretrained}, {model.image_size} px, {model.device}) on **{data.name}**: "
-            f"{len(data)} images in {many} ({', '.join(known) or 'no labels'}){self._unknown_words()}"
+            f"{len(data)} images in {many} ({known}){self._unknown_words()}"
         )
 
     __repr__ = _repr_markdown_ = __str__  # no path of the machine in a stored notebook
 
     def _unknown_words(self) -> str:
         """Said here once, so that no cell has to warn of it."""
-        sentences = [
-            s for c in self.dataset.categories for state in self.prompts.sentences(c) for s in state
-        ]
-        unknown = self.backbone.unknown_words(sentences)
+        states = [state for c in self.dataset.categories for state in self.prompts.sentences(c)]
+        unknown = set().union(*map(self.backbone.unknown_words, states))
         self.backbone.expect_words(unknown)
         if not unknown:
             return ""
@@ -149,12 +148,7 @@ class Experiment:
 
 
 def resolve(
-    preset: str = "demo",
-    model: str = "",
-    pretrained: str = "",
-    dataset: str = "",
-    data_root: str = "",
-    image_size: int = 0,
+    preset="demo", model="", pretrained="", dataset="", data_root="", image_size=0, **_others
 ) -> dict[str, str]:
     """model, pretrained and dataset: what the preset says, and what was given instead.
 
@@ -163,15 +157,14 @@ def resolve(
     chosen = dict(_known("preset", preset, PRESETS))
     if data_root and not dataset and chosen["dataset"] == "demo":
         raise ValueError(
-            "data_root is given, dataset is not, and the demo's images have no data_root: did you mean "
-            "dataset folder? (mvtec, visa, ... for those)"
+            "data_root is given, dataset is not: did you mean dataset folder? (mvtec, visa, ... for those)"
         )
     if model and model != chosen["model"]:
         chosen |= {"model": model, "pretrained": ""}
     given = {"pretrained": pretrained, "dataset": dataset}
     chosen |= {name: value for name, value in given.items() if value}
-    fits = chosen["pretrained"] != "random" if chosen["model"] == "demo" else chosen["pretrained"]
-    if not fits:
+    random_demo = chosen["model"] == "demo" and chosen["pretrained"] == "random"
+    if random_demo or not (chosen["model"] == "demo" or chosen["pretrained"]):
         raise ValueError(
             f"model={chosen['model']!r} needs pretrained: an open_clip tag, a checkpoint file, or 'random'; the demo "
             f"model its own weights or a file; found {chosen['pretrained']!r}"
@@ -192,9 +185,10 @@ def _known(what: str, name: str, table: dict[str, Any]) -> Any:
     return table[name]
 
 
-def run_name(preset: str, dataset: str = "") -> str:
-    """The folder of a run's results below outputs/, as in ``paper-visa``."""
-    return re.sub(r"[^\w.-]+", "_", f"{preset}-{dataset or PRESETS[preset]['dataset']}")
+def run_folder(preset="demo", dataset="", **_others) -> Path:
+    """Where results go if nothing else is said, such as ``outputs/paper-visa`` of the clone."""
+    name = re.sub(r"[^\w.-]+", "_", f"{preset}-{dataset or PRESETS[preset]['dataset']}")
+    return REPOSITORY / "outputs" / name
 
 
 def experiment(
@@ -215,7 +209,7 @@ def experiment(
     """Resolve a notebook's parameters, load model and data, and seed every generator.
 
     ``preset``: ``demo`` (shipped model and images, offline) or ``paper`` (published protocol). ``pretrained``: an
-    open_clip tag, a checkpoint file, or ``random``. ``output_dir``: empty for
+    open_clip tag, a checkpoint file, or ``random``. ``image_size``: side in pixels. ``output_dir``: empty for
     ``outputs/<preset>-<dataset>`` of the checkout. ``normal_folder``: see :func:`clipad.load_dataset`.
 
     Raises ValueError or OSError for anything that cannot work, before anything long starts.
@@ -224,33 +218,19 @@ def experiment(
     # The data and the folder first: a wrong path shall not wait for a model to load.
     data = load_dataset(chosen["dataset"], data_root or None, categories or None, normal_folder)
     own_prompts = load_prompts(prompts or None)
-    outputs = Path(__file__).resolve().parents[2] / "outputs"
-    folder = Path(output_dir) if output_dir else outputs / run_name(preset, dataset)
+    folder = Path(output_dir) if output_dir else run_folder(preset, dataset)
     require_writable(folder)
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (libraries that notebooks call draw from the global generator)
     random.seed(seed)
-    backbone = load_backbone(
-        chosen["model"],
-        pretrained=_weights(chosen["pretrained"]),
-        device=device or None,
-        image_size=image_size or None,
-        seed=seed,
-    )
+    weights = _weights(chosen["pretrained"])
+    backbone = load_backbone(chosen["model"], weights, device or None, image_size or None, seed)
     parameters = {"preset": preset, **chosen, "pretrained": Path(chosen["pretrained"]).name}
     parameters |= {"categories": list(data.categories), "prompts": Path(prompts).name}
     parameters |= {"normal_folder": normal_folder} if normal_folder else {}
     parameters |= {"image_size": backbone.image_size, "seed": seed}
-    return Experiment(
-        notebook=notebook,
-        parameters=parameters,
-        backbone=backbone,
-        dataset=data,
-        protocol=protocol(chosen["dataset"]),
-        prompts=own_prompts,
-        output_dir=folder,
-        seed=seed,
-    )
+    rules = protocol(chosen["dataset"])
+    return Experiment(notebook, parameters, backbone, data, rules, own_prompts, folder, seed)
 
 
 DETECTORS = {

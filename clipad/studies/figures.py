@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from seaborn.utils import relative_luminance
 
+from clipad.files import REPOSITORY
 from clipad.studies.common import METRIC_NAMES, Interval
 
 _PALETTE = sns.color_palette("colorblind")
@@ -73,7 +73,7 @@ def show(figure: Figure, caption: str, alt: str = "") -> None:
 
 def show_drawing(name: str, caption: str) -> None:
     """Display a drawing, an SVG file in ``notebooks/``, with its caption below it."""
-    path = Path(__file__).resolve().parents[2] / "notebooks" / name
+    path = REPOSITORY / "notebooks" / name
     display(SVG(filename=path), metadata={"image/svg+xml": {"alt": caption}})
     display(Markdown(f"*{caption}*"))
 

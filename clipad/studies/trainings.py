@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -16,14 +16,8 @@ from clipad.published import data_dir
 from clipad.studies.common import METRIC_NAMES, groups
 from clipad.studies.figures import dots, rows_and_series, subplots
 
-METRICS = ("class_auroc", "image_auroc", "pixel_auroc", "pixel_f1_max", "pixel_pro")
-RATES = ("opposite", "opposite_on_object")
-COLUMNS = ("seed", "steps", "weights", "method", "category", *METRICS, *RATES)
-"""metrics and rates are fractions; the rates are those of Direct and SDP only"""
 
-
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """``a`` minus ``b`` (a method, or a number such as the chance level) in one metric, on one group of categories."""
 
     sentence: str
@@ -63,38 +57,24 @@ def after_file() -> Path:
 
 
 def read_trainings(file: str | Path | None = None) -> pd.DataFrame:
-    """The table with `COLUMNS`. ValueError for a file of another form."""
-    file = Path(file or trainings_file())
-    table = pd.read_csv(file, dtype={"weights": str})
-    if tuple(table.columns) != COLUMNS:
-        raise ValueError(
-            f"{file} has the columns {', '.join(table.columns)}; expected {', '.join(COLUMNS)}: "
-            "restore it, or let python -m demo_world.trainings write a new one"
-        )
-    return table
-
-
-def differences(
-    table: pd.DataFrame, a: str, b: str | float, metric: str, group: str = "all"
-) -> pd.Series:
-    """``a`` minus ``b`` per training (seed, steps): mean over the categories of ``group`` (all, textures, objects)."""
-    if group != "all":
-        table = table[table["category"].isin(groups(table["category"].unique())[group])]
-    means = table.pivot_table(metric, ["seed", "steps"], "method")
-    return (means[a] - (means[b] if isinstance(b, str) else b)).dropna()
+    """The stored table; columns: seed and steps of the training, hash of the weights, method, category, and fractions:
+    metrics, and for Direct and SDP the rates of opposite predictions."""
+    return pd.read_csv(file or trainings_file(), dtype={"weights": str})
 
 
 def findings(table: pd.DataFrame, chosen: Sequence[Finding] = FINDINGS) -> pd.DataFrame:
-    """Finding x training: differences, and ``turns round``: not all of one sign.
-
-    A column is called "seed 1, 8,000 steps".
+    """Finding x training: differences of means over the categories of the finding's group (all, textures, objects), and
+    ``turns round``: not all of one sign. A column is called "seed 1, 8,000 steps".
     """
     rows = {}
-    for finding in chosen:
-        found = differences(table, finding.a, finding.b, finding.metric, finding.group)
+    for sentence, metric, a, b, group in chosen:
+        own = table
+        if group != "all":
+            own = table[table["category"].isin(groups(table["category"].unique())[group])]
+        means = own.pivot_table(metric, ["seed", "steps"], "method")
+        found = (means[a] - (means[b] if isinstance(b, str) else b)).dropna()
         found.index = [f"seed {seed}, {steps:,} steps" for seed, steps in found.index]
-        name = METRIC_NAMES.get(finding.metric, "share of images")
-        rows[f"{finding.sentence} ({name})"] = found
+        rows[f"{sentence} ({METRIC_NAMES.get(metric, 'share of images')})"] = found
     frame = pd.DataFrame(rows).T
     frame["turns round"] = (frame.max(axis=1) > 0) & (frame.min(axis=1) < 0)
     return frame
@@ -105,19 +85,19 @@ def plot_findings(frame: pd.DataFrame) -> Figure:
 
     Large and small differences have an axis each, so that the large ones do not hide the signs of the others.
     """
+    turning = frame["turns round"]
+    same, many = (~turning).sum(), frame.shape[1] - 1
+    title = f"{same} of {len(frame)} findings point the same way in all {many} sets of weights"
+    if turning.any():
+        title += f"; {turning.sum()} turn round (↔)"
     values = frame.drop(columns="turns round").astype(float)
+    values = values.rename(index=lambda name: f"{name}  ↔" if turning[name] else name)
     large = values.abs().max(axis=1) > 0.1
     parts = [part for part in (values[large], values[~large]) if len(part)]
-    same, many = (~frame["turns round"]).sum(), values.shape[1]
-    title = f"{same} of {len(frame)} findings point the same way in all {many} sets of weights"
-    if same < len(frame):
-        title += f"; {len(frame) - same} turn round (↔)"
     heights, size = [len(part) + 1 for part in parts], (8, 1.4 + 0.34 * len(values))
     figure, axes = subplots(len(parts), 1, size, title, height_ratios=heights)
     for ax, part in zip(axes[:, 0], parts, strict=True):
-        turning = frame.loc[part.index, "turns round"]
-        marked = part.rename(index=lambda name: f"{name}  ↔" if turning[name] else name)
-        dots(ax, rows_and_series(marked))
+        dots(ax, rows_and_series(part))
         ax.axvline(0, color="0.3", linewidth=1, zorder=1.5)
         ax.grid(axis="x", color="0.9")
     axes[-1, 0].set_xlabel("points; right of 0: as the row says")

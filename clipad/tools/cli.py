@@ -33,13 +33,13 @@ def app() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
 
 
-@app.command(short_help="Execute a notebook, or all.")
+@app.command()
 @click.argument("notebook", required=False)
 @click.option("--all", "every", is_flag=True, help="Run every notebook, in order.")
 @click.option("--preset", help="demo (shipped, offline, minutes) or paper (published protocol).")
 @click.option("-p", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter.")
 @click.option("-y", "texts", multiple=True, metavar="YAML", help="Parameters: lists, mappings.")
-@click.option("-f", "files", multiple=True, metavar="FILE", help="A YAML file of parameters.")
+@click.option("-f", "files", multiple=True, type=existing, help="A YAML file of parameters.")
 @click.option("--output-dir", help="Folder of the results, not outputs/<preset>-<dataset>.")
 def run(notebook, every, preset, pairs, texts, files, output_dir) -> None:
     """Execute a notebook. NOTEBOOK: its first characters (03), its name, or a file.
@@ -51,7 +51,6 @@ def run(notebook, every, preset, pairs, texts, files, output_dir) -> None:
     \b
     Examples:
       clipad run 00 --preset paper -p data_root ~/data/mvtec
-      clipad run 00 -p dataset headct -p data_root data/headct
       clipad run 00 -y 'categories: [screw, nut]'
       clipad run --all -f my_settings.yaml
 
@@ -61,7 +60,7 @@ def run(notebook, every, preset, pairs, texts, files, output_dir) -> None:
     Exit code: 0 it ran, or says why it skips, 1 it failed, 2 wrong usage, 130 stopped; the same command continues.
     """
     from clipad.tools.claims import write_claims
-    from clipad.tools.notebooks import find_notebook, inspect_parameters, notebook_paths
+    from clipad.tools.notebooks import find_notebook, notebook_paths
     from clipad.tools.parameters import read_parameters
     from clipad.tools.runner import plan, run_notebook
 
@@ -72,23 +71,21 @@ def run(notebook, every, preset, pairs, texts, files, output_dir) -> None:
         paths = notebook_paths() if every else [find_notebook(notebook)]
         values = read_parameters(pairs, texts, files)
         values |= {"preset": preset} if preset is not None else {}
-        if output_dir and any("output_dir" in inspect_parameters(path) for path in paths):
-            values["output_dir"] = str(Path(output_dir).expanduser().resolve())
         for path, own in plan(paths, values):
-            if every:
-                click.echo(path.stem, err=True)
             runs.append(run_notebook(path, own, output_dir))
-            _report(runs[-1])
+            done = runs[-1]
+            said = f"{done.notebook}: {done.status} after {done.seconds / 60:.1f} min, {done.output_path}"
+            click.echo(f"{said}\n  {done.reason}".rstrip(), err=done.status == "failed")
+    failed = [run.notebook for run in runs if run.status == "failed"]
     if every:
-        rows = [(run.notebook, run.status, f"{run.seconds / 60:.1f}", run.reason) for run in runs]
-        click.echo("\n" + _table([("notebook", "status", "minutes", "reason"), *rows]))
         records = [run.output_path.with_suffix(".json") for run in runs if run.status == "ok"]
         if page := write_claims(filter(Path.is_file, records), runs[0].output_path.parent):
-            click.echo(f"\nwhat was found: {page}")
-    _exit_if(any(run.status == "failed" for run in runs))
+            click.echo(f"what was found: {page}")
+        click.echo(f"{len(runs)} notebooks, failed: {', '.join(failed) or 'none'}")
+    _exit_if(failed)
 
 
-@app.command(short_help="Find anomalies in images of your own.")
+@app.command()
 @click.argument("path", metavar="IMAGE|FOLDER", type=existing)
 @click.option("--object", "object_name", required=True, help='What they show: "metal nut".')
 @click.option("--normal", type=existing, help="A folder of flawless images of the same product.")
@@ -109,7 +106,7 @@ def detect(
     path, object_name, normal, normal_folder, detector, model, pretrained, layers, prompts, device,
     out, false_alarms, neighbours, tiles,
 ) -> None:  # fmt: skip
-    """A verdict (good, check, bad), a region and a report for each image of a folder, at any depth.
+    """Find anomalies in images of your own: a verdict (good, check, bad), a region and a report for each.
 
     Writes report.html, scores.csv, scores.json and folders of pictures (masks/: regions at native size) to --out.
     Flawless images (--normal) give scale, threshold and verdicts: on average about the share --false-alarms of such
@@ -123,11 +120,10 @@ def detect(
     Examples:
       clipad detect photos/ --object "metal nut" --normal flawless/ --out found \\
           --model ViT-B-16-plus-240 --pretrained laion400m_e31
-      clipad detect data/demo/collections/demo/screw/test --object screw --model demo
       clipad detect labelled/ --normal-folder ok --object pill --normal flawless/
 
-    Exit code: 0 all images were read, 1 some could not be (they are named, the others are done), 2 wrong usage,
-    130 stopped. The same command continues: flawless images are read again, finished images are not.
+    Exit code: 0 all images were read, 1 some could not be (they are named), 2 wrong usage, 130 stopped; the same
+    command continues.
     """
     with one_line_errors():
         from clipad.studies.inspection import require_enough
@@ -157,7 +153,7 @@ def detect(
     _exit_if(report.unread)
 
 
-@app.command(short_help="Show what can be set in a notebook.")
+@app.command()
 @click.argument("notebook")
 def params(notebook) -> None:
     """Show what can be set in a notebook: name, type, default, meaning and allowed values."""
@@ -165,17 +161,18 @@ def params(notebook) -> None:
 
     with one_line_errors():
         found = inspect_parameters(find_notebook(notebook)).values()
-    rows = [(p.name, p.type, json.dumps(p.default, ensure_ascii=False), p.help) for p in found]
-    click.echo(_table([("name", "type", "default", "meaning [allowed values]"), *rows]))
+    for p in found:
+        default = json.dumps(p.default, ensure_ascii=False)
+        click.echo(f"{p.name:16} {p.type:10} {default:8} {p.help}")
 
 
-@app.command(short_help="Run a grid of notebooks or evaluations on Dask.")
-@click.argument("file", metavar="SWEEP.YAML")
+@app.command()
+@click.argument("file", metavar="SWEEP.YAML", type=existing)
 @click.option("--workers", type=click.IntRange(min=1), help="Local processes.")
 @click.option("--scheduler", metavar="ADDRESS", help="A running Dask cluster, tcp://10.0.0.1:8786.")
 @click.option("--output-dir", help="Folder of the results, not outputs/sweep-<name of the file>.")
 def sweep(file, workers, scheduler, output_dir) -> None:
-    """Run a grid of notebooks or evaluations; finished runs are skipped, so the same command continues.
+    """Run a grid of notebooks or evaluations on Dask.
 
     \b
     The file holds one block or a list of blocks; a list is an axis:
@@ -184,35 +181,32 @@ def sweep(file, workers, scheduler, output_dir) -> None:
       notebook: "05"
       parameters: {seed: [0, 1], categories: [[screw, nut]]}
 
-    A failed run does not stop the others and is tried again by the next sweep. Results: table.csv with a row per run
-    and number, runs/ with a folder per run. Local processes: one on each GPU that the runs may use, else one per core
-    and at most 4, if --workers does not say another number.
+    A failed run does not stop the others. The same command continues: it skips what ended well. Results: table.csv with
+    a row per run and number, runs/ with a folder per run. Local processes, if --workers does not say a number: one on
+    each GPU that the runs may use, else one per core and at most 4.
 
     Exit code: 0 all runs ended well, 1 some failed, 2 wrong usage, 130 stopped.
     """
     with one_line_errors():
-        if workers and scheduler:
-            raise ValueError("--workers is for a local cluster: leave it out beside --scheduler")
+        from clipad.files import REPOSITORY
         from clipad.tools import sweep as sweeps
-        from clipad.tools.notebooks import REPOSITORY
 
-        default = REPOSITORY / "outputs" / f"sweep-{Path(file).stem}"
-        folder = Path(output_dir or default).expanduser()
+        folder = Path(output_dir or REPOSITORY / "outputs" / f"sweep-{file.stem}")
         records = sweeps.sweep(sweeps.plan(file), folder, workers, scheduler)
     failed = sum(record["status"] == "failed" for record in records)
     click.echo(f"{len(records)} runs, {failed} failed; see {folder / 'table.csv'}")
     _exit_if(failed)
 
 
-@app.command(short_help="What keeps the notebooks from running here, and the fix.")
+@app.command()
 def doctor() -> None:
     """What keeps the notebooks from running on this machine, each fault with its fix, after PyTorch's account of system
     and devices. Ends with exit code 1 when there is a fault.
     """
     from clipad.tools.doctor import diagnose, environment
 
-    faults = list(diagnose())
     click.echo(environment() + "\n")
+    faults = list(diagnose())
     for fault, fix in faults:
         click.echo(f"{fault}\n  fix: {fix}")
     _exit_if(faults)
@@ -224,11 +218,11 @@ def data() -> None:
     """Look at data sets."""
 
 
-@data.command("check", short_help="Read every file of a data set; report what is wrong.")
+@data.command("check")
 @click.argument("name")
-@click.option("--root", help="The folder of the data set; demo and demo_aux need none.")
-@click.option("--normal-folder", help="For folder: name of the normal sub-folders.")
-@click.option("--image-size", type=click.IntRange(min=1), help="Side at which masks are checked.")
+@click.option("--root", type=existing, help="The folder of the data set; the demo's need none.")
+@click.option("--normal-folder", default="", help="For folder: name of the normal sub-folders.")
+@click.option("--image-size", default=0, help="Side at which masks are checked.")
 def check_data(name, root, normal_folder, image_size) -> None:
     """Read every image and mask of a data set: layout, counts, unreadable files, masks that miss or look wrong.
 
@@ -242,41 +236,25 @@ def check_data(name, root, normal_folder, image_size) -> None:
     """
     from clipad.tools.check_data import check_dataset
 
-    with one_line_errors(code=1):
-        place = Path(root).expanduser() if root else None
-        report = check_dataset(name, place, image_size or 0, normal_folder or "")
+    with one_line_errors():
+        report = check_dataset(name, root, image_size, normal_folder)
     click.echo(str(report))
     _exit_if(not report.ok)
 
 
 @contextlib.contextmanager
-def one_line_errors(code: int = 2):
-    """Bad input ends with one line on stderr: exit code ``code`` for what was typed, 1 for what the system refused."""
+def one_line_errors():
+    """Bad input ends with one line on stderr: exit code 2 for what was typed, 1 for what the system refused."""
     try:
         yield
     except (ValueError, OSError) as error:
         click.echo(f"clipad: {' '.join(str(error).split())}", err=True)
-        sys.exit(1 if isinstance(error, OSError) else code)
+        sys.exit(1 if isinstance(error, OSError) else 2)
     except KeyboardInterrupt:
-        said = "stopped; what was computed so far is kept, the same command continues"
-        click.echo(f"clipad: {said}", err=True)
+        click.echo("clipad: stopped; the same command continues", err=True)
         sys.exit(130)
 
 
 def _exit_if(failed) -> None:
     if failed:
         sys.exit(1)
-
-
-def _report(run) -> None:
-    place = run.output_path
-    if place.is_relative_to(Path.cwd()):
-        place = place.relative_to(Path.cwd())
-    text = f"{run.notebook}: {run.status} after {run.seconds / 60:.1f} min, {place}"
-    click.echo(f"{text}\n  {run.reason}" if run.reason else text, err=run.status == "failed")
-
-
-def _table(rows) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (map(str.ljust, row, widths) for row in rows)
-    return "\n".join("  ".join(cells).rstrip() for cells in lines)

@@ -1,15 +1,15 @@
-"""Notebooks as files: find, read and write them, their parameters, and what an executed copy tells."""
+"""Notebooks as files: find them, their parameters, and what an executed copy tells."""
 
 import hashlib
 import json
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 
-from clipad.files import did_you_mean, write_atomically
+import nbformat
+
+from clipad.files import REPOSITORY, did_you_mean
 from clipad.tools.parameters import Parameter, declared
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 
 
@@ -18,8 +18,7 @@ def notebook_paths() -> list[Path]:
     found = sorted((REPOSITORY / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     if not found:
         raise ValueError(
-            f"there are no notebooks in {REPOSITORY / 'notebooks'}: they lie beside the package in a clone of the "
-            "repository; install from it with `pip install -e .`"
+            f"no notebooks in {REPOSITORY}: install from a clone of the repository, `pip install -e .`"
         )
     return found
 
@@ -33,36 +32,17 @@ def find_notebook(name: str) -> Path:
         return Path(name).resolve()
     known = {path.stem: path for path in notebook_paths()}
     stem = name.removesuffix(".ipynb")
-    fitting = [known_stem for known_stem in known if stem and known_stem.startswith(stem)]
-    if len(fitting) > 1:
-        raise ValueError(f"{name!r} fits several notebooks: {', '.join(fitting)}")
-    if not fitting:
-        hint = did_you_mean(stem, known)
-        raise ValueError(f"no notebook starts with {name!r}{hint}; known: {', '.join(known)}")
-    return known[fitting[0]]
+    fitting = [path for known_stem, path in known.items() if known_stem.startswith(stem)]
+    if len(fitting) != 1:
+        many = "several notebooks start" if fitting else "no notebook starts"
+        hint = f"{did_you_mean(stem, known)}; known: {', '.join(known)}"
+        raise ValueError(f"{many} with {name!r}{hint}")
+    return fitting[0]
 
 
 def read_notebook(path):
-    """The notebook as an nbformat 4 node; ValueError when the file is no notebook."""
-    import nbformat
-
-    try:
-        notebook = nbformat.read(path, as_version=4)
-        nbformat.validate(notebook)
-    except OSError:
-        raise
-    except Exception as error:  # nbformat meets other JSON with whatever its own code then does
-        said = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"{path} is no Jupyter notebook: {said[0][:200]}") from None
-    return notebook
-
-
-def write_notebook(notebook, path) -> None:
-    """Deterministic JSON (sorted keys, indent 1, newline at the end), validated, written in one step."""
-    import nbformat
-
-    nbformat.validate(notebook)
-    write_atomically(Path(path), nbformat.writes(notebook).rstrip("\n") + "\n")
+    """The notebook as an nbformat 4 node."""
+    return nbformat.read(path, as_version=4)
 
 
 def code_cells(notebook) -> list:
@@ -84,14 +64,8 @@ def source_hash(notebook) -> str:
 def inspect_parameters(path) -> dict[str, Parameter]:
     """The parameters of a notebook file, by name; ValueError for what `parameters.declared` refuses."""
     cells = code_cells(read_notebook(path))
-    sources = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-    name = Path(path).name
-    if len(sources) != 1:
-        raise ValueError(f"{name}: expected one cell tagged `parameters`, found {len(sources)}")
-    return declared(sources[0], name)
-
-
-# --- executed copies ------------------------------------------------------------------------------------------------
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    return declared("\n".join(tagged))
 
 
 def outputs(notebook) -> Iterator[tuple[str, list[str], dict]]:
@@ -107,16 +81,39 @@ def outputs(notebook) -> Iterator[tuple[str, list[str], dict]]:
 
 def faults(notebook) -> list[str]:
     """What went wrong in an executed notebook, also where papermill calls it good: errors inside widgets."""
-    found = []
-    for number, cell in enumerate(code_cells(notebook), 1):
-        if cell.source.strip() and cell.execution_count is None:
-            found.append(f"code cell {number}: was not executed")
-        if any(map(is_clean_exit, cell.outputs)):
-            break
-    for place, _, output in outputs(notebook):
-        if output["output_type"] == "error" and not is_clean_exit(output):
-            found.append(f"{place}: {output['ename']}: {output['evalue']}")
-    return found
+    errors = [(place, o) for place, _, o in outputs(notebook) if o["output_type"] == "error"]
+    found = [f"{place}: {o['ename']}: {o['evalue']}" for place, o in errors if not is_clean_exit(o)]
+    if errors:  # what follows the first was not executed
+        return found
+    return [
+        f"code cell {number}: was not executed"
+        for number, cell in enumerate(code_cells(notebook), 1)
+        if cell.source.strip() and cell.execution_count is None
+    ]
+
+
+def merge_streams(notebook):
+    """Pieces of text between two other outputs become one of stdout and one of stderr, a progress bar its last line.
+
+    (nbclient's own way also moves text before a figure that it followed.)
+    """
+    for cell in code_cells(notebook):
+        merged, texts = [], {}
+        for output in cell.outputs:
+            if output.output_type != "stream":
+                texts = {}
+            elif output.name in texts:
+                texts[output.name].text += output.text
+                continue
+            else:
+                texts[output.name] = output
+            merged.append(output)
+        for output in merged:
+            if output.output_type == "stream":
+                lines = output.text.split("\n")
+                output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
+        cell.outputs = merged
+    return notebook
 
 
 def is_clean_exit(output) -> bool:
@@ -131,25 +128,3 @@ def skip_reason(notebook) -> str | None:
             printed = [output.text for output in cell.outputs if output.get("name") == "stdout"]
             return " ".join(" ".join(printed).split())
     return None
-
-
-def merge_streams(notebook):
-    """Pieces of text between two other outputs become one of stdout and one of stderr, a progress bar its last line.
-
-    (nbclient's own way takes a time that is quadratic in the length of a line.)
-    """
-    for cell in code_cells(notebook):
-        merged = []
-        for is_text, group in groupby(cell.outputs, lambda o: o.output_type == "stream"):
-            pieces = list(group)
-            if not is_text:
-                merged += pieces
-                continue
-            for name in ("stdout", "stderr"):  # the two streams are not in step
-                same = [piece for piece in pieces if piece.name == name]
-                lines = "".join(piece.text for piece in same).split("\n")
-                for output in same[:1]:
-                    output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
-                    merged.append(output)
-        cell.outputs = merged
-    return notebook
