@@ -115,14 +115,12 @@ def data_dir() -> Path:
     Raises:
         FileNotFoundError: there is no such folder; the message says what to do.
     """
-    named = os.environ.get("CLIPAD_DATA")
-    if named:
+    if named := os.environ.get("CLIPAD_DATA"):
         folder = Path(named).expanduser()
         if not folder.is_dir():
             raise FileNotFoundError(f"CLIPAD_DATA={named!r} is not a folder; correct or unset it.")
         return folder
-    folder = Path(__file__).resolve().parents[1] / "data"
-    # A folder that merely happens to be called data must not be taken for ours.
+    folder = Path(__file__).resolve().parents[1] / "data"  # one that merely has this name is not ours
     if not (folder / "published_results.csv").is_file():
         raise FileNotFoundError(
             f"There is no clipad data folder at {folder}. Install from a checkout with `pip install -e .`, "

@@ -117,7 +117,7 @@ def test_a_notebook_without_both_labels_keeps_its_record_and_ends(data, capsys):
         run.need_both_labels("this notebook")
     assert not stop.value.code
     assert finished == [True]
-    assert "normal images only" in capsys.readouterr().out
+    assert "normal and anomalous images" in capsys.readouterr().out
 
 
 def test_verdicts_say_what_the_interval_says():

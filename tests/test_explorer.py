@@ -350,8 +350,8 @@ def test_defaults_need_no_words(explorer, start):
 def test_parameters_and_settings_have_the_same_names():
     known = notebooks.inspect_parameters(notebooks.find_notebook("06"))
     assert set(asdict(Settings())) <= set(known)
-    assert set(known["detector"].choices) == set(DETECTORS)
-    assert set(known["rvs"].choices) == set(METHODS)
+    assert set(known["detector"].limits.split("|")) == set(DETECTORS)
+    assert set(known["rvs"].limits.split("|")) == set(METHODS)
     result = CliRunner().invoke(cli.app, ["run", "06", "-p", "detector", "sdb"])
     assert result.exit_code == 2
     assert "did you mean 'sdp'" in result.output
