@@ -8,8 +8,7 @@ from clipad.evaluation import evaluate
 from clipad.studies import benchmark as study
 from clipad.studies.benchmark import figures as drawn
 from clipad.studies.common import METRICS, Scores
-from clipad.studies.figures import COLOURS, METHODS
-from clipad.surgery import smooth
+from clipad.studies.figures import COLOURS, METHODS, dot_panels
 from clipad.winclip import WinCLIP
 
 
@@ -58,17 +57,6 @@ def test_a_stopped_benchmark_continues_and_ends_the_same(
     np.testing.assert_array_equal(again.values, result[0].values)
 
 
-def test_smoothed_winclip_is_winclip_smoothed(tiny_backbone, data):
-    plain, smoothed = WinCLIP(tiny_backbone), study.SmoothedWinCLIP(tiny_backbone)
-    part = data.select("bolt")
-    maps, _ = study.predict(plain, part, "bolt")
-    found, _ = study.predict(smoothed, part, "bolt")
-    import torch
-
-    expected = smooth(torch.from_numpy(maps), 8 / 240 * tiny_backbone.image_size).numpy()
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
 def scores_of(means):
     """Scores without noise but for one draw in ten: categories a (texture) and b."""
     values = np.full((len(means), 2, len(METRICS), 51), np.nan)
@@ -97,13 +85,14 @@ def test_a_decision_per_image_needs_no_map():
     assert (textures.use, objects.use) == ("maps of textures", "maps of objects")
     assert image.take == "CLIP's class probability"
     assert len(image.equals) == 2
-    assert "highest with WinCLIP" in study.told(image)
+    assert image.best == "WinCLIP's image score"
 
 
 def test_a_method_has_its_own_colour_and_marker_in_every_figure():
     means = {"SDP": (0.8, 0.1), "WinCLIP": (0.7, 0.0), "Direct": (0.6, 0.0)}  # in another order
     scores, spent = scores_of(means), pd.Series({"Direct": 1.0, "SDP": 1.2, "WinCLIP": 9.0})
-    by_category = drawn.by_category(scores, ["pixel_pro"], list(means), "A title")
+    table = pd.DataFrame({name: scores.table(name)["pixel_pro"] for name in means})
+    by_category = dot_panels({"PRO": table}, "percent", looks=METHODS)
     with_time = drawn.quality_and_time(scores, spent, "pixel_pro", "A title")
     for figure in (by_category, with_time):
         marks = {line.get_label(): line for ax in figure.axes for line in ax.lines}
@@ -145,13 +134,4 @@ def test_published_numbers_stand_beside_ours_of_the_same_categories(monkeypatch)
     monkeypatch.setitem(study.EXPECTED, "mvtec", dict.fromkeys(categories))
     whole = study.beside_published(scores, SimpleNamespace(name="mvtec", categories=categories))
     assert "mean" in set(whole["category"])
-    assert (
-        len(study.beside_published(scores, SimpleNamespace(name="demo", categories=("screw",))))
-        == 0
-    )
-
-
-def test_for_data_without_published_numbers_those_of_mvtec_stand_for_orientation():
-    demo, mvtec = study.published_means("demo"), study.published_means("mvtec")
-    pd.testing.assert_frame_equal(demo, mvtec)
-    assert demo.loc[("WinCLIP", "published"), "pixel_auroc"] == pytest.approx(0.851)
+    assert study.beside_published(scores, SimpleNamespace(name="demo", categories=("screw",))).empty

@@ -289,13 +289,21 @@ def rows_and_series(table: pd.DataFrame) -> pd.DataFrame:
     return table.stack(future_stack=True).rename("estimate").reset_index()
 
 
-def dot_panels(panels: Mapping[str, pd.DataFrame], xlabel: str, title: str = "") -> Figure:
-    """A panel per table of fractions: a row per index (in the first table's order) and a dot per column, in percent."""
+def dot_panels(
+    panels: Mapping[str, pd.DataFrame],
+    xlabel: str,
+    title: str = "",
+    looks: Mapping[str, tuple[str, str]] | None = None,
+) -> Figure:
+    """A panel per table of fractions: a row per index (in the first table's order) and a dot per column, in percent.
+
+    ``looks``: column -> colour and marker.
+    """
     first = next(iter(panels.values()))
     size = (2 + 2.9 * len(panels), 0.34 * len(first) + 1.6)
     figure, axes = subplots(1, len(panels), size, title, sharey=True)
     for ax, (name, table) in zip(axes[0], panels.items(), strict=True):
-        dots(ax, rows_and_series(table), rows=list(first.index))
+        dots(ax, rows_and_series(table), looks, list(first.index))
         ax.set(title=name, xlabel=xlabel)
     legend_below(figure, len(first.columns))
     return figure

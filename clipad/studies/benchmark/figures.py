@@ -1,44 +1,16 @@
-"""Figures of notebook 05: methods per category, quality against time, published numbers."""
+"""Figures of notebook 05: quality against time, published numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from clipad.studies.common import METRIC_NAMES, Scores, groups
-from clipad.studies.figures import (
-    COLOURS,
-    METHODS,
-    dots,
-    heatmap,
-    legend_below,
-    rows_and_series,
-    subplots,
-)
-
-
-def by_category(
-    scores: Scores, metrics: Sequence[str], methods: Sequence[str], title: str
-) -> Figure:
-    """A dot per method and category, a panel per metric; textures, objects and the mean with a line between them."""
-    kinds = groups(scores.categories)
-    rows = [*(c for members in kinds.values() for c in members), "mean"]
-    tables = {name: scores.table(name).loc[rows] for name in methods}
-    size = (2 + 2.9 * len(metrics), 0.34 * len(rows) + 1.6)
-    figure, axes = subplots(1, len(metrics), size, title, sharey=True)
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        values = pd.DataFrame({name: table[metric] for name, table in tables.items()})
-        dots(ax, rows_and_series(values), METHODS, rows)
-        for end in np.cumsum([len(members) for members in kinds.values()]):
-            ax.axhline(end - 0.5, color="0.6", linewidth=0.8)
-        ax.set(title=METRIC_NAMES[metric], xlabel="percent")
-    legend_below(figure, len(methods))
-    return figure
+from clipad.studies.common import METRIC_NAMES, Scores
+from clipad.studies.figures import COLOURS, METHODS, heatmap
 
 
 def quality_and_time(scores: Scores, milliseconds: pd.Series, metric: str, title: str) -> Figure:
@@ -46,7 +18,7 @@ def quality_and_time(scores: Scores, milliseconds: pd.Series, metric: str, title
     figure, ax = plt.subplots(figsize=(6.2, 3.2))
     for name, spent in milliseconds.items():
         (colour, marker), (_, wide) = METHODS[name], scores.interval(metric, name)
-        ax.plot([spent, spent], [100 * wide.low, 100 * wide.high], color=COLOURS[colour])
+        ax.vlines(spent, 100 * wide.low, 100 * wide.high, color=COLOURS[colour])
         look = {"color": COLOURS[colour], "markersize": 8, "label": name}
         ax.plot(spent, 100 * wide.estimate, marker, **look)
     ax.set(xscale="log", xlabel="milliseconds per image", ylabel=f"{METRIC_NAMES[metric]}, percent")
