@@ -16,25 +16,20 @@ KINDS = {
     "masks": ("green", "s"),
     "flawless": ("orange", "^"),
     "test set": ("red", "v"),
-    "text, flawless": ("orange", "*"),
-    "text, test set": ("red", "*"),
+    "text, flawless": ("orange", "P"),
+    "text, test set": ("red", "X"),
 }
 """what a method uses -> colour and marker"""
 
 
 def standing(scores: Scores, uses: Mapping[str, str], metrics: Sequence[str]) -> Figure:
     """Each method with its wide interval, a panel per metric; colour and marker say what it uses, a line is SDP."""
-    size = (2.4 + 3.2 * len(metrics), 0.34 * len(uses) + 1.6)
+    size = (2 + 3 * len(metrics), 0.34 * len(uses) + 1.6)
     figure, axes = subplots(1, len(metrics), size, sharey=True)
     for ax, metric in zip(axes[0], metrics, strict=True):
         wide = {name: scores.interval(metric, name)[1] for name in uses}
-        rows = [(n, uses[n], own.estimate, own.low, own.high) for n, own in wide.items()]
-        dots(ax, pd.DataFrame(rows, columns=["row", "series", "estimate", "low", "high"]), KINDS)
-        for marks in ax.lines:
-            marks.set_markersize(8)  # stars are small
-        for place, own in enumerate(wide.values()):
-            told, beside = f"{100 * own.estimate:.1f}", ax.get_yaxis_transform()
-            ax.text(1.01, place, told, transform=beside, va="center", fontsize=8.5)
+        rows = [{"row": name, "series": uses[name]} | vars(own) for name, own in wide.items()]
+        dots(ax, pd.DataFrame(rows), KINDS)
         ax.axvline(100 * wide["SDP"].estimate, color="0.6", linewidth=0.8, zorder=0)
         ax.set_xlabel(f"{METRIC_NAMES[metric]}, %")
     legend_below(figure, len(KINDS))
@@ -43,15 +38,15 @@ def standing(scores: Scores, uses: Mapping[str, str], metrics: Sequence[str]) ->
 
 def choices(tried: pd.DataFrame) -> Figure:
     """PRO on the auxiliary collection over each free choice, a panel each; the ring is what was chosen."""
-    kinds = list(dict.fromkeys(tried["what"]))
+    kinds = list(tried["what"].unique())
     figure, axes = subplots(2, -(-len(kinds) // 2), (8.4, 4.6), sharey=True)
     for ax, what in zip(axes.flat, kinds, strict=True):
         rows = tried[tried["what"] == what].reset_index(drop=True)
         best = int(rows["pro"].idxmax())
-        ax.plot(rows.index, 100 * rows["pro"], "o-", color=COLOURS["blue"], markersize=4)
+        ax.plot(100 * rows["pro"], "o-", color=COLOURS["blue"], markersize=4)
         ax.plot(best, 100 * rows["pro"][best], "o", color=COLOURS["red"], mfc="none", ms=11)
-        ax.set_xticks(rows.index, [str(value).removeprefix("0") for value in rows["value"]])
-        ax.set_xlim(-0.4, len(rows) - 0.6)
+        ax.set_xticks(rows.index, rows["value"].astype(str).str.removeprefix("0"))
+        ax.margins(x=0.2)
         ax.set_title(what, fontsize=10)
     for ax in axes[:, 0]:
         ax.set_ylabel("PRO, %")

@@ -7,7 +7,7 @@ D width of the image tower.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,51 +17,10 @@ from sklearn.linear_model import LogisticRegression
 
 from clipad.studies.inspection import nearest_patch, standardised
 
-SHARE = 0.3
-"""of the other images, those that a patch is compared with in the end (MuSc: the lowest 30 %)"""
-SIZES = (1, 3, 5)
-"""sides of the neighbourhoods, in patches (MuSc)"""
-
-
-def neighbourhood_means(tokens: torch.Tensor, size: int) -> torch.Tensor:
-    """B x N x D -> the mean of the size x size tokens around each patch; outside of the image are zeros (MuSc)."""
-    grid = math.isqrt(tokens.shape[1])
-    image = tokens.transpose(1, 2).unflatten(2, (grid, grid))
-    return F.avg_pool2d(image, size, 1, size // 2).flatten(2).transpose(1, 2)
-
-
-def batch_distance(
-    tokens: torch.Tensor, share: float = SHARE, images_at_once: int = 64
-) -> torch.Tensor:
-    """Tokens of a whole test set, M x N x D, M > 1 -> M x N: how far each patch is from the other images.
-
-    Per other image the Euclidean distance to its nearest patch, then the mean of the lowest ``share`` of the M - 1
-    (MuSc, mutual scoring). Time is quadratic in M; memory is N x 64 N numbers at once.
-    """
-    count = len(tokens)
-    lowest = max(1, int(share * (count - 1)))
-    found, parts = [], tokens.split(images_at_once)
-    for i, image in enumerate(tokens):
-        nearest = torch.cat([torch.cdist(image[None], part).amin(dim=2) for part in parts])  # M x N
-        nearest[i] = math.inf
-        found.append(nearest.topk(lowest, dim=0, largest=False).values.mean(dim=0))
-    return torch.stack(found)
-
-
-def batch_scores(tokens: torch.Tensor, sizes: Sequence[int] = SIZES) -> torch.Tensor:
-    """The batch as its own reference: M x N x D -> M x N, summed over neighbourhoods."""
-    tokens = standardised(tokens)
-    return sum(batch_distance(neighbourhood_means(tokens, size)) for size in sizes)
-
 
 def unit_length(tokens: torch.Tensor) -> torch.Tensor:
     """B x N x D -> the same with tokens of length 1: their distances rank like the cosine of WinCLIP+, AnomalyDINO."""
     return F.normalize(tokens, dim=-1)
-
-
-def length_alone(tokens: torch.Tensor) -> torch.Tensor:
-    """B x N x D -> B x N x 1, the lengths of the standardised tokens: what ``unit_length`` leaves out."""
-    return standardised(tokens).norm(dim=-1, keepdim=True)
 
 
 def subspace_residual(tokens: torch.Tensor, bank: torch.Tensor, variance: float) -> torch.Tensor:
@@ -76,6 +35,33 @@ def subspace_residual(tokens: torch.Tensor, bank: torch.Tensor, variance: float)
     axes = axes[: int((held < variance).sum()) + 1]
     centred = standardised(tokens) - mean
     return (centred - centred @ axes.T @ axes).square().sum(dim=-1)
+
+
+def neighbourhood_means(tokens: torch.Tensor, size: int) -> torch.Tensor:
+    """B x N x D -> the mean of the size x size tokens around each patch; outside of the image are zeros (MuSc)."""
+    grid = math.isqrt(tokens.shape[1])
+    image = tokens.transpose(1, 2).unflatten(2, (grid, grid))
+    return F.avg_pool2d(image, size, 1, size // 2).flatten(2).transpose(1, 2)
+
+
+def batch_distance(tokens: torch.Tensor, share: float = 0.3) -> torch.Tensor:
+    """Tokens of a whole test set, M x N x D, M > 1 -> M x N: how far each patch is from the other images.
+
+    Per other image the Euclidean distance to its nearest patch, then the mean of the lowest ``share`` of the M - 1
+    (MuSc, mutual scoring). Time is quadratic in M; memory is N x M N numbers at once.
+    """
+    found, lowest = [], max(1, int(share * (len(tokens) - 1)))
+    for i, image in enumerate(tokens):
+        nearest = torch.cdist(image[None], tokens).amin(dim=2)  # M x N
+        nearest[i] = math.inf
+        found.append(nearest.topk(lowest, dim=0, largest=False).values.mean(dim=0))
+    return torch.stack(found)
+
+
+def batch_scores(tokens: torch.Tensor, sizes: Iterable[int] = (1, 3, 5)) -> torch.Tensor:
+    """The batch as its own reference: M x N x D -> M x N, summed over neighbourhoods of these sides, in patches."""
+    tokens = standardised(tokens)
+    return sum(batch_distance(neighbourhood_means(tokens, size)) for size in sizes)
 
 
 def retrieved(
@@ -96,56 +82,41 @@ def learned_directions(keys: torch.Tensor, labels: torch.Tensor) -> Callable:
     softmax of (x w_n, x w_a) is the sigmoid of x (w_a - w_n): a logistic regression of the patches' labels.
     """
     mean, spread = keys.mean(dim=0), keys.std(dim=0)
-    fitted = LogisticRegression(C=0.1, max_iter=300).fit(
-        ((keys - mean) / spread).cpu().numpy(), labels.cpu().numpy()
-    )
-    direction = torch.as_tensor(fitted.coef_[0], dtype=keys.dtype, device=keys.device)
-    return lambda tokens: (
-        (tokens - mean) / spread @ direction + float(fitted.intercept_[0])
-    ).sigmoid()
+    model = LogisticRegression(C=0.1, max_iter=300)
+    model.fit(((keys - mean) / spread).cpu().numpy(), labels.cpu().numpy())
+    direction, offset = torch.as_tensor(model.coef_[0]).to(keys), float(model.intercept_[0])
+    return lambda tokens: ((tokens - mean) / spread @ direction + offset).sigmoid()
 
 
 @dataclass(frozen=True)
 class Idea:
-    """``compute``: (tokens B x N x D, what is known at this stage, value of the free choice) -> B x N.
-
-    ``choice``: what is free; ``tried``: its values; ``published``: what the authors of the idea take. ``adds_up``: a
-    value stands for the sum over all tried ones up to it, ``compute`` is given one of them.
-    """
+    """``compute``: (tokens B x N x D, what is known at this stage, value of the free choice) -> B x N."""
 
     compute: Callable[[torch.Tensor, Any, Any], torch.Tensor]
     choice: str = ""
+    """what is free"""
     tried: tuple = ()
     published: Any = None
+    """the value that the idea's authors take"""
     adds_up: bool = False
+    """a value stands for the sum over all tried ones up to it; ``compute`` is given one of them"""
 
 
 LENGTHS = {"kept": standardised, "divided out": unit_length}
 IDEAS = {
-    "nearest of 4": Idea(
+    "nearest of 4": Idea(  # published: WinCLIP+, AnomalyDINO
         lambda tokens, bank, lengths: nearest_patch(tokens, bank, LENGTHS[lengths]),
-        choice="lengths",
-        tried=tuple(LENGTHS),
-        published="divided out",  # WinCLIP+, AnomalyDINO
+        "lengths", tuple(LENGTHS), "divided out",
     ),
-    "one PCA of 4": Idea(
-        subspace_residual,
-        choice="variance",
-        tried=(0.5, 0.7, 0.9, 0.99),
-        published=0.99,  # SubspaceAD
-    ),
-    "the batch": Idea(
+    "one PCA of 4": Idea(subspace_residual, "variance", (0.5, 0.7, 0.9, 0.99), 0.99),  # SubspaceAD
+    "the batch": Idea(  # MuSc
         lambda tokens, _, size: batch_scores(tokens, [size]),
-        choice="largest neighbourhood",
-        tried=SIZES,
-        published=5,  # MuSc
-        adds_up=True,
+        "largest neighbourhood", (1, 3, 5), 5, adds_up=True,
     ),
-    "retrieval": Idea(
+    "retrieval": Idea(  # MRAD's temperature could not be read
         lambda tokens, memory, temperature: retrieved(tokens, *memory, temperature),
-        choice="temperature",
-        tried=(0.02, 0.05, 0.1, 0.2),  # MRAD's could not be read
+        "temperature", (0.02, 0.05, 0.1, 0.2),
     ),
     "learned directions": Idea(lambda tokens, directions, _: directions(tokens)),
-}
+}  # fmt: skip
 """Known are n x N x D flawless tokens, nothing, P x D keys with P labels, and what :func:`learned_directions` gave."""
