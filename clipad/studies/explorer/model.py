@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -69,7 +69,7 @@ class Answer:
     of the tokens with the vectors normal and anomalous. ``maps``: S x S, not smoothed; None for SDP and CLIP Surgery,
     whose map follows from ``z``. ``references``: the same of the flawless images, R x J x T x 2 or R x S x S.
     ``whole``: cosines of the image embedding. ``probability``: class probability of "anomalous" (METHOD.md section 3).
-    ``notes``: words that the model never saw, sentences that are all noise, a doubtful scale.
+    ``notes``: what a reader has to know of words and scale.
     """
 
     rows: tuple[str, ...]
@@ -85,12 +85,11 @@ class Answer:
 class Shown:
     """What there is to see with some settings.
 
-    ``settings``, and the model's ``answer`` to them. ``image``: as it is, RGB. ``mask``: S x S bool, None where no
-    ground truth is known. ``map``: S x S, higher = more anomalous. ``maxima``: R, the highest value of each flawless
-    image's map; ``threshold``: their quantile that ``false_alarms`` names. ``limits``: ends of the colour scale, from
-    the median of the flawless maps; their maximum is its middle. ``patch``: position of the chosen one among the N.
-    ``cosines``: of this patch, and of the whole image, with the vectors ``normal`` and ``anomalous``. ``attention``:
-    ``q-k`` and ``v-v`` weights of the patch over all T tokens, mean over heads.
+    ``image``: as it is, RGB. ``mask``: S x S bool, None where no ground truth is known. ``map``: S x S, higher = more
+    anomalous. ``maxima``: R, the highest value of each flawless image's map; ``threshold``: their quantile that
+    ``false_alarms`` names. ``limits``: ends of the colour scale, from the median of the flawless maps; their maximum
+    is its middle. ``patch``: position of the chosen one among the N. ``cosines``: of this patch, and of the whole
+    image, with both vectors. ``attention``: ``q-k`` and ``v-v`` weights of the patch over all T tokens.
     """
 
     settings: Settings
@@ -109,9 +108,6 @@ class Shown:
     def flagged(self) -> bool:
         """Whether the map is anywhere above the threshold."""
         return bool(self.map.max() > self.threshold)
-
-
-# --- the map from stage cosines: what the browser computes, too -------------------------------------------------------
 
 
 def patch_values(z: np.ndarray, surgery: bool = True) -> np.ndarray:
@@ -134,9 +130,6 @@ def smooth_maps(values: np.ndarray, size: int, sigma: float) -> np.ndarray:
     return found.numpy()
 
 
-# --- what a user types ------------------------------------------------------------------------------------------------
-
-
 def phrases(text: str) -> tuple[str, ...]:
     """State words as a user types them -> phrases of :class:`clipad.Prompts`.
 
@@ -145,11 +138,10 @@ def phrases(text: str) -> tuple[str, ...]:
     """
     found = [part.strip() for part in text.split(",") if part.strip()]
     found = [part if re.search("[{}]", part) else part + " {}" for part in found]
-    wrong = [part for part in found if re.findall("{}|[{}]", part) != ["{}"]]
-    if wrong or not found or len(set(found)) < len(found):
+    if not found or any(re.findall("{}|[{}]", part) != ["{}"] for part in found):
         raise ValueError(
-            "state words are phrases with commas between them, each once, with one {} for the object and no other "
-            f"braces; found {text!r}"
+            "state words are phrases with commas between them, with one {} for the object and no other braces; "
+            f"found {text!r}"
         )
     return tuple(found)
 
@@ -159,8 +151,7 @@ def list_images(folder: str) -> list[str]:
     place = Path(folder).expanduser().resolve()
     found = [str(p) for p in sorted(place.glob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
     if not found:
-        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"{folder!r} is no folder with images in it ({kinds})")
+        raise ValueError(f"{folder!r} is no folder with images in it")
     return found
 
 
@@ -187,17 +178,12 @@ class Explorer:
         self._features = lru_cache(24)(self._features)
         self._text = lru_cache(64)(self._text)
 
-    # ------------------------------------------------------------------------------------------- settings
-
     def settings(self, **values) -> Settings:
         """Complete settings from some: what is left out or empty (a smoothing below 0) is the published choice.
 
         Without ``image`` the first anomalous one; without ``object_name`` the image's category; without ``look`` the
-        highest patch of SDP's map and the last block. Raises ValueError for what is no setting or no value of one.
+        highest patch of SDP's map and the last block. Raises ValueError for what is no value of a setting.
         """
-        known = [field.name for field in fields(Settings)]
-        for name in set(values) - set(known):
-            raise ValueError(f"no setting {name!r}{did_you_mean(name, known)}")
         s, rule = Settings(**values), self.protocol
         image = s.image or self.example(label=1)
         s = replace(
@@ -205,7 +191,7 @@ class Explorer:
             image=image,
             object_name=s.object_name or self.category(image),
             rvs=s.rvs or rule.rvs,
-            stages=tuple(s.stages or self.stages),
+            stages=tuple(sorted(s.stages)) or self.stages,
             look=tuple(s.look),
         )
         if s.smoothing < 0:
@@ -220,20 +206,15 @@ class Explorer:
         if s.image not in self.samples and not Path(s.image).is_file():
             place = f"neither an image of {self.dataset.name} nor a file"
             raise ValueError(f"{s.image!r} is {place}{did_you_mean(s.image, self.samples)}")
-        stages, side = list(self.stages), range(1, self.grid + 1)
-        chosen = [block for block in stages if block in s.stages]
-        plus = "" if self.layers else " (sdp_plus needs trained layers, see notebook 04)"
-        look = len(s.look) == 3 and {*s.look[:2]} <= {*side} and s.look[2] in stages
-        rules = {
-            "detector": (s.detector in self.detectors, f"{', '.join(self.detectors)}{plus}"),
-            "stages": (list(s.stages) == chosen, f"one or more of {stages}, rising"),
-            "smoothing": (s.smoothing <= self.size, f"a sigma in pixels, 0 to {self.size}"),
-            "false_alarms": (0 <= s.false_alarms <= 100, "a percentage, 0 to 100"),
-            "look": (look or not s.look, f"row and column in 1..{self.grid}, block of {stages}"),
-        }
-        for name, (fits, expected) in rules.items():
-            if not fits:
-                raise ValueError(f"{name} has to be {expected}; found {getattr(s, name)!r}")
+        if s.detector not in self.detectors:
+            known = ", ".join(self.detectors)
+            raise ValueError(f"{s.detector!r} is none of {known}; sdp_plus needs trained layers")
+        if not set(s.stages) <= set(self.stages):
+            raise ValueError(f"stages are some of {list(self.stages)}; found {list(s.stages)}")
+        row, column, block = s.look or (1, 1, self.depth)
+        if not (0 < row <= self.grid and 0 < column <= self.grid and block in self.stages):
+            expected = f"row and column of 1..{self.grid} and a block of {list(self.stages)}"
+            raise ValueError(f"look is {expected}; found {list(s.look)}")
 
     def beside(self, first: Settings, changes: Mapping | None = None) -> Settings:
         """Settings of B: those of A with some changed; without changes a flawless image of the same category."""
@@ -260,8 +241,6 @@ class Explorer:
         """The first image with this label (of this category); the first one at all where no label is known."""
         names = [n for n, s in self.samples.items() if not category or s.category == category]
         return next((n for n in names if self.samples[n].label == label), names[0])
-
-    # ---------------------------------------------------------------------------------------------- model
 
     def show(self, s: Settings) -> Shown:
         """Everything that is shown of settings. Raises what :meth:`answer` raises."""
@@ -299,8 +278,7 @@ class Explorer:
         Raises ValueError or OSError for words, folders and images that cannot be used; says why.
         """
         names, notes = self.references(s)
-        asked = (s.object_name, s.normal_words, s.anomalous_words, s.rvs)
-        text, said = self._text(s.detector, *asked)
+        text, said = self._text(s.detector, s.object_name, s.normal_words, s.anomalous_words, s.rvs)
         text = text.to(self.backbone.device)
         one, many = (self._features(images, s.detector) for images in ((s.image,), names))
         if s.image in names and len(names) > 1:  # kept for all, so that A and B share them
@@ -314,12 +292,12 @@ class Explorer:
             maps = prediction.maps[0].numpy()
             references = detector.score_with(many, text).maps.numpy()
         whole = cosine(one.image_embedding[:, None], text)[0, 0].tolist()
-        probability, notes = float(prediction.probabilities[0]), (*said, *notes)
-        return Answer(rows, z[0], maps, references, tuple(whole), probability, notes)
+        probability = float(prediction.probabilities[0])
+        return Answer(rows, z[0], maps, references, tuple(whole), probability, (*said, *notes))
 
     def references(self, s: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of flawless images, evenly spread (the shown one is left out later); and what is to be said of them."""
-        note, sample = "", self.samples.get(s.image)
+        sample, note = self.samples.get(s.image), ""
         if s.flawless:
             names = list_images(s.flawless)
         else:
@@ -330,8 +308,7 @@ class Explorer:
                 own = list(self.samples)
             names = [name for name in own if self.samples[name].label == 0]
             if not names:
-                note = note or "other images of the category: none is known to be flawless"
-                names = own
+                note, names = "images of which none is known to be flawless", own
         places = np.linspace(0, len(names) - 1, min(REFERENCES, len(names))).round().astype(int)
         said = (f"threshold and colours come from {note}",) if note else ()
         return tuple(names[i] for i in places), said
@@ -361,11 +338,12 @@ class Explorer:
         token = features.image_embedding[0]
         if patch:
             token = features.tokens[self.stages.index(s.stages[-1])][0, 1 + self.patch(s)]
-        prompts = self._words("sdp", s.normal_words, s.anomalous_words)
-        normal, anomalous = prompts.sentences(s.object_name)
-        vectors = F.normalize(self.backbone.encode_text([*normal, *anomalous]), dim=-1)
-        states = np.repeat(STATES, [len(normal), len(anomalous)])
-        table = pd.DataFrame({"state": states, "sentence": [*normal, *anomalous]})
+        sentences = self._words("sdp", s.normal_words, s.anomalous_words).sentences(s.object_name)
+        table = pd.DataFrame(
+            [(state, x) for state, own in zip(STATES, sentences, strict=True) for x in own],
+            columns=["state", "sentence"],
+        )
+        vectors = F.normalize(self.backbone.encode_text(table["sentence"].tolist()), dim=-1)
         table["cosine"] = (vectors @ F.normalize(token.cpu(), dim=0)).tolist()
         return table.sort_values("cosine", ascending=False, kind="stable", ignore_index=True)
 
@@ -384,42 +362,31 @@ class Explorer:
     def _cosines(self, detector: str, features: Features, text: torch.Tensor):
         """Names of the rows (a tuple), and B x J x T x 2."""
         found = [cosine(tokens, text) for tokens in features.tokens]
+        rows = tuple(f"block {b}" for b in (self.stages if len(found) > 1 else [self.depth]))
         if detector == "winclip":  # a patch has no feature of its own: mean over its windows
             rows = tuple(f"{k} × {k} windows" for k in SIZES)
             whole = cosine(features.image_embedding[:, None], text)
             for i, k in enumerate(SIZES):
                 cover = coverage(self.grid, k).to(text)
                 found[i] = torch.cat([whole, (cover / cover.sum(dim=0)).T @ found[i]], dim=1)
-        elif detector in ("sdp", "sdp_plus"):
-            rows = tuple(f"block {b}" for b in self.stages)
-        else:
-            rows = (f"block {self.depth}",)
         return rows, torch.stack(found, dim=1).float().cpu().numpy()
 
     def _words(self, detector: str, normal: str, anomalous: str) -> Prompts:
         """The detector's ensemble with the user's states in place of its own."""
         prompts = WINCLIP if detector == "winclip" else self.prompts
         typed = zip(STATES, (normal, anomalous), strict=True)
-        prompts = replace(prompts, **{s: phrases(text) for s, text in typed if text.strip()})
-        if both := set(prompts.normal) & set(prompts.anomalous):
-            raise ValueError(f"{min(both)!r} is given for the normal and for the anomalous state")
-        return prompts
+        return replace(prompts, **{state: phrases(text) for state, text in typed if text.strip()})
 
     def _text(self, detector: str, object_name: str, normal: str, anomalous: str, rvs: str):
         """C x 2 unit columns, and what is to be said about them."""
         prompts = self._words(detector, normal, anomalous)
-        both = [x for state in prompts.sentences(object_name) for x in state]
-        unknown = self.backbone.unknown_words(both)
-        self.backbone.expect_words(unknown)
+        unknown = self.backbone.unknown_words(x for y in prompts.sentences(object_name) for x in y)
+        self.backbone.expect_words(unknown)  # said here
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             vectors = self._detector(detector, prompts, rvs).text_vectors(object_name)
         notes = [str(warning.message) for warning in caught]
-        if self.backbone.known_words is not None:  # other alphabets are no words for the demo model
-            unknown = {*unknown, *(word for word in object_name.split() if not word.isascii())}
         if unknown:
             named = ", ".join(sorted(unknown))
-            notes.append(
-                f"the model never saw the words {named} in training: what it makes of them is noise"
-            )
+            notes.append(f"the model never saw {named} in training: what it makes of that is noise")
         return vectors, tuple(notes)

@@ -2,8 +2,7 @@
 
 An image gives two numbers: the *logit* l = 100 (cos(f, t_a) - cos(f, t_n)) of the whole image, which does not
 saturate as the class probability does, and the *map maximum* m. Both are put on the robust scale of the flawless
-images, z(x) = (x - median) / (1.4826 MAD), and added: score = (z(l) + z(m)) / sqrt(2). :class:`Inspector` turns
-images into l and m, :class:`Rule` scores into verdicts.
+images and added. :class:`Inspector` turns images into l and m, :class:`Rule` into scores and verdicts.
 
 Shapes: B images, n flawless images, J stages, T x T tiles, K = T^2 N patches of an image, S image side,
 R = T S side of a map.
@@ -12,7 +11,7 @@ R = T S side of a map.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -43,10 +42,8 @@ def require_enough(n: int, false_alarms: float) -> None:
         raise ValueError(f"a false-alarm rate is above 0 and at most 0.25, found {false_alarms}")
     needed = max(FEWEST_FLAWLESS, math.ceil(1 / false_alarms - 1 - 1e-9))
     if n < needed:
-        possible = f" or a rate of {1 / (n + 1):.3f}" if n >= FEWEST_FLAWLESS else ""
         raise ValueError(
-            f"{n} flawless images cannot promise a false-alarm rate of {false_alarms:g}: it takes at least {needed} "
-            f"images{possible}"
+            f"{n} flawless images cannot promise a false-alarm rate of {false_alarms:g}: it takes at least {needed}"
         )
 
 
@@ -59,8 +56,7 @@ def conformal_threshold(scores: Sequence[float], false_alarms: float) -> float:
     """The k-th highest of n flawless scores, k = floor(rate (n + 1)) (conformal prediction, Vovk et al. 2005).
 
     If all n + 1 images are scored alike, the rank of a new flawless one is uniform, so it is *above* the k-th highest
-    with probability at most k / (n + 1), whatever the distribution. :class:`Rule` scores them nearly alike, so there
-    it is about k / (n + 1). ValueError if k would be 0.
+    with probability at most k / (n + 1), whatever the distribution. ValueError if k would be 0.
     """
     require_enough(len(scores), false_alarms)
     return float(np.sort(scores)[-alarms_allowed(len(scores), false_alarms)])
@@ -69,8 +65,8 @@ def conformal_threshold(scores: Sequence[float], false_alarms: float) -> float:
 def rate_interval(n: int, false_alarms: float) -> tuple[float, float]:
     """95 % interval of the true false-alarm rate of *this* threshold, over draws of the n flawless images.
 
-    The rate above the k-th highest of n independent continuous scores is Beta(k, n + 1 - k) distributed; its mean is
-    k / (n + 1). Approximate for the leave-one-out scores of :class:`Rule`, whose rates are a little lower.
+    The rate above the k-th highest of n independent continuous scores is Beta(k, n + 1 - k) distributed; approximate
+    for the leave-one-out scores of :class:`Rule`, whose rates are a little lower.
     """
     k = alarms_allowed(n, false_alarms)
     low, high = beta.ppf([0.025, 0.975], k, n + 1 - k)
@@ -88,7 +84,7 @@ def robust_scale(values: Sequence[float], what: str = "value") -> tuple[float, f
     if not spread > 0:
         raise ValueError(
             f"half of the flawless images have the same {what} ({centre:.6g}), so it has no scale: are they copies of "
-            "one picture? Give different ones"
+            "one picture?"
         )
     return centre, spread
 
@@ -116,9 +112,6 @@ class Rule:
     logits: np.ndarray
     maxima: np.ndarray
     false_alarms: float = 0.05
-
-    def __post_init__(self):
-        require_enough(len(self.logits), self.false_alarms)
 
     @cached_property
     def scores(self) -> np.ndarray:
@@ -188,24 +181,16 @@ def nearest_patch(
 ) -> torch.Tensor:
     """One stage, B x K x D and a bank n x K x D of flawless images -> B x K: distance to the bank's nearest patch.
 
-    ``scaled``: what is done to the tokens before; ``same``: the tokens *are* the bank's, and each image is compared
-    with the others only.
+    ``scaled``: what is done to the tokens before; ``same``: the tokens begin with the bank's own images, each of which
+    is compared with the others only.
     """
     patches, k, found = scaled(bank).flatten(0, 1), bank.shape[1], []
     for i, image in enumerate(scaled(tokens)):  # one image at a time: K x n K distances
         distances = torch.cdist(image, patches)
-        if same:
+        if same:  # nothing for i >= n
             distances[:, i * k : (i + 1) * k] = math.inf
         found.append(distances.amin(dim=1))
     return torch.stack(found)
-
-
-def nearest_distance(
-    tokens: Sequence[torch.Tensor], bank: Sequence[torch.Tensor], same: bool = False
-) -> torch.Tensor:
-    """:func:`nearest_patch`, mean over stages, on the frozen tokens that SDP reads anyway: B x K."""
-    pairs = zip(tokens, bank, strict=True)
-    return sum(nearest_patch(x, y, same=same) for x, y in pairs) / len(tokens)
 
 
 def tile(image, tiles: int) -> list:
@@ -228,7 +213,7 @@ def stitch(maps: torch.Tensor, tiles: int) -> torch.Tensor:
 @dataclass
 class Look:
     """What the backbone says of B images: ``logits`` B, ``words`` B x R x R (the detector's map), and per stage the
-    ordinary path's patch ``tokens`` B x K x D (no stages without neighbours)."""
+    ordinary path's patch ``tokens`` B x K x D (no stages without neighbours). Indexed by positions of images."""
 
     logits: np.ndarray
     words: np.ndarray
@@ -238,7 +223,6 @@ class Look:
         return len(self.logits)
 
     def __getitem__(self, index) -> Look:
-        """Some of the images, by their positions."""
         return Look(self.logits[index], self.words[index], [stage[index] for stage in self.tokens])
 
     @staticmethod
@@ -261,15 +245,15 @@ class Inspector:
     After :meth:`fit`: ``rule`` (:class:`Rule`), ``flawless_maps`` (n x R x R), ``bank`` (the remembered patches).
     """
 
+    rule: Rule | None = None
+
     def __init__(self, detector: Detector, name: str, neighbours: str = "no", tiles: int = 1):
-        if neighbours not in NEIGHBOURS or not 1 <= tiles <= 8:
-            expected = f"neighbours: one of {', '.join(NEIGHBOURS)}; tiles: 1 to 8"
-            raise ValueError(f"{expected}; found {neighbours!r} and {tiles}")
+        if neighbours not in NEIGHBOURS:
+            raise ValueError(f"neighbours: one of {', '.join(NEIGHBOURS)}; found {neighbours!r}")
         if neighbours != "no" and not isinstance(detector, SDP):
             raise ValueError(f"nearest neighbours go with sdp and sdp_plus, not with {detector}")
         self.detector, self.name = detector, name
         self.neighbours, self.tiles = neighbours, tiles
-        self.rule: Rule | None = None
 
     def prepare(self, image) -> torch.Tensor:
         """A PIL image -> what ``look`` takes of it: (1 + T^2) x 3 x S x S, whole and tiles; 1 x 3 x S x S without."""
@@ -297,6 +281,7 @@ class Inspector:
         return Look(logits, words, tokens)
 
     def _features(self, images) -> Features:
+        """The detector's, with the ordinary path's tokens where neighbours are asked for."""
         if self.neighbours == "no":
             return self.detector.features(images)
         backbone, stages = self.detector.backbone, self.detector.stages
@@ -306,27 +291,16 @@ class Inspector:
         features = Features(found.image_embedding, found.surgery, found.ordinary)
         return features.apply(torch.Tensor.float)
 
-    def fit(self, looks: Iterable[Look], false_alarms: float = 0.05) -> Inspector:
+    def fit(self, looks: Sequence[Look], false_alarms: float = 0.05) -> Inspector:
         """Learn from flawless images (batches of ``look``): the patches to remember, the scales, the rule."""
-        looks, first = iter(looks), []
-        for look in looks:
-            first.append(look)
-            if sum(map(len, first)) >= BANK:
-                break
-        if not first:
-            require_enough(0, false_alarms)
-        known = Look.cat(first)
-        self.bank = known.tokens
-        logits, maps = [known.logits], [self._maps(known, same=True)]
-        for look in looks:  # beyond the bank, as new images
-            logits.append(look.logits)
-            maps.append(self._maps(look))
-        maps = [np.concatenate(kind) for kind in zip(*maps, strict=True)]
-        if self.neighbours == "added":
+        require_enough(sum(map(len, looks)), false_alarms)
+        look = Look.cat(looks)
+        self.bank = [stage[:BANK] for stage in look.tokens]
+        maps = self._maps(look, same=True)
+        if len(maps) > 1:
             self._scales = [robust_scale(m[:, ::2, ::2], "map value") for m in maps]
         self.flawless_maps = self._added(maps)
-        maxima = self.flawless_maps.max(axis=(1, 2))
-        self.rule = Rule(np.concatenate(logits), maxima, false_alarms)
+        self.rule = Rule(look.logits, self.flawless_maps.max(axis=(1, 2)), false_alarms)
         return self
 
     def maps(self, look: Look) -> np.ndarray:
@@ -334,10 +308,11 @@ class Inspector:
         return self._added(self._maps(look))
 
     def _maps(self, look: Look, same: bool = False) -> list[np.ndarray]:
-        """The map by words, the map of distances to the bank, or both; ``same``: see :func:`nearest_distance`."""
+        """The map by words, the map of distances to the bank, or both; ``same``: see :func:`nearest_patch`."""
         if self.neighbours == "no":
             return [look.words]
-        values = nearest_distance(look.tokens, self.bank, same)
+        pairs = zip(look.tokens, self.bank, strict=True)
+        values = sum(nearest_patch(x, y, same=same) for x, y in pairs) / len(self.bank)
         size, smoothing = self.detector.backbone.image_size, self.detector.smoothing
         values = values.reshape(len(values) * self.tiles**2, -1)
         near = stitch(similarity_map(values, size, smoothing), self.tiles).cpu().numpy()

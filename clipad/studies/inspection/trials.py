@@ -1,4 +1,4 @@
-"""Notebook 07's analysis: the same rule over random choices of the flawless images, over names, over tiles."""
+"""Notebook 07's analysis: the same rule over random choices of the flawless images, over maps, over tiles."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 from PIL import Image
-from scipy.special import expit
 
-from clipad.datasets import Dataset, Sample, read_image
-from clipad.detectors import Detector, Features
+from clipad.datasets import Dataset, Sample, read_image, read_mask
+from clipad.detectors import Detector
 from clipad.evaluation import batches
 from clipad.metrics import image_metrics, pixel_metrics
 from clipad.studies.common import (
@@ -22,14 +21,7 @@ from clipad.studies.common import (
     labelled,
     score,
 )
-from clipad.studies.inspection import (
-    Inspector,
-    Look,
-    alarms_allowed,
-    class_logit,
-    conformal_threshold,
-    rate_interval,
-)
+from clipad.studies.inspection import Inspector, Look, conformal_threshold
 
 
 class Product(Labelled):
@@ -105,41 +97,10 @@ def over_categories(
     if minus is not None:
         means = means - minus.groupby("category")[column].mean()
     values = means.dropna().to_numpy()
-    if len(values) < 3:  # nothing can be said of other categories
+    if len(values) < 3:
         return Interval(values.mean() if len(values) else np.nan, np.nan, np.nan)
     drawn = np.column_stack([values, values])  # a category's own number is no draw of images
     return intervals_over_categories(drawn)[1]
-
-
-def names_tried(
-    product: Product, features: Features, names: Sequence[str], rate: float
-) -> pd.DataFrame:
-    """What the typed word does: a row per name with the flawless images' ``median`` probability, ``above`` (share of
-    them above 0.5), the class ``auroc``, and ``found`` by the conformal threshold on the logit alone, which is set
-    anew for each name (mean over 50 draws of half the flawless images). ``probabilities``: N.
-    """
-    flawless, defective = product.flawless, np.flatnonzero(product.labels == 1)
-    rows = []
-    for name in names:
-        logits = class_logit(features.image_embedding, product.detector.text_vectors(name))
-        probabilities = expit(logits)
-        rng, found = np.random.default_rng(0), []
-        for _ in range(50):
-            chosen, _ = product.split(len(flawless) // 2, rng)
-            k = max(1, alarms_allowed(len(chosen), rate))
-            found.append((logits[defective] > np.sort(logits[chosen])[-k]).mean())
-        own, auroc = probabilities[flawless], image_metrics(logits, product.labels)["auroc"]
-        numbers = (np.median(own), (own > 0.5).mean(), auroc, np.mean(found))
-        rows.append((name, *numbers, probabilities))
-    columns = ["name", "median", "above", "auroc", "found", "probabilities"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def promised(rates: Sequence[float], numbers: Sequence[int]) -> pd.DataFrame:
-    """What n flawless images promise: a row per rate and n with ``low`` and ``high`` of the true false-alarm rate."""
-    pairs = [(rate, n) for rate in rates for n in numbers if alarms_allowed(n, rate)]
-    rows = [(rate, n, *rate_interval(n, rate)) for rate, n in pairs]
-    return pd.DataFrame(rows, columns=["rate", "n", "low", "high"])
 
 
 def maps_compared(
@@ -149,7 +110,7 @@ def maps_compared(
     for all maps, and these images. In the image score the logit joins them.
     """
     rng, samples, logits = np.random.default_rng(seed), [], []
-    maps: dict[str, list[np.ndarray]] = {name: [] for name in kinds}
+    maps = {name: [] for name in kinds}
     for product in products:
         chosen, rest = product.split(n, rng)
         for name, neighbours in kinds.items():
@@ -157,19 +118,15 @@ def maps_compared(
             maps[name].append(inspector.maps(product.look[rest]))
         logits.append(product.look.logits[rest])
         samples += [product.dataset[i] for i in rest]
-    names, first = tuple(product.name for product in products), products[0]
-    new = replace(first.dataset, samples=tuple(samples), categories=names)
+    names = tuple(product.name for product in products)
+    new = replace(products[0].dataset, samples=tuple(samples), categories=names)
     logit = np.concatenate(logits)
     pairs = {name: (np.concatenate(parts), logit) for name, parts in maps.items()}
-    return score(pairs, labelled(new, first.detector.backbone.image_size), seed=seed), new
+    size = products[0].detector.backbone.image_size
+    return score(pairs, labelled(new, size), seed=seed), new
 
 
-# Small defects in large images ----------------------------------------------------------------------------------
-
-
-def trays(
-    product: Product, side: int, count: int, piece: int, seed: int = 0
-) -> dict[str, np.ndarray | list]:
+def trays(product: Product, side: int, count: int, piece: int, seed: int = 0) -> dict:
     """Large images, as wide as ``side`` pieces of ``piece`` pixels, cut at a random place out of one piece more.
 
     Every second of the ``count`` trays has one defective piece, all of it inside. ``images`` (PIL),
@@ -182,10 +139,9 @@ def trays(
         if label:
             inside = tuple(rng.integers(1, side, 2))
             chosen[inside] = rng.choice(np.flatnonzero(product.labels == 1))
-        pieces = np.stack([_piece(product.dataset[i], piece) for i in chosen.flat])
-        grid = pieces.reshape(side + 1, side + 1, piece, piece, 4).swapaxes(1, 2)
+        rows = [[_piece(product.dataset[i], piece) for i in row] for row in chosen]
+        whole = np.concatenate([np.concatenate(row, axis=1) for row in rows])
         y, x = rng.integers(piece, size=2)
-        whole = grid.reshape((side + 1) * piece, (side + 1) * piece, 4)
         made.append(whole[y : y + side * piece, x : x + side * piece])
     images = [Image.fromarray(np.ascontiguousarray(tray[..., :3])) for tray in made]
     return {"images": images, "labels": labels, "masks": np.stack(made)[..., 3] > 0}
@@ -194,10 +150,8 @@ def trays(
 def _piece(sample: Sample, side: int) -> np.ndarray:
     """RGB of a product, and where it is defective: side x side x 4."""
     picture = read_image(sample.image_path).convert("RGB").resize((side, side))
-    truth = Image.new("L", (side, side))
-    if sample.mask_path is not None:
-        mask = read_image(sample.mask_path).convert("L")
-        truth = mask.resize((side, side), Image.Resampling.NEAREST)
+    known = sample.mask_path is not None
+    truth = read_mask(sample.mask_path, side) if known else np.zeros((side, side), bool)
     return np.dstack([picture, truth])
 
 
