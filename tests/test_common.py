@@ -54,10 +54,10 @@ def test_features_of_another_detector_are_refused(tiny_backbone, data, kept):
         SDP(tiny_backbone, stages=[2, 4]),
     ):
         with pytest.raises(ValueError, match="reads"):
-            kept.predict(other, "bolt")
+            kept.maps(other)
     plus = SDPPlus(tiny_backbone, LinearLayers(32, 24, 4), rvs="mean")
     with pytest.raises(ValueError, match="reads"):
-        kept.predict(plus, "bolt")
+        kept.maps(plus)
     more = common.keep(plus, data, batch_size=3)
     sdp = SDP(tiny_backbone, rvs="mean")
     np.testing.assert_allclose(more.maps(sdp), kept.maps(sdp), atol=1e-6)
@@ -158,10 +158,10 @@ def test_a_chart_is_svg_and_a_picture_png_both_with_alt_text_and_caption(monkeyp
     figures.show(chart, "a line")
     picture, ax = plt.subplots()
     ax.imshow(np.eye(3))
-    figures.show(picture, "an image", alt="the unit matrix")
+    figures.show(picture, "an image")
     kinds = [next(iter(more["metadata"])) for _, more in shown if more]
     alts = [next(iter(more["metadata"].values()))["alt"] for _, more in shown if more]
-    assert (kinds, alts) == (["image/svg+xml", "image/png"], ["a line", "the unit matrix"])
+    assert (kinds, alts) == (["image/svg+xml", "image/png"], ["a line", "an image"])
     assert "a line" in shown[1][0].data
     with pytest.raises(ValueError, match="caption"):
         figures.show(plt.figure(), " ")

@@ -19,7 +19,6 @@ from clipad.studies.opposite_predictions import (
     attention_on_defect,
     beyond,
     count_phenomena,
-    encoded,
     ground_truth,
     highlight,
     image_phenomena,
@@ -202,8 +201,8 @@ def test_maps_have_to_be_finite(truth):
 
 
 def test_shuffled_states_are_a_new_deal_of_the_same_sentences(tiny_backbone):
-    sentences = encoded(tiny_backbone, CLIP_AD, ["nut"])
-    one, same, other = (shuffled_states(sentences, "mean", {}, k)["nut"] for k in (0, 0, 1))
+    dealt = shuffled_states(tiny_backbone, CLIP_AD, ["nut"], "mean", {}, (0, 0, 1))
+    one, same, other = (vectors["nut"] for vectors in dealt)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert torch.allclose(one.norm(dim=0), torch.ones(2))

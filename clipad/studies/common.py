@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from IPython.display import Markdown, display
 from scipy.stats import binomtest
 
 from clipad.datasets import Dataset
-from clipad.detectors import Detector, Features, Prediction
+from clipad.detectors import Detector, Features
 from clipad.evaluation import COLUMNS, batches, category_metrics, read_masks
 from clipad.metrics import draw_counts, within_image
 
@@ -31,9 +32,6 @@ METRIC_NAMES = {
 RESAMPLES = 2000
 """bootstrap draws behind a verdict; 200 let verdicts depend on the seed"""
 TEXTURES = frozenset({"carpet", "grid", "leather", "marble", "tile", "wood"})
-
-
-# Intervals ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -104,11 +102,10 @@ def groups(categories: Sequence[str]) -> dict[str, list[str]]:
     >>> groups(["leather", "screw", "tile"])
     {'textures': ['leather', 'tile'], 'objects': ['screw']}
     """
-    found = {
-        "textures": [c for c in categories if c in TEXTURES],
-        "objects": [c for c in categories if c not in TEXTURES],
-    }
-    return {name: members for name, members in found.items() if members}
+    found = {}
+    for kind, texture in (("textures", True), ("objects", False)):
+        found[kind] = [c for c in categories if (c in TEXTURES) == texture]
+    return {kind: members for kind, members in found.items() if members}
 
 
 @dataclass
@@ -146,16 +143,14 @@ class Scores:
             values = values[[self.categories.index(c) for c in categories]]
         return intervals_over_categories(values, self.seed)
 
-    def differences(self, baseline: str, metrics: Sequence[str], categories=None) -> pd.DataFrame:
+    def differences(self, baseline: str, metrics: Sequence[str]) -> pd.DataFrame:
         """A row per metric and method: ``method``, ``metric``, ``estimate`` of method - baseline, ``low`` and ``high``
         (images), ``low_wide`` and ``high_wide``, ``verdict`` (by the wide interval)."""
-        rows = []
-        for metric in metrics:
-            for method in self.methods:
-                if method != baseline:
-                    images, wide = self.interval(metric, method, baseline, categories)
-                    row = (method, metric, wide.estimate, images.low, images.high)
-                    rows.append((*row, wide.low, wide.high, wide.verdict()))
+        rows, others = [], [method for method in self.methods if method != baseline]
+        for metric, method in product(metrics, others):
+            images, wide = self.interval(metric, method, baseline)
+            row = (method, metric, wide.estimate, images.low, images.high)
+            rows.append((*row, wide.low, wide.high, wide.verdict()))
         ends = ["low", "high", "low_wide", "high_wide"]
         return pd.DataFrame(rows, columns=["method", "metric", "estimate", *ends, "verdict"])
 
@@ -222,9 +217,6 @@ def scores_of_images(
     return scores_of(found, columns, resamples, seed)
 
 
-# Features kept --------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Labelled:
     """The images of a data set, in its order, with what is known of them.
@@ -257,14 +249,14 @@ class Labelled:
         With ``resamples`` each is an array: the estimate, then as many draws of the images, for a seed always the same.
         ``with_map``: see :func:`clipad.evaluation.image_score`.
         """
-        found = {}
+        found, counts = {}, None
         for c, category in enumerate(self.dataset.categories):
             at = self.where(category)
-            labels, masks = self.labels[at], None if self.masks is None else self.masks[at]
-            counts = None
+            masks = None if self.masks is None else self.masks[at]
             if resamples is not None:
-                counts = draw_counts(labels, resamples, np.random.default_rng([seed, c]))
-            known = maps[at], masks, probabilities[at], labels
+                rng = np.random.default_rng([seed, c])
+                counts = draw_counts(self.labels[at], resamples, rng)
+            known = maps[at], masks, probabilities[at], self.labels[at]
             found[category] = category_metrics(*known, with_map, counts)
         return found
 
@@ -287,10 +279,10 @@ class Kept(Labelled):
     reads: tuple
     features: Features
 
-    def predict(
-        self, detector: Detector, category: str, text: torch.Tensor | None = None
-    ) -> Prediction:
-        """What a detector says of a category's images, under its own or other text vectors C x 2.
+    def predict_all(
+        self, detector: Detector, texts: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Maps N x S x S and class probabilities N of all images; ``texts``: other text vectors C x 2 per category.
 
         ValueError for a detector that reads other features.
         """
@@ -298,19 +290,13 @@ class Kept(Labelled):
             raise ValueError(
                 f"{detector.name} reads {detector.reads}, but {self.reads} were kept: keep its own features"
             )
-        own = self.features[torch.from_numpy(self.where(category))].to(detector.backbone.device)
-        return detector.score_with(own, detector.text_vectors(category) if text is None else text)
-
-    def predict_all(
-        self, detector: Detector, texts: Mapping[str, torch.Tensor] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Maps N x S x S and class probabilities N of all images; ``texts``: other text vectors per category."""
-        size = detector.backbone.image_size
+        size, device = detector.backbone.image_size, detector.backbone.device
         maps = np.empty((len(self.dataset), size, size), np.float32)
         probabilities = np.empty(len(self.dataset), np.float32)
         for category in self.dataset.categories:
             at = self.where(category)
-            found = self.predict(detector, category, texts and texts[category])
+            text = detector.text_vectors(category) if texts is None else texts[category]
+            found = detector.score_with(self.features[torch.from_numpy(at)].to(device), text)
             maps[at], probabilities[at] = found.maps, found.probabilities
         return maps, probabilities
 
@@ -324,7 +310,7 @@ def keep(detector: Detector, dataset: Dataset, batch_size: int = 16) -> Kept:
     backbone = detector.backbone
     found = batches(backbone, list(dataset), batch_size)
     parts = [detector.features(images).to("cpu") for _, images in found]
-    masks = read_masks(list(dataset), backbone.image_size) if dataset.has_masks else None
+    masks = labelled(dataset, backbone.image_size).masks
     return Kept(dataset, masks, detector.reads, Features.cat(parts))
 
 
@@ -357,9 +343,6 @@ def score(
     return scores_of(found, METRICS, resamples, seed)
 
 
-# Images by rule -------------------------------------------------------------------------------------------------
-
-
 def worst_median_best(values: Sequence[float]) -> list[int]:
     """Positions of the lowest, the (upper) median and the highest value; NaN is left out, few give few.
 
@@ -390,9 +373,6 @@ def chosen_by_rule(data: Labelled, maps: np.ndarray) -> dict[str, int]:
 def _named(names: Sequence[str], values: Sequence[float]) -> dict[str, int]:
     positions = worst_median_best(values)
     return dict(zip(names if len(positions) == 3 else names[::2], positions, strict=False))
-
-
-# Claims ---------------------------------------------------------------------------------------------------------
 
 
 def claim(

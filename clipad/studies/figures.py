@@ -46,27 +46,21 @@ plt.rcParams.update({"legend.fontsize": 9, "legend.frameon": False, "figure.titl
 plt.rcParams.update({"axes.titlesize": 10, "figure.constrained_layout.use": True})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
-LARGEST_SVG = 400_000
-"""bytes; a chart with more marks than that is stored as a picture"""
 
-
-def show(figure: Figure, caption: str, alt: str = "") -> None:
+def show(figure: Figure, caption: str) -> None:
     """Display a figure with its caption below it, and close it. Charts are SVG, images and maps PNG at twice the size.
 
-    ``caption``: what is to be seen, with numbers, the rule by which images were chosen, what lines and contours mean.
-    ``alt``: for readers who do not see it, empty for the caption. Raises ValueError for an empty caption.
+    ``caption``: what is to be seen, with numbers, the rule by which images were chosen, what lines and contours mean;
+    it is the alt text, too. Raises ValueError where it is empty.
     """
     if not caption.strip():
         raise ValueError("a figure needs a caption that says what it shows")
-    alt = alt or caption
-    pictures = any(ax.images for ax in figure.axes)
-    svg = None if pictures else _svg(figure, alt)
-    if svg is not None and len(svg) <= LARGEST_SVG:
-        display(SVG(svg), metadata={"image/svg+xml": {"alt": alt}})
-    else:
+    if any(ax.images for ax in figure.axes):
         width = round(figure.get_size_inches()[0] * 100)
-        image = Image(_png(figure), format="png", width=width, alt=alt)
-        display(image, metadata={"image/png": {"alt": alt, "width": width}})
+        image = Image(_png(figure), format="png", width=width, alt=caption)
+        display(image, metadata={"image/png": {"alt": caption, "width": width}})
+    else:
+        display(SVG(_svg(figure, caption)), metadata={"image/svg+xml": {"alt": caption}})
     plt.close(figure)
     display(Markdown(f"*{caption.strip()}*"))
 
@@ -99,32 +93,11 @@ def _png(figure: Figure) -> bytes:
     return small.getvalue()
 
 
-# Parts of figures -----------------------------------------------------------------------------------------------
-
-
 def subplots(rows: int, columns: int, size: tuple[float, float], title: str = "", **options):
     """A figure with a title over all of it, and its axes, always rows x columns."""
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
     if title:
         figure.suptitle(title)
-    return figure, axes
-
-
-def picture_grid(
-    names: Sequence[str], titles: Sequence[str], side: float, bars: tuple[float, float] = (0, 0)
-):
-    """A figure for pictures without ticks, ``side`` inches each, and its axes: rows have names, columns titles.
-
-    ``bars``: inches for colour bars at the right and below, so that the pictures keep their side.
-    """
-    size = (side * len(titles) + 0.4 + bars[0], side * len(names) + 0.6 + bars[1])
-    figure, axes = subplots(len(names), len(titles), size, layout="compressed")
-    for ax in axes.flat:
-        bare(ax)
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title, fontsize=9)
-    for ax, name in zip(axes[:, 0], names, strict=True):
-        ax.set_ylabel(name)
     return figure, axes
 
 
@@ -168,17 +141,6 @@ def mark_patch(ax, patch: int, grid: int, side: float, colour: str = "cyan") -> 
     ax.add_patch(Rectangle(corner, step, step, fill=False, edgecolor=colour, linewidth=1.5))
 
 
-# Images and maps ------------------------------------------------------------------------------------------------
-
-
-def draw(axes, images: Sequence[np.ndarray], masks: Sequence[np.ndarray] | None = None, **look):
-    """Images on axes, one each, with the contours of their masks; returns the last one, for a colour bar."""
-    for i, (ax, image) in enumerate(zip(axes, images, strict=True)):
-        shown = ax.imshow(image, **look)
-        contour(ax, None if masks is None else masks[i])
-    return shown
-
-
 def gallery(
     images: Sequence[np.ndarray],
     maps: Mapping[str, np.ndarray],
@@ -195,38 +157,40 @@ def gallery(
 
     ``images``: S x S x 3; ``maps``: per method N x S x S. The limits of a method are shared by its maps (given, or 1st
     to 99.8th percentile of what is shown) and stand in its colour bar; with (None, None) every map has a scale of its
-    own. ``colours``: another colour map than ``MAP``. ``below``: per method a text under each map.
-
-    Contours: those of ``masks`` (N x S x S, or None) are drawn where ``masks_on`` says, in any layout: on the "maps",
-    on the "images", or on "both". ``regions`` (what each method marks, N x S x S) are drawn on the method's maps.
+    own. ``colours``: another colour map than ``MAP``. ``below``: per method a text under each map. Contours are those
+    of ``masks`` (N x S x S, or None), on the "maps", the "images" or "both", and on the maps those of ``regions`` (what
+    each method marks, N x S x S).
     """
     titles, lines = titles or [""] * len(images), ["image", *maps]
-    if landscape:
-        figure, axes = picture_grid(lines, titles, min(2.2, 9.5 / len(images)), bars=(0.9, 0))
-    else:
-        figure, axes = picture_grid(titles, lines, 1.8, bars=(0, 0.6))
-        axes = axes.T
-    on_images, on_maps = (
-        masks if masks_on in (place, "both") else None for place in ("images", "maps")
-    )
+    rows, columns = (lines, titles) if landscape else (titles, lines)
+    side = min(2.2, 9.5 / len(images)) if landscape else 1.8
+    right, under = (0.9, 0) if landscape else (0, 0.6)  # inches for the colour bars
+    size = (side * len(columns) + 0.4 + right, side * len(rows) + 0.6 + under)
+    figure, axes = subplots(len(rows), len(columns), size, layout="compressed")
+    for ax in axes.flat:
+        bare(ax)
+    for ax, title in zip(axes[0], columns, strict=True):
+        ax.set_title(title, fontsize=9)
+    for ax, name in zip(axes[:, 0], rows, strict=True):
+        ax.set_ylabel(name)
     place = {"location": "right" if landscape else "bottom", "shrink": 0.85, "aspect": 14}
-    for line, name in zip(axes, lines, strict=True):
-        if name == "image":
-            shown, low = draw(line, images, on_images), None
-        else:
-            low, high = (limits or {}).get(name) or np.percentile(maps[name], [1, 99.8])
-            look = {"cmap": (colours or {}).get(name, MAP), "vmin": low, "vmax": high}
-            shown = draw(line, maps[name], on_maps, **look)
-            for i, ax in enumerate(line):
+    for line, name in zip(axes if landscape else axes.T, lines, strict=True):
+        pictures, low, high = images, None, None
+        if name != "image":
+            pictures = maps[name]
+            low, high = (limits or {}).get(name) or np.percentile(pictures, [1, 99.8])
+        look = {"cmap": (colours or {}).get(name, MAP), "vmin": low, "vmax": high}
+        for i, (ax, picture) in enumerate(zip(line, pictures, strict=True)):
+            shown = ax.imshow(picture, **look)
+            if masks is not None and masks_on in ("images" if name == "image" else "maps", "both"):
+                contour(ax, masks[i])
+            if name != "image":
                 contour(ax, regions[name][i] if regions else None)
                 ax.set_xlabel(below[name][i] if below else "")
         bar = figure.colorbar(shown, ax=list(line), ticks=plt.MaxNLocator(3), **place)
         bar.ax.tick_params(labelsize=8)
         bar.ax.set_visible(low is not None)  # an empty bar keeps all pictures at one size
     return figure
-
-
-# Charts ---------------------------------------------------------------------------------------------------------
 
 
 def heatmap(values: pd.DataFrame, ax, fontsize: float = 8, **options) -> None:
@@ -259,10 +223,12 @@ def dots(
     """
     rows = list(table["row"].unique() if rows is None else rows)
     looks = looks or dict(zip(table["series"].unique(), cycle(LOOKS), strict=False))
-    heights = _heights(table, rows)
-    for name, own in table.groupby("series", sort=False):
-        colour, marker = looks[name]
-        at = [heights[row, name] for row in own["row"]]
+    # The series of a row share 0.6 of its height, so that neighbouring rows stay apart.
+    series = table.groupby("row")["series"]
+    number, count = series.transform(lambda s: pd.factorize(s)[0]), series.transform("nunique")
+    heights = table["row"].map(rows.index) + 0.6 * ((number + 0.5) / count - 0.5)
+    for name, own in table.assign(at=heights).groupby("series", sort=False):
+        (colour, marker), at = looks[name], own["at"]
         if "low" in own:
             ends = 100 * own["low"], 100 * own["high"]
             ax.hlines(at, *ends, color=COLOURS[colour], linewidth=2, alpha=0.6)
@@ -271,16 +237,6 @@ def dots(
     name_rows(ax, rows)
     ax.grid(axis="y", color="0.92")
     ax.set_axisbelow(True)
-
-
-def _heights(table: pd.DataFrame, rows: Sequence[str]) -> dict[tuple[str, str], float]:
-    """(row, series) -> its height on the axis: the series of a row share 0.6 of it, so neighbouring rows stay apart."""
-    heights = {}
-    for place, row in enumerate(rows):
-        series = table.loc[table["row"] == row, "series"].unique()
-        for number, name in enumerate(series):
-            heights[row, name] = place + 0.6 * ((number + 0.5) / len(series) - 0.5)
-    return heights
 
 
 def rows_and_series(table: pd.DataFrame) -> pd.DataFrame:
@@ -294,18 +250,22 @@ def dot_panels(
     xlabel: str,
     title: str = "",
     looks: Mapping[str, tuple[str, str]] | None = None,
+    rows: Sequence[str] | None = None,
 ) -> Figure:
-    """A panel per table of fractions: a row per index (in the first table's order) and a dot per column, in percent.
+    """A panel of :func:`dots` per table, with the same rows (as in the first table, or as given).
 
-    ``looks``: column -> colour and marker.
+    A table without the columns of :func:`dots` has rows x series.
     """
-    first = next(iter(panels.values()))
-    size = (2 + 2.9 * len(panels), 0.34 * len(first) + 1.6)
-    figure, axes = subplots(1, len(panels), size, title, sharey=True)
-    for ax, (name, table) in zip(axes[0], panels.items(), strict=True):
-        dots(ax, rows_and_series(table), looks, list(first.index))
+    tables = {n: t if "series" in t else rows_and_series(t) for n, t in panels.items()}
+    first = next(iter(tables.values()))
+    rows = list(first["row"].unique() if rows is None else rows)
+    size = (2 + 2.9 * len(tables), 0.34 * len(rows) + 1.6)
+    figure, axes = subplots(1, len(tables), size, title, sharey=True)
+    for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
+        dots(ax, table, looks, rows)
         ax.set(title=name, xlabel=xlabel)
-    legend_below(figure, len(first.columns))
+    if len(first) > len(rows):  # else the rows name the series
+        legend_below(figure)
     return figure
 
 
@@ -362,16 +322,13 @@ def category_dots(table: pd.DataFrame, title: str, before: str, after: str) -> F
 
     ``table``: :meth:`clipad.studies.common.Scores.by_category` with a column ``metric``: a panel per metric.
     """
-    metrics = table["metric"].unique()
     row = table["category"] + " (" + table["group"].str[:-1] + ")"
     table = table.assign(row=row, series=table["group"])
-    first = table[table["metric"] == metrics[0]].sort_values(["group", "estimate"], ascending=False)
-    size = (1.6 + 3 * len(metrics), 0.3 * len(first) + 1.5)
-    figure, axes = subplots(1, len(metrics), size, title, sharey=True)
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        dots(ax, table[table["metric"] == metric], KINDS, first["row"])
+    panels = {METRIC_NAMES.get(m, m): t for m, t in table.groupby("metric", sort=False)}
+    first = next(iter(panels.values())).sort_values(["group", "estimate"], ascending=False)
+    figure = dot_panels(panels, f"{after} − {before}, points", title, KINDS, first["row"])
+    for ax in figure.axes:
         ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
-        ax.set(title=METRIC_NAMES.get(metric, metric), xlabel=f"{after} − {before}, points")
     return figure
 
 

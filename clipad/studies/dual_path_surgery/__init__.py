@@ -22,7 +22,7 @@ from clipad.datasets import Dataset
 from clipad.detectors import class_probability
 from clipad.evaluation import batches
 from clipad.studies.common import METRICS, Scores, labelled, scores_of, thinned
-from clipad.studies.opposite_predictions import encoded, shuffled_states, untrained
+from clipad.studies.opposite_predictions import shuffled_states, untrained
 from clipad.surgery import similarity_map
 
 Variant = tuple[Callable, slice, Callable]
@@ -100,11 +100,11 @@ def control_aurocs(
     """
     size = run.backbone.image_size
     data = labelled(thinned(run.dataset, per_category), size)
-    sentences = encoded(run.backbone, run.prompts, data.dataset.categories)
     rvs, seeds = (run.protocol.rvs, run.protocol.rvs_options), range(run.seed, run.seed + draws)
+    dealt = shuffled_states(run.backbone, run.prompts, data.dataset.categories, *rvs, seeds)
     compared = [
         ("found", run.backbone, [texts]),
-        ("shuffled states", run.backbone, [shuffled_states(sentences, *rvs, s) for s in seeds]),
+        ("shuffled states", run.backbone, dealt),
         *(("untrained", untrained(run.backbone, run.seed + i), [texts]) for i in range(3)),
     ]
     tables = []

@@ -196,30 +196,19 @@ def example_of(run, sample: Sample) -> Example:
     return Example(sample.category, sample.defect, tensor, image_array(image, size), mask, patch)
 
 
-def encoded(
-    backbone: Backbone, prompts, categories: Sequence[str]
-) -> dict[str, list[torch.Tensor]]:
-    """Per category the unit embeddings of the normal and of the anomalous sentences, two tensors M_k x C."""
-    return {
-        c: [F.normalize(backbone.encode_text(s), dim=-1) for s in prompts.sentences(c)]
-        for c in categories
-    }
-
-
 def shuffled_states(
-    sentences: Mapping[str, Sequence[torch.Tensor]], method: str, options: Mapping, seed: int
-) -> dict[str, torch.Tensor]:
-    """C x 2 per category from :func:`encoded` sentences that were dealt to the two states at random.
-
-    The deal is the same in all categories.
-    """
-    found = {}
-    for category, states in sentences.items():
-        pool = torch.cat(list(states))
-        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-        parts = pool[order].split([len(s) for s in states])
-        vectors = [representative_vector(part, method, **options) for part in parts]
-        found[category] = torch.stack(vectors, dim=1)
+    backbone: Backbone, prompts, categories: Sequence[str], method: str, options: Mapping, seeds
+) -> list[dict[str, torch.Tensor]]:
+    """For each seed C x 2 per category from sentences that are dealt to the two states at random, alike in all."""
+    found = [{} for _ in seeds]
+    for category in categories:
+        states = [F.normalize(backbone.encode_text(s), dim=-1) for s in prompts.sentences(category)]
+        pool = torch.cat(states)
+        for seed, vectors in zip(seeds, found, strict=True):
+            order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+            parts = pool[order].split([len(s) for s in states])
+            chosen = [representative_vector(part, method, **options) for part in parts]
+            vectors[category] = torch.stack(chosen, dim=1)
     return found
 
 

@@ -14,10 +14,9 @@ from clipad.studies.figures import (
     COLOURS,
     KINDS,
     MAP,
-    dots,
+    dot_panels,
     gallery,
     growth,
-    legend_below,
     mark_patch,
     subplots,
 )
@@ -95,24 +94,19 @@ def shares(
 ) -> Figure:
     """Shares in percent with their intervals: rows are compared things, marks are series (``STYLES``).
 
-    A panel is a table of :func:`entry` rows under the name of its axis; ``levels``: by panel, a dotted line; ``bands``:
+    A panel is a table of :func:`entry` rows under its title; ``levels``: by panel, a dotted line; ``bands``:
     grey, by row, what a control reaches (first panel).
     """
     rows = next(iter(panels.values()))["row"]
     named = [row for members in groups(rows.unique()).values() for row in members]
-    size = (1.6 + 3.7 * len(panels), 0.36 * len(named) + 1.7)
-    figure, axes = subplots(1, len(panels), size, title, sharey=True)
-    for ax, (name, table) in zip(axes[0], panels.items(), strict=True):
-        dots(ax, table, STYLES, named)
+    figure = dot_panels(panels, "percent", title, STYLES, named)
+    for ax, name in zip(figure.axes, panels, strict=True):
         if name in (levels or {}):
             ax.axvline(100 * levels[name], color="0.3", linestyle=":", linewidth=1.2)
-        ax.set(xlabel=name, xlim=(-3, 103))
-        ax.spines["left"].set_visible(False)
+        ax.set_xlim(-3, 103)
     for row, (low, high) in (bands or {}).items():
         band = {"left": 100 * low, "height": 0.5, "color": "0.88", "zorder": 0}
-        axes[0, 0].barh(named.index(row), 100 * (high - low), **band)
-    if len(rows) > len(named):  # else the rows name the series
-        legend_below(figure)
+        figure.axes[0].barh(named.index(row), 100 * (high - low), **band)
     return figure
 
 
