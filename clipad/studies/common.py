@@ -362,17 +362,15 @@ def chosen_by_rule(data: Labelled, maps: np.ndarray) -> dict[str, int]:
     """
     labels, maxima = data.labels, maps.max(axis=(1, 2))
     if (labels < 0).all():
-        return _named(("lowest", "median", "highest"), maxima)
-    rank = maxima if data.masks is None else within_image(maps, data.masks)
-    found = _named(("worst", "median", "best"), np.where(labels == 1, rank, np.nan))
+        names, values = ("lowest", "median", "highest"), maxima
+    else:
+        rank = maxima if data.masks is None else within_image(maps, data.masks)
+        names, values = ("worst", "median", "best"), np.where(labels == 1, rank, np.nan)
+    positions = worst_median_best(values)
+    found = dict(zip(names if len(positions) == 3 else names[::2], positions, strict=False))
     if (labels == 0).any():
         found["flawless"] = int(np.where(labels == 0, maxima, -np.inf).argmax())
     return found
-
-
-def _named(names: Sequence[str], values: Sequence[float]) -> dict[str, int]:
-    positions = worst_median_best(values)
-    return dict(zip(names if len(positions) == 3 else names[::2], positions, strict=False))
 
 
 def claim(
@@ -451,7 +449,7 @@ def measured(claim: Mapping[str, Any]) -> str:
     return f"{name} {Interval(*ends):{sign}}".strip()
 
 
-def show_claims(run) -> pd.DataFrame:
+def show_claims(run) -> None:
     """The notebook's claims and facts as a table, with Holm's correction over the claims: shown at its end."""
     claims: list[dict[str, Any]] = run.results.get("claims", [])
     adjusted = holm([c["p"] for c in claims])
@@ -468,4 +466,3 @@ def show_claims(run) -> pd.DataFrame:
         "nothing is tested."
     )
     display(Markdown("\n".join(rows)))
-    return pd.DataFrame(claims)

@@ -51,10 +51,8 @@ def show(figure: Figure, caption: str) -> None:
     """Display a figure with its caption below it, and close it. Charts are SVG, images and maps PNG at twice the size.
 
     ``caption``: what is to be seen, with numbers, the rule by which images were chosen, what lines and contours mean;
-    it is the alt text, too. Raises ValueError where it is empty.
+    it is the alt text, too.
     """
-    if not caption.strip():
-        raise ValueError("a figure needs a caption that says what it shows")
     if any(ax.images for ax in figure.axes):
         width = round(figure.get_size_inches()[0] * 100)
         image = Image(_png(figure), format="png", width=width, alt=caption)
@@ -62,7 +60,7 @@ def show(figure: Figure, caption: str) -> None:
     else:
         display(SVG(_svg(figure, caption)), metadata={"image/svg+xml": {"alt": caption}})
     plt.close(figure)
-    display(Markdown(f"*{caption.strip()}*"))
+    display(Markdown(f"*{caption}*"))
 
 
 def show_drawing(name: str, caption: str) -> None:
@@ -194,14 +192,10 @@ def gallery(
 
 
 def heatmap(values: pd.DataFrame, ax, fontsize: float = 8, **options) -> None:
-    """seaborn's heat map with its numbers in black or white, whichever contrasts more with the colour below.
-
-    seaborn writes white on half of all colours, which is hard to read on the lighter ones of them.
-    """
+    """seaborn's heat map with its numbers in black or white, whichever contrasts more with the colour below."""
     options = {"vmin": 0, "vmax": 100, "cmap": "cividis", "fmt": ".1f", "linewidths": 0.5} | options
     sns.heatmap(values, ax=ax, annot=True, cbar=False, annot_kws={"fontsize": fontsize}, **options)
-    colours = ax.collections[0]
-    shown = np.asarray(values, dtype=float)
+    colours, shown = ax.collections[0], np.asarray(values, dtype=float)
     for text in ax.texts:
         column, row = (int(place) for place in text.get_position())
         luminance = relative_luminance(colours.to_rgba(shown[row, column]))
@@ -269,9 +263,7 @@ def dot_panels(
     return figure
 
 
-def forest(
-    table: pd.DataFrame, title: str, baseline: str = "", highlight: Sequence[str] = ()
-) -> Figure:
+def forest(table: pd.DataFrame, title: str, baseline: str) -> Figure:
     """Paired differences with both intervals, a panel per metric; the numbers stand beside the marks, in points.
 
     ``table``: :meth:`clipad.studies.common.Scores.differences`. Thick: other images; thin: other categories as well;
@@ -283,13 +275,14 @@ def forest(
     figure, axes = subplots(1, len(metrics), size, title, sharey=True)
     for ax, metric in zip(axes[0], metrics, strict=True):
         rows = table[table["metric"] == metric].set_index("method").loc[names]
-        limit = _limit_of_most(rows)
-        for place, (name, row) in enumerate(rows.iterrows()):
-            _forest_row(ax, place, row, "orange" if name in highlight else "blue", limit)
+        limit, at = _limit_of_most(rows), range(len(rows))
+        for low, high, width in (("low_wide", "high_wide", 1.2), ("low", "high", 4)):
+            ax.hlines(at, 100 * rows[low], 100 * rows[high], color=NORMAL, linewidth=width)
+        for place, row in enumerate(rows.itertuples()):
+            _forest_mark(ax, place, Interval(row.estimate, row.low_wide, row.high_wide), limit)
         ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
-        against = f" against {baseline}" if baseline else ""
         ax.set(xlim=(-limit, limit), title=METRIC_NAMES.get(metric, metric))
-        ax.set(xlabel=f"points{against}")
+        ax.set(xlabel=f"points against {baseline}")
         name_rows(ax, names)
         ax.spines["left"].set_visible(False)
     return figure
@@ -303,18 +296,13 @@ def _limit_of_most(rows: pd.DataFrame) -> float:
     return 115 * float(np.nanmax(ends)) if np.isfinite(ends).any() else 1.0
 
 
-def _forest_row(ax, place: int, row: pd.Series, colour: str, limit: float) -> None:
-    wide = Interval(row["estimate"], row["low_wide"], row["high_wide"])
-    look = {"color": COLOURS[colour]}
+def _forest_mark(ax, place: int, wide: Interval, limit: float) -> None:
     at = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
     ax.annotate(f"{wide:+}", (0.99, place - 0.36), fontsize=7.5, color="0.3", **at)
-    ax.plot([100 * wide.low, 100 * wide.high], [place] * 2, linewidth=1.2, **look)
-    ax.plot([100 * row["low"], 100 * row["high"]], [place] * 2, linewidth=4, **look)
     estimate, edge = 100 * wide.estimate, 0.93 * limit  # a cut-off row's arrow stays in the panel
     marker = "o" if abs(estimate) <= edge else ">" if estimate > 0 else "<"
-    filled = wide.verdict() in ("higher", "lower")
-    look["markerfacecolor"] = COLOURS[colour] if filled else "white"
-    ax.plot(np.clip(estimate, -edge, edge), place, marker, markersize=6, **look)
+    fill = NORMAL if wide.verdict() in ("higher", "lower") else "white"
+    ax.plot(np.clip(estimate, -edge, edge), place, marker, color=NORMAL, ms=6, mfc=fill)
 
 
 def category_dots(table: pd.DataFrame, title: str, before: str, after: str) -> Figure:

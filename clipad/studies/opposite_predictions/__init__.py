@@ -80,12 +80,10 @@ def image_phenomena(
 
 @dataclass
 class Truth(Labelled):
-    """The anomalous images of a data set that have a mask, and what is known of their pixels.
-
-    ``objects``: M x S x S like the masks, or None where the data set has no object masks.
-    """
+    """The anomalous images of a data set that have a mask, and what is known of their pixels."""
 
     objects: np.ndarray | None
+    """M x S x S like the masks, None where the data set has no object masks"""
 
     def batches(self, backbone: Backbone) -> Iterator[tuple[np.ndarray, str, torch.Tensor]]:
         """Positions, category and pre-processed images, batch by batch."""

@@ -51,16 +51,17 @@ def steps(image: np.ndarray, mask: np.ndarray, cosines: np.ndarray, values: np.n
     grid = round(len(cosines) ** 0.5)
     normal, anomalous = cosines.T.reshape(2, grid, grid)
     shared, reach = (cosines.min(), cosines.max()), np.abs(anomalous - normal).max()
-    panels = {
-        "ground truth": (mask, "gray", (None, None)),
-        "cosine with $t_n$": (normal, "cividis", shared),
-        "cosine with $t_a$": (anomalous, "cividis", shared),
-        "$z_a - z_n$": (anomalous - normal, DIVERGING, (-reach, reach)),
-        "direct map": (values, MAP, (0, 1)),
+    maps = {
+        "ground truth": mask,
+        "cosine with $t_n$": normal,
+        "cosine with $t_a$": anomalous,
+        "$z_a - z_n$": anomalous - normal,
+        "direct map": values,
     }
-    maps, colours, limits = ({name: panel[k] for name, panel in panels.items()} for k in range(3))
-    maps = {name: values[None] for name, values in maps.items()}
-    return gallery([image], maps, limits=limits, colours=colours)
+    limits = ((None, None), shared, shared, (-reach, reach), (0, 1))
+    colours = ("gray", "cividis", "cividis", DIVERGING, MAP)
+    limits, colours = (dict(zip(maps, look, strict=True)) for look in (limits, colours))
+    return gallery([image], {n: m[None] for n, m in maps.items()}, limits=limits, colours=colours)
 
 
 def scatter(panels: Mapping[tuple[str, str], pd.DataFrame], title: str) -> Figure:
