@@ -15,15 +15,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 
 from clipad.detectors import SDP
-from clipad.dual_path import staged_features
-from clipad.evaluation import batches
 from clipad.studies.after_clip_ad.ideas import IDEAS, learned_directions
 from clipad.studies.common import Kept, Scores, score
 from clipad.studies.dual_path_surgery import smooth_maps
-from clipad.studies.opposite_predictions import patch_coverage, untrained
+from clipad.studies.opposite_predictions import patch_coverage
 
 WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """of another map that is added to SDP's, tried on the auxiliary collection"""
@@ -201,47 +198,3 @@ def compared(
     without = {name for name in maps if "text" not in USES.get(name, "")}
     pairs = {n: (m, m.max(axis=(1, 2)) if n in without else probability) for n, m in maps.items()}
     return score(pairs, kept, resamples, seed, without_map=without)
-
-
-# Controls --------------------------------------------------------------------------------------------------------
-
-
-def shots(test: Split, settings: Mapping, draws: int, seed: int = 0) -> pd.DataFrame:
-    """What k flawless images give: columns ``idea``, ``k``, ``draw`` (which images) and ``pro`` (mean over categories).
-
-    A draw orders the references of every category at random and takes the first k (all of them where they are fewer).
-    """
-    rows = []
-    for draw in range(draws):
-        rng = np.random.default_rng([seed, draw])
-        order = {c: torch.from_numpy(rng.permutation(len(b[0]))) for c, b in test.bank.items()}
-        for k in (1, 2, 4, 8):
-
-            def first(category: str, stage: int, k=k, order=order) -> torch.Tensor:
-                return test.bank[category][stage][order[category][:k]]
-
-            for idea in ("nearest of 4", "one PCA of 4"):
-                pro = test.pro(test.maps(idea, settings[IDEAS[idea].choice], first))
-                rows.append((idea.removesuffix(" of 4"), k, draw, pro))
-    return pd.DataFrame(rows, columns=["idea", "k", "draw", "pro"])
-
-
-@torch.no_grad()
-def controls(sdp: SDP, kept: Kept, settings: Mapping, seed: int = 0) -> pd.DataFrame:
-    """The ideas without masks on tokens that no training has shaped, those of the same tower with random weights and
-    the patches' pixels themselves: columns ``tokens``, ``idea``, ``pro`` (mean over categories)."""
-    twin, side = untrained(sdp.backbone, seed).visual, sdp.backbone.visual.patch_size[0]
-    stages, pixels = [], []
-    for _, images in batches(sdp.backbone, list(kept.dataset)):
-        stages.append([x[:, 1:].cpu() for x in staged_features(twin, images).ordinary])
-        pixels.append(F.unfold(images, side, stride=side).transpose(1, 2).cpu())
-    tokens = {
-        "untrained tower": [torch.cat(stage) for stage in zip(*stages, strict=True)],
-        "pixels": [torch.cat(pixels)],
-    }
-    rows = []
-    for name, own in tokens.items():
-        test = split(kept, own, seed)
-        for idea in OF_THE_PRODUCT:
-            rows.append((name, idea, test.pro(test.maps(idea, settings[IDEAS[idea].choice]))))
-    return pd.DataFrame(rows, columns=["tokens", "idea", "pro"])
