@@ -1,8 +1,6 @@
-"""Figures of notebook 05: quality against time, published numbers."""
+"""The figure of notebook 05: quality against time."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -10,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from clipad.studies.common import METRIC_NAMES, Scores
-from clipad.studies.figures import COLOURS, METHODS, heatmap
+from clipad.studies.figures import COLOURS, METHODS
 
 
 def quality_and_time(scores: Scores, milliseconds: pd.Series, metric: str, title: str) -> Figure:
@@ -27,17 +25,5 @@ def quality_and_time(scores: Scores, milliseconds: pd.Series, metric: str, title
     ax.minorticks_off()
     ax.margins(x=0.15)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    ax.set_title(title)
-    return figure
-
-
-def published(table: pd.DataFrame, ours: Mapping[str, str], title: str) -> Figure:
-    """Published means as a heat map in percent: rows method and kind of source; methods run here are in bold."""
-    shown = (100 * table).rename(columns=METRIC_NAMES)
-    shown.index = [f"{method} ({kind})" for method, kind in table.index]
-    figure, ax = plt.subplots(figsize=(3.2 + 0.95 * len(shown.columns), 0.3 * len(shown) + 1.1))
-    heatmap(shown, ax, fontsize=9, cmap="Greys", vmax=160)
-    for label, (method, _) in zip(ax.get_yticklabels(), table.index, strict=True):
-        label.set_fontweight("bold" if method in ours else "normal")
     ax.set_title(title)
     return figure
