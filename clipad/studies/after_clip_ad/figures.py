@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from clipad.studies.common import METRIC_NAMES, Scores
-from clipad.studies.figures import COLOURS, dots, legend_below, subplots
+from clipad.studies.figures import COLOURS, dot_panels, legend_below, subplots
 
 KINDS = {
     "text": ("blue", "o"),
@@ -24,14 +24,14 @@ KINDS = {
 
 def standing(scores: Scores, uses: Mapping[str, str], metrics: Sequence[str]) -> Figure:
     """Each method with its wide interval, a panel per metric; colour and marker say what it uses, a line is SDP."""
-    size = (2 + 3 * len(metrics), 0.34 * len(uses) + 1.6)
-    figure, axes = subplots(1, len(metrics), size, sharey=True)
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        wide = {name: scores.interval(metric, name)[1] for name in uses}
-        rows = [{"row": name, "series": uses[name]} | vars(own) for name, own in wide.items()]
-        dots(ax, pd.DataFrame(rows), KINDS)
-        ax.axvline(100 * wide["SDP"].estimate, color="0.6", linewidth=0.8, zorder=0)
-        ax.set_xlabel(f"{METRIC_NAMES[metric]}, %")
+    panels = {}
+    for metric in metrics:
+        wide = {name: vars(scores.interval(metric, name)[1]) for name in uses}
+        rows = [{"row": name, "series": used} | wide[name] for name, used in uses.items()]
+        panels[METRIC_NAMES[metric]] = pd.DataFrame(rows)
+    figure = dot_panels(panels, "percent", looks=KINDS)
+    for ax, metric in zip(figure.axes, metrics, strict=True):
+        ax.axvline(100 * scores.interval(metric, "SDP")[0].estimate, color="0.6", zorder=0)
     legend_below(figure, len(KINDS))
     return figure
 
