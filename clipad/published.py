@@ -120,7 +120,7 @@ def data_dir() -> Path:
         if not folder.is_dir():
             raise FileNotFoundError(f"CLIPAD_DATA={named!r} is not a folder; correct or unset it.")
         return folder
-    folder = Path(__file__).resolve().parents[1] / "data"  # one that merely has this name is not ours
+    folder = Path(__file__).resolve().parents[1] / "data"  # one that just has this name is not ours
     if not (folder / "published_results.csv").is_file():
         raise FileNotFoundError(
             f"There is no clipad data folder at {folder}. Install from a checkout with `pip install -e .`, "

@@ -224,7 +224,6 @@ def test_a_killed_kernel_fails(make):
     done = run(make("00_killed", "import os", "os.kill(os.getpid(), 9)", "print('after')"))
     assert done.status == "failed"
     assert "the kernel was killed" in done.reason
-    assert notebooks.faults(notebooks.read_notebook(done.output_path)) != []
 
 
 def put_kernel(folder, command):

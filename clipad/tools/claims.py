@@ -2,8 +2,6 @@
 reproduction of the paper: with other weights or data the same table comes out of the same command.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,20 +12,6 @@ from clipad.files import write_atomically
 from clipad.studies.common import measured
 
 
-def collect(records: Iterable[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Claims and comparisons with published numbers from the records that notebooks leave (``<notebook>.json``).
-
-    Returns a row a claim (its fields and ``notebook``) and a row a published number; either may be empty.
-    """
-    claims, published = [], []
-    for path in records:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        own = {"notebook": record["notebook"]}
-        claims += [claim | own for claim in record["results"].get("claims", [])]
-        published += (record["results"].get("beside published") or {}).values()
-    return pd.DataFrame(claims), pd.DataFrame(published)
-
-
 def markdown(claims: pd.DataFrame, folder: str = "") -> str:
     """The claims as a Markdown table; the interval is the wide one (over images and categories).
 
@@ -36,10 +20,9 @@ def markdown(claims: pd.DataFrame, folder: str = "") -> str:
     rows = ["| claim | source | verdict | 95 % | scope | notebook |", "|---|---|---|---|---|---|"]
     for claim in claims.fillna({"metric": ""}).to_dict(orient="records"):
         notebook = f"[{claim['notebook'][:2]}]({folder}{claim['notebook']}.ipynb)"
-        verdict, scope = f"**{claim['verdict']}**", claim["scope"]
-        rows.append(
-            _row(claim["sentence"], claim["source"], verdict, measured(claim), scope, notebook)
-        )
+        verdict, shown = f"**{claim['verdict']}**", measured(claim)
+        cells = claim["sentence"], claim["source"], verdict, shown, claim["scope"], notebook
+        rows.append(_row(*cells))
     return "\n".join(rows)
 
 
@@ -48,16 +31,25 @@ def _row(*cells) -> str:
 
 
 def write_claims(records: Iterable[Path], folder: Path) -> Path | None:
-    """Writes claims.csv and claims.md to ``folder``; returns the page, or None when no record holds a claim."""
-    claims, published = collect(records)
-    if claims.empty:
+    """Writes claims.csv and claims.md to ``folder``; returns the page, or None when no record holds a claim.
+
+    ``records``: what notebooks leave, ``<notebook>.json``.
+    """
+    claims, published = [], []
+    for path in records:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        own = {"notebook": record["notebook"]}
+        claims += [claim | own for claim in record["results"].get("claims", [])]
+        published += (record["results"].get("beside published") or {}).values()
+    if not claims:
         return None
-    said = f"{len(claims)} claims of {claims['notebook'].nunique()} notebooks"
-    page = f"# Claims\n\n{said}.\n\n{markdown(claims)}\n"
-    if not published.empty:
-        rows = [published.columns, ["---"] * published.shape[1], *published.round(4).to_numpy()]
-        table = "\n".join(_row(*row) for row in rows)
-        page += f"\n## Beside published numbers (fractions)\n\n{table}\n"
-    write_atomically(folder / "claims.csv", claims.to_csv(index=False))
+    table = pd.DataFrame(claims)
+    page = f"# Claims\n\n{len(table)} claims of {table['notebook'].nunique()} notebooks.\n\n{markdown(table)}\n"
+    if published:
+        shown = pd.DataFrame(published).round(4)
+        rows = [shown.columns, ["---"] * shown.shape[1], *shown.to_numpy()]
+        page += "\n## Beside published numbers (fractions)\n\n"
+        page += "\n".join(_row(*row) for row in rows) + "\n"
+    write_atomically(folder / "claims.csv", table.to_csv(index=False))
     write_atomically(folder / "claims.md", page)
     return folder / "claims.md"

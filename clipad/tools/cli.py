@@ -3,6 +3,7 @@
 import contextlib
 import json
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -69,13 +70,12 @@ def run(notebook, every, preset, pairs, texts, files, output_dir) -> None:
         if every == (notebook is not None):
             raise ValueError("name one notebook, as in `clipad run 00`, or give --all")
         paths = notebook_paths() if every else [find_notebook(notebook)]
-        values = read_parameters(pairs, texts, files)
-        values |= {"preset": preset} if preset is not None else {}
+        values = read_parameters(pairs, texts, files) | ({"preset": preset} if preset else {})
         for path, own in plan(paths, values):
-            runs.append(run_notebook(path, own, output_dir))
-            done = runs[-1]
+            done = run_notebook(path, own, output_dir)
             said = f"{done.notebook}: {done.status} after {done.seconds / 60:.1f} min, {done.output_path}"
             click.echo(f"{said}\n  {done.reason}".rstrip(), err=done.status == "failed")
+            runs.append(done)
     failed = [run.notebook for run in runs if run.status == "failed"]
     if every:
         records = [run.output_path.with_suffix(".json") for run in runs if run.status == "ok"]
@@ -132,16 +132,13 @@ def detect(
         images = collect(path, out, normal, normal_folder or "")
         if normal:  # before the model is loaded
             require_enough(len(images.flawless), false_alarms)
-        if model != "demo" and not pretrained:
-            raise ValueError(
-                f"--model {model} needs --pretrained: an open_clip tag or a checkpoint file"
-            )
         from clipad.backbone import load_backbone
         from clipad.prompts import load_prompts
-        from clipad.studies.experiments import make_detector
+        from clipad.studies.experiments import make_detector, resolve
         from clipad.tools.detect import detect as run_detection
         from clipad.tools.report import summary
 
+        resolve(model=model, pretrained=pretrained or "")  # no random weights without a word
         backbone = load_backbone(model, pretrained, device)
         own = {"prompts": load_prompts(prompts)} if prompts else {}
         chosen = make_detector(detector, backbone, layers, **own)
@@ -203,9 +200,9 @@ def doctor() -> None:
     """What keeps the notebooks from running on this machine, each fault with its fix, after PyTorch's account of system
     and devices. Ends with exit code 1 when there is a fault.
     """
-    from clipad.tools.doctor import diagnose, environment
+    from clipad.tools.doctor import diagnose
 
-    click.echo(environment() + "\n")
+    subprocess.run([sys.executable, "-m", "torch.utils.collect_env"], check=False)
     faults = list(diagnose())
     for fault, fix in faults:
         click.echo(f"{fault}\n  fix: {fix}")

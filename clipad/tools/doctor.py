@@ -11,18 +11,15 @@ PIP = f"{sys.executable} -m pip"
 def diagnose() -> Iterator[tuple[str, str]]:
     """Faults that keep the notebooks from running, as (fault, fix); nothing where there are none."""
     checks = {
-        "packages": (_packages, f"make install, or {PIP} install -c constraints.txt -e '.[dev]'"),
-        "torch": (_torch, f"{PIP} install --upgrade torch torchvision open_clip_torch"),
-        "demo": (
-            _demo,
-            "git restore data/demo, in a clone that is installed with `pip install -e .`",
-        ),
+        _packages: f"make install, or {PIP} install -c constraints.txt -e '.[dev]'",
+        _torch: f"{PIP} install --upgrade torch torchvision open_clip_torch",
+        _demo: "git restore data/demo, in a clone that is installed with `pip install -e .`",
     }
-    for name, (check, fix) in checks.items():
+    for check, fix in checks.items():
         try:
             check()
         except Exception as error:  # also a wrong CUDA library, another torch's torchvision
-            yield f"{name}: {type(error).__name__}: {' '.join(str(error).split())}", fix
+            yield f"{type(error).__name__}: {' '.join(str(error).split())}", fix
 
 
 def _packages() -> None:
@@ -42,10 +39,3 @@ def _demo() -> None:
 
     load_backbone("demo", device="cpu")
     load_dataset("demo")
-
-
-def environment() -> str:
-    """What a report of a fault should contain: PyTorch's own account of system, devices and packages."""
-    command = [sys.executable, "-m", "torch.utils.collect_env"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return (done.stdout or done.stderr).strip()

@@ -82,32 +82,21 @@ def outputs(notebook) -> Iterator[tuple[str, list[str], dict]]:
 def faults(notebook) -> list[str]:
     """What went wrong in an executed notebook, also where papermill calls it good: errors inside widgets."""
     errors = [(place, o) for place, _, o in outputs(notebook) if o["output_type"] == "error"]
-    found = [f"{place}: {o['ename']}: {o['evalue']}" for place, o in errors if not is_clean_exit(o)]
-    if errors:  # what follows the first was not executed
-        return found
-    return [
-        f"code cell {number}: was not executed"
-        for number, cell in enumerate(code_cells(notebook), 1)
-        if cell.source.strip() and cell.execution_count is None
-    ]
+    return [f"{place}: {o['ename']}: {o['evalue']}" for place, o in errors if not is_clean_exit(o)]
 
 
 def merge_streams(notebook):
-    """Pieces of text between two other outputs become one of stdout and one of stderr, a progress bar its last line.
+    """Neighbouring pieces of text of a stream become one, and a progress bar its last line.
 
     (nbclient's own way also moves text before a figure that it followed.)
     """
     for cell in code_cells(notebook):
-        merged, texts = [], {}
+        merged = []
         for output in cell.outputs:
-            if output.output_type != "stream":
-                texts = {}
-            elif output.name in texts:
-                texts[output.name].text += output.text
-                continue
+            if merged and output.get("name", "") == merged[-1].get("name"):
+                merged[-1].text += output.text
             else:
-                texts[output.name] = output
-            merged.append(output)
+                merged.append(output)
         for output in merged:
             if output.output_type == "stream":
                 lines = output.text.split("\n")

@@ -14,13 +14,7 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 
 from clipad.files import write_atomically
-from clipad.tools.notebooks import (
-    faults,
-    inspect_parameters,
-    merge_streams,
-    read_notebook,
-    skip_reason,
-)
+from clipad.tools import notebooks
 from clipad.tools.parameters import require_known
 
 KERNEL = {
@@ -36,7 +30,7 @@ def plan(paths, values: dict) -> list[tuple[Path, dict]]:
 
     Raises ValueError for a name that no notebook has.
     """
-    known = {path: inspect_parameters(path) for path in paths}
+    known = {path: notebooks.inspect_parameters(path) for path in paths}
     names = {name: None for own in known.values() for name in own}
     require_known(values, names, Path(paths[0]).stem if len(paths) == 1 else "all notebooks")
     return [
@@ -67,7 +61,7 @@ def run_notebook(path, parameters=None, output_dir=None, progress_bar=True) -> R
     from clipad.studies.experiments import resolve, run_folder
 
     path = Path(path).resolve()
-    declared = inspect_parameters(path)
+    declared = notebooks.inspect_parameters(path)
     values = dict(parameters or {})
     if output_dir and "output_dir" in declared:
         values["output_dir"] = str(output_dir)
@@ -92,6 +86,7 @@ def run_notebook(path, parameters=None, output_dir=None, progress_bar=True) -> R
 
 def _execute(path, output_path, values, progress_bar) -> tuple[str, str]:
     """Status and reason."""
+    raised = ""
     try:
         with patch.dict(os.environ, KERNEL):
             papermill.execute_notebook(
@@ -105,17 +100,18 @@ def _execute(path, output_path, values, progress_bar) -> tuple[str, str]:
                 extra_arguments=["--log-level=50"],  # the kernel's remarks about its own shutdown
                 shutdown_kernel="immediate",  # a stop shall not wait for a cell to end
             )
-    except papermill.PapermillExecutionError:
-        pass  # the copy says it: see `faults`
+    except papermill.PapermillExecutionError as error:
+        raised = f"{error.ename}: {error.evalue}"
     except DeadKernelError:
         return "failed", "the kernel was killed (often: out of memory)"
     except Exception as error:  # a kernel that does not start; other notebooks run all the same
         return "failed", f"{type(error).__name__}: {error}"
-    executed = merge_streams(read_notebook(output_path))
+    executed = notebooks.merge_streams(notebooks.read_notebook(output_path))
     nbformat.write(executed, output_path)
-    if found := faults(executed):
-        return "failed", "; ".join(found)
-    skipped = skip_reason(executed)
+    found = notebooks.faults(executed)
+    if found or raised:
+        return "failed", "; ".join(found) or raised
+    skipped = notebooks.skip_reason(executed)
     return ("ok", "") if skipped is None else ("skipped", skipped)
 
 

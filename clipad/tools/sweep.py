@@ -1,7 +1,7 @@
 """A grid of notebooks or evaluations on Dask: ``clipad sweep sweep.yaml``.
 
-A file holds one block, or a list of blocks. A block is ``evaluate:`` with the parameters in `EVALUATE`, or
-``notebook:`` with ``parameters:``. A list is an axis; a block stands for the product of its axes::
+A file holds one block, or a list of blocks. A block is ``evaluate:`` with those in `EVALUATE` and the parameters of
+notebook 00, or ``notebook:`` with ``parameters:``. A list is an axis; a block stands for the product of its axes::
 
     - evaluate: {detectors: [sdp, direct], rvs: [mean, dbscan], categories: [screw, nut]}   # 2 x 2 x 2 runs
     - notebook: "05"
@@ -32,7 +32,7 @@ from clipad.backbone import find_device
 from clipad.datasets import load_dataset
 from clipad.evaluation import evaluate, fingerprint
 from clipad.files import address, code_version, content_hash, write_atomically
-from clipad.studies.experiments import DETECTORS, PRESETS, experiment, make_detector, resolve
+from clipad.studies.experiments import DETECTORS, experiment, make_detector, resolve
 from clipad.text import METHODS
 from clipad.tools.notebooks import find_notebook, inspect_parameters, read_notebook, source_hash
 from clipad.tools.parameters import Parameter, declared, read_yaml, require_known
@@ -43,17 +43,6 @@ detectors: str = "sdp"  # the detector [{"|".join(DETECTORS)}]
 layers: str = ""  # path of the linear layers of sdp_plus
 rvs: str = ""  # representative vector, the published one if empty [{"|".join(METHODS)}]
 rvs_options: dict = {{}}  # its options, the published ones if empty
-preset: str = "demo"  # model and data [{"|".join(PRESETS)}]
-model: str = ""  # open_clip model name
-pretrained: str = ""  # open_clip tag, path of a checkpoint, or random
-image_size: int = 0  # pixels a side, the model's own if 0 [1..]
-dataset: str = ""  # data set
-data_root: str = ""  # path of the data set
-normal_folder: str = ""  # name of the sub-folders with flawless images, for dataset folder
-categories: list[str] = []  # categories of one run, all if empty
-prompts: str = ""  # path of a YAML file with prompts
-seed: int = 0  # seed of random weights [0..]
-device: str = ""  # where to compute, a GPU if there is one
 """
 
 
@@ -72,39 +61,34 @@ def plan(path) -> list[dict]:
 
 
 def _runs(block) -> Iterator[dict]:
+    """For a parameter that is itself a list, [a, b] is the axis of [a] and [b]."""
     match block:
         case {"evaluate": dict(axes), **rest} if not rest:
-            name, source, known, inputs = "evaluate", "", declared(EVALUATE), {}
+            name, source, inputs = "evaluate", "", {}
+            known = inspect_parameters(find_notebook("00")) | declared(EVALUATE)
+            known.pop("resamples")
         case {"notebook": notebook, **rest} if rest.keys() <= {"parameters"}:
             # YAML reads 05 as the number 5
             path = find_notebook(f"{notebook:02}" if isinstance(notebook, int) else notebook)
             name, source, axes = path.stem, str(path), rest.get("parameters", {})
             known, inputs = inspect_parameters(path), {"notebook": source_hash(read_notebook(path))}
-            known.pop("output_dir", None)  # every run has a folder of its own
         case _:
             blocks = "`evaluate:` with parameters, or `notebook:` and `parameters:`"
             raise ValueError(f"a block is {blocks}; found {block}")
-    for values in _grid(axes, known, name):
+    known.pop("output_dir", None)  # every run has a folder of its own
+    require_known(axes, known, name)
+    points = []
+    for parameter, axis in axes.items():
+        axis = axis if isinstance(axis, list) else [axis]
+        if known[parameter].type.startswith("list"):
+            axis = [value if isinstance(value, list) else [value] for value in axis]
+        points.append([known[parameter].checked(value) for value in axis])
+    defaults = {parameter.name: parameter.default for parameter in known.values()}
+    for point in product(*points):
+        values = defaults | dict(zip(axes, point, strict=True))
         run = {"name": name, "notebook": source, "parameters": values}
         run["inputs"] = inputs | _inputs(values, known)
         yield {"run": address(run), **run}
-
-
-def _grid(axes: dict, known: dict[str, Parameter], what: str) -> Iterator[dict]:
-    """Checked values of all known parameters, for each point of the product of the axes.
-
-    For a parameter that is itself a list, [a, b] is the axis of [a] and [b].
-    """
-    require_known(axes, known, what)
-    values = {name: [parameter.default] for name, parameter in known.items()}
-    for name, axis in axes.items():
-        axis = axis if isinstance(axis, list) else [axis]
-        if known[name].type.startswith("list"):
-            axis = [value if isinstance(value, list) else [value] for value in axis]
-        values.pop(name)  # axes vary in the order in which they are written
-        values[name] = [known[name].checked(value) for value in axis]
-    for point in product(*values.values()):
-        yield dict(zip(values, point, strict=True))
 
 
 def _inputs(values: dict, known: dict[str, Parameter]) -> dict:
