@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
 from open_clip.model import convert_weights_to_lp
@@ -123,27 +124,34 @@ class Backbone:
         sentences = list(sentences)
         if not sentences or not all(isinstance(s, str) and s.strip() for s in sentences):
             raise ValueError("encode_text needs at least one sentence, and none may be empty")
-        self._warn_of_unknown_words(sentences)
+        unknown = self.unknown_words(sentences) - self._warned
+        if unknown:
+            self.expect_words(unknown)
+            warnings.warn(
+                f"the model {self.name!r} never saw the words {', '.join(sorted(unknown)[:8])} in training: what it "
+                "makes of them is noise",
+                stacklevel=2,
+            )
         key = address([self.weights_hash, self.device.type, "float32", sentences])
-
-        def encode() -> dict:
-            tokens = self.tokenizer(sentences)
-            full = [s for s, row in zip(sentences, tokens, strict=True) if row[-1] != 0]
-            if full:  # open_clip cuts them without a word
-                warnings.warn(
-                    f"{len(full)} sentences fill the {tokens.shape[1]} tokens that {self.name!r} reads, and what is "
-                    f"beyond is cut off; the first is {full[0][:80]!r}",
-                    stacklevel=4,
-                )
-            with torch.inference_mode():
-                parts = [
-                    self._encode_tokens(part.to(self.device)).float().cpu()
-                    for part in tokens.split(TEXT_BATCH)
-                ]
-            return {"embeddings": torch.cat(parts).numpy()}
-
-        found = cached(cache_dir() / "text" / f"{key}.npz", encode, required=False)
+        path = cache_dir() / "text" / f"{key}.npz"
+        found = cached(path, lambda: {"embeddings": self._encode(sentences)}, required=False)
         return torch.from_numpy(found["embeddings"])
+
+    def _encode(self, sentences: list[str]) -> np.ndarray:
+        tokens = self.tokenizer(sentences)
+        full = [s for s, row in zip(sentences, tokens, strict=True) if row[-1] != 0]
+        if full:  # open_clip cuts them without a word
+            warnings.warn(
+                f"{len(full)} sentences fill the {tokens.shape[1]} tokens that {self.name!r} reads, and what is "
+                f"beyond is cut off; the first is {full[0][:80]!r}",
+                stacklevel=5,
+            )
+        with torch.inference_mode():
+            parts = [
+                self._encode_tokens(part.to(self.device)).float().cpu()
+                for part in tokens.split(TEXT_BATCH)
+            ]
+        return torch.cat(parts).numpy()
 
     def _encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """The text tower on no more positions than the longest sentence needs.
@@ -157,21 +165,7 @@ class Backbone:
         tokens = tokens[:, :length]
         x = model.token_embedding(tokens) + model.positional_embedding[:length]
         x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
-        x = x[torch.arange(len(x)), tokens.argmax(dim=-1)]
-        if isinstance(model.text_projection, torch.nn.Linear):
-            return model.text_projection(x)
-        return x @ model.text_projection
-
-    def _warn_of_unknown_words(self, sentences):
-        """Once per word: the small demo model was trained on few words, and answers to others as well."""
-        unknown = self.unknown_words(sentences) - self._warned
-        if unknown:
-            self.expect_words(unknown)
-            shown = ", ".join(sorted(unknown)[:8])
-            warnings.warn(
-                f"the model {self.name!r} never saw the words {shown} in training: what it makes of them is noise",
-                stacklevel=3,
-            )
+        return x[torch.arange(len(x)), tokens.argmax(dim=-1)] @ model.text_projection
 
     def unknown_words(self, sentences: Sequence[str]) -> set[str]:
         """Words that the model never saw in training; known for the small demo model only, else empty."""
@@ -206,15 +200,17 @@ def load_backbone(
     OSError where weights cannot be downloaded. Nothing pickled is ever executed.
     """
     device = find_device(device)
-    named = require_model(name, pretrained, image_size)
-    config = _configuration(name)
-    config["vision_cfg"]["image_size"] = image_size or config["vision_cfg"]["image_size"]
-    words_file = data_dir() / "demo" / "model" / "words.txt" if name == "demo" else None
-    path, source, own = _find_weights(name, pretrained, named, seed)
+    config, source, own = require_model(name, pretrained, image_size)
+    said, path = f"random weights (seed {seed})", source
+    if isinstance(source, dict):
+        said, path = f"open_clip tag {pretrained}", download(name, str(pretrained), source)
+    elif source:
+        said = f"checkpoint file {source.name}" if pretrained else "shipped weights"
     try:
         checkpoint = read_checkpoint(path) if path else None
         if checkpoint:
-            config["quick_gelu"] = _quick_gelu(name, path, config, own, checkpoint)
+            sure = own.get("quick_gelu")
+            config["quick_gelu"] = _quick_gelu(name, config, checkpoint) if sure is None else sure
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = open_clip.CLIP(**config)
@@ -223,14 +219,19 @@ def load_backbone(
     except ValueError as error:
         which = repr(str(pretrained or path))
         raise ValueError(f"the weights {which} cannot be loaded into {name}: {error}") from error
+    known_words, tokenizer = None, None
+    if name == "demo":
+        words_file = data_dir() / "demo" / "model" / "words.txt"
+        known_words = frozenset(words_file.read_text(encoding="utf-8").split())
+        tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
     return Backbone(
         model.to(device),
-        _tokenizer(name, config),
+        tokenizer or open_clip.get_tokenizer(name),
         name=name,
-        pretrained=source,
+        pretrained=said,
         mean=own.get("mean", open_clip.OPENAI_DATASET_MEAN),
         std=own.get("std", open_clip.OPENAI_DATASET_STD),
-        known_words=words_file and frozenset(words_file.read_text(encoding="utf-8").split()),
+        known_words=known_words,
     )
 
 
@@ -240,31 +241,67 @@ def find_device(device: str | None = None) -> torch.device:
     Raises ValueError for a device that torch does not know or does not see on this machine.
     """
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if there else 0
     try:
         found = torch.device(device or there or "cpu")
     except RuntimeError:
         raise ValueError(
             f"unknown device {device!r}: 'cpu', 'cuda', 'cuda:1', 'mps', 'xpu', or empty for a GPU where there is one"
         ) from None
-    count = torch.accelerator.device_count() if there and there.type == found.type else 0
-    if found.type != "cpu" and (found.index or 0) >= count:
-        sees = f"{count} of them, counted from {found.type}:0" if count else "no GPU"
-        if there and not count:
-            sees = f"{there.type} only"
+    seen = there is not None and found.type == there.type and (found.index or 0) < count
+    if found.type != "cpu" and not seen:
+        sees = f"{count} of {there.type}, counted from {there.type}:0" if there else "no GPU"
         raise ValueError(
             f"device={str(device)!r} was asked for, but torch sees {sees}: leave the device empty or use 'cpu'"
         )
     return found
 
 
+def require_model(
+    name: str, pretrained: str | Path | None = None, image_size: int | None = None
+) -> tuple[dict, dict | Path | None, dict]:
+    """What the names mean, before anything is loaded: the arguments of open_clip's CLIP; open_clip's entry of a tag, a
+    file, or None for random weights; and what belongs to these weights (``mean``, ``std``, ``quick_gelu``), if known.
+
+    Raises ValueError for a model, weights or an image size that :func:`load_backbone` refuses without looking inside.
+    """
+    demo = data_dir() / "demo" / "model" if name == "demo" else None
+    config = _beside(demo)["model_cfg"] if demo else _published_model(name)
+    side, patch = (
+        image_size or config["vision_cfg"]["image_size"],
+        config["vision_cfg"]["patch_size"],
+    )
+    if side < patch or side % patch:
+        raise ValueError(
+            f"image_size={side} is no multiple of the model's patches of {patch} pixels; "
+            f"{max(1, round(side / patch)) * patch} is one"
+        )
+    config["vision_cfg"]["image_size"] = side
+    if not pretrained and not demo:
+        return config, None, {}
+    tags = [] if demo else open_clip.list_pretrained_tags_by_model(name)
+    if str(pretrained) in tags:
+        entry = open_clip.get_pretrained_cfg(name, str(pretrained))
+        return config, entry, {"quick_gelu": False} | entry
+    path = Path(pretrained or demo / "model.safetensors").expanduser()
+    if not path.is_file():
+        raise ValueError(
+            f"pretrained={str(pretrained)!r} is neither a file nor a tag of {name}; its tags are "
+            f"{', '.join(tags) or 'none'}"
+        )
+    beside = _beside(path.parent)
+    own = beside.get("preprocess_cfg", {})
+    if "model_cfg" in beside:
+        own |= {"quick_gelu": beside["model_cfg"].get("quick_gelu", False)}
+    return config, path, own
+
+
 PLAIN = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "ls_init_value"}
 """all that the configuration of a plain CLIP vision transformer says; anything else changes what its blocks compute"""
 
 
-def _configuration(name: str) -> dict:
+def _published_model(name: str) -> dict:
     """The arguments of open_clip's CLIP, or ValueError for a model that the staged dual path does not cover."""
-    if name == "demo":
-        return _own_configuration(data_dir() / "demo" / "model")["model_cfg"]
     known = open_clip.list_models()
     if name not in known:
         raise ValueError(f"unknown model {name!r}{did_you_mean(name, ['demo', *known])}")
@@ -281,85 +318,22 @@ def _configuration(name: str) -> dict:
     return config
 
 
-def _own_configuration(folder: Path) -> dict:
-    """The file that open_clip keeps beside weights; empty where there is none."""
+def _beside(folder: Path) -> dict:
+    """The configuration that open_clip keeps beside weights; empty where there is none."""
     path = folder / "open_clip_config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def require_model(
-    name: str, pretrained: str | Path | None = None, image_size: int | None = None
-) -> dict | Path | None:
-    """What ``pretrained`` names: open_clip's entry of a tag, a file, or None for random weights. Nothing is loaded.
-
-    Raises ValueError for a model, weights or an image size that :func:`load_backbone` refuses without looking inside.
-    """
-    vision = _configuration(name)["vision_cfg"]
-    side, patch = image_size or vision["image_size"], vision["patch_size"]
-    if side < patch or side % patch:
-        near = max(1, round(side / patch)) * patch
-        raise ValueError(
-            f"image_size={side} is no multiple of the model's patches of {patch} pixels; {near} is one"
-        )
-    if not pretrained and name != "demo":
-        return None
-    tags = [] if name == "demo" else open_clip.list_pretrained_tags_by_model(name)
-    if str(pretrained) in tags:
-        return open_clip.get_pretrained_cfg(name, str(pretrained))
-    path = Path(pretrained or data_dir() / "demo" / "model" / "model.safetensors").expanduser()
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else f"neither a file nor a tag of {name}"
-        raise ValueError(
-            f"pretrained={str(pretrained)!r} is {found}; its tags are {', '.join(tags) or 'none'}. Name a tag or a file"
-        )
-    return path
-
-
-def _find_weights(
-    name: str, pretrained: str | Path | None, named: dict | Path | None, seed: int
-) -> tuple[Path | None, str, dict]:
-    """The file (None: random weights), where it is from, and what its own configuration says of it.
-
-    ``named``: see :func:`require_model`.
-    """
-    if named is None:
-        return None, f"random weights (seed {seed})", {}
-    if isinstance(named, dict):
-        own = {"quick_gelu": named.get("quick_gelu", False)}
-        own |= {key: named[key] for key in ("mean", "std")}
-        return download(name, str(pretrained), named), f"open_clip tag {pretrained}", own
-    beside = _own_configuration(named.parent)
-    own = {k: v for k, v in beside.get("preprocess_cfg", {}).items() if k in ("mean", "std")}
-    if "model_cfg" in beside:
-        own["quick_gelu"] = beside["model_cfg"].get("quick_gelu", False)
-    return named, f"checkpoint file {named.name}" if pretrained else "shipped weights", own
-
-
-def _quick_gelu(name: str, path: Path, config: dict, own: dict, checkpoint: Checkpoint) -> bool:
-    """Whether weights need QuickGELU; a word where the model's name does not say so and nothing is sure."""
-    named = config.get("quick_gelu", False)
-    if "quick_gelu" in own:
-        return own["quick_gelu"]
-    twin = f"{name}-quickgelu"
-    if checkpoint.openai and not named:
+def _quick_gelu(name: str, config: dict, checkpoint: Checkpoint) -> bool:
+    """Whether weights of a file need QuickGELU; a word where the model's name does not say so and nothing is sure."""
+    named, twin = config.get("quick_gelu", False), f"{name}-quickgelu"
+    if not named and (checkpoint.openai or twin in open_clip.list_models()):
         warnings.warn(
-            f"{path.name} holds OpenAI's weights, which were trained with QuickGELU: they are run with it, as "
-            f"{twin} is ({name} has GELU)",
-            stacklevel=3,
-        )
-    elif not named and twin in open_clip.list_models():
-        warnings.warn(
-            f"{path.name} is run with GELU, as {name} is. If its weights are OpenAI's, MetaCLIP's or DFN's, they were "
-            f"trained with QuickGELU, and the model is {twin}",
+            f"the file is run with {'QuickGELU' if checkpoint.openai else 'GELU'}: weights of OpenAI, MetaCLIP and DFN "
+            f"were trained with QuickGELU, and the model that has it is {twin}",
             stacklevel=3,
         )
     return named or checkpoint.openai
-
-
-def _tokenizer(name: str, config: dict):
-    if name == "demo":
-        return open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
-    return open_clip.get_tokenizer(name)
 
 
 def cache_dir() -> Path:

@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import warnings
-import zipfile
 
 import open_clip
 import pytest
@@ -83,10 +82,6 @@ LOADED = {
         "state_dict": under("model.", s) | {"loss.scale": torch.zeros(1)},
     },
     "Lightning, other attribute": lambda s: {"state_dict": under("net.clip.", s)},
-    "running mean beside": lambda s: {
-        "state_dict": s,
-        "state_dict_ema": {k: v + 1 for k, v in s.items()},
-    },
     "towers apart": lambda s: {
         k if k.startswith("visual.") or k == "logit_scale" else f"text.{k}": v for k, v in s.items()
     },
@@ -122,35 +117,10 @@ def test_half_precision_becomes_float32(dtype, suffix, state, tmp_path):
     assert all(torch.equal(found[key], value.float()) for key, value in halves.items())
 
 
-class OpenAI(torch.nn.Module):
-    """The module whose TorchScript archive OpenAI publishes: a CLIP with three numbers as buffers."""
-
-    def __init__(self, model):
-        super().__init__()
-        for key, value in model.named_children():
-            setattr(self, key, value)
-        for key, value in model.named_parameters(recurse=False):
-            setattr(self, key, value)
-        for key, value in EXTRAS.items():
-            self.register_buffer(key, torch.tensor(value))
-
-    def forward(self, images):
-        return self.visual(images)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_torchscript_archive_gives_its_tensors(dtype, state, tmp_path):
-    model = open_clip.CLIP(**open_clip.get_model_config("small-ViT"))
-    model.load_state_dict(state)
-    images = torch.zeros(1, 3, 240, 240, dtype=dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        script = torch.jit.trace(OpenAI(model).eval().to(dtype), images, check_trace=False)
-        script.save(str(tmp_path / "ViT.pt"))
-    backbone = load(tmp_path / "ViT.pt")
-    found = backbone.model.state_dict()
-    assert all(torch.equal(found[key], value.to(dtype).float()) for key, value in state.items())
-    assert backbone.activation == "QuickGELU"
+def test_a_torchscript_archive_is_refused_with_what_to_do(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "ViT.pt"))
+    with pytest.raises(ValueError, match=r"torch\.jit\.load"):
+        load(tmp_path / "ViT.pt")
 
 
 class Code:
@@ -166,33 +136,21 @@ class Code:
 REFUSED = {
     "training with objects": (lambda s: {"state_dict": s, "args": argparse.Namespace(lr=1)}, "weights_only=False"),
     "whole module": (lambda s: torch.nn.Linear(2, 2), "state_dict()"),
-    "two models": (lambda s: under("teacher.", s) | under("student.", s), "'teacher', 'student'"),
-    "list": (lambda s: list(s.values()), "a list"),
-    "nothing": (lambda s: {}, "nothing"),
+    "two models": (lambda s: under("teacher.", s) | under("student.", s), "several: teacher., student."),
+    "list": (lambda s: list(s.values()), "a list, not weights by name"),
+    "nothing": (lambda s: {}, "holds: nothing"),
     "optimizer": (lambda s: {"state": {0: {"exp_avg": torch.zeros(2)}}}, "exp_avg"),
     "image tower alone": (
         lambda s: {k.removeprefix("visual."): v for k, v in s.items() if "visual." in k},
-        "without a text tower",
+        "visual.conv1.weight",
     ),
-    "transformers": (lambda s: {"vision_model.embeddings.class_embedding": torch.zeros(2)}, "transformers"),
-    "adapter": (lambda s: {"base.lora_A.weight": torch.zeros(2)}, "adapter"),
     "quantised": (lambda s: s | {"visual.proj": s["visual.proj"].to(torch.int8)}, "torch.int8"),
-    "without values": (lambda s: {k: v.to("meta") for k, v in s.items()}, "meta"),
-    "missing": (
-        lambda s: {k: v for k, v in s.items() if "ln_post" not in k},
-        "2 missing: visual.ln_post.bias, visual.ln_post.weight",
-    ),
-    "unexpected": (lambda s: s | {"visual.more": torch.zeros(2)}, "1 unexpected: visual.more"),
+    "missing": (lambda s: {k: v for k, v in s.items() if "ln_post" not in k}, 'Missing key(s) in state_dict: "visual.ln_post'),
+    "unexpected": (lambda s: s | {"visual.more": torch.zeros(2)}, 'Unexpected key(s) in state_dict: "visual.more"'),
     "shape": (
         lambda s: s | {"visual.proj": torch.zeros(3, 3)},
-        "1 of another shape: visual.proj (3 x 3 in the file, 64 x 32 in the model)",
+        "size mismatch for visual.proj",
     ),
-    "other image size": (
-        lambda s: s | {"visual.positional_embedding": torch.zeros(197, 64)},
-        "image_size=224",
-    ),
-    "other context": (lambda s: s | {"positional_embedding": torch.zeros(32, 32)}, "32 x 32"),
-    "other depth": (lambda s: {k: v for k, v in s.items() if "resblocks.3." not in k}, "12 missing"),
     "not finite": (lambda s: s | {"visual.proj": s["visual.proj"] * torch.nan}, "visual.proj"),
 }  # fmt: skip
 
@@ -206,13 +164,10 @@ def test_forms_that_say_what_they_are(form, state, tmp_path):
 
 
 FILES = {
-    "empty": (lambda s: b"", "empty"),
-    "text": (lambda s: b"this is no checkpoint", "neither safetensors"),
-    "web page": (lambda s: b"\n<!DOCTYPE html><html>404</html>", "web page"),
-    "Git LFS": (lambda s: b"version https://git-lfs.github.com/spec/v1\noid sha256:a\n", "git lfs pull"),
+    "text": (lambda s: b"version https://git-lfs.github.com/spec/v1", "begins with b'version https://git-lfs"),
     "compressed": (gzip.compress, "neither safetensors"),
-    "half": (lambda s: s[: len(s) // 2], "incomplete"),
-    "without its end": (lambda s: s[:-100], "incomplete"),
+    "half": (lambda s: s[: len(s) // 2], "damaged"),
+    "without its end": (lambda s: s[:-100], "damaged"),
 }  # fmt: skip
 
 
@@ -227,18 +182,8 @@ def test_broken_files_say_what_they_are(kind, suffix, state, tmp_path):
     assert expected in str(refused.value)
 
 
-def test_an_archive_of_files_is_to_be_unpacked(state, tmp_path):
-    saved(state, tmp_path / "w.safetensors")
-    with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
-        archive.write(tmp_path / "w.safetensors", "folder/w.safetensors")
-    with pytest.raises(ValueError, match="unpack"):
-        load(tmp_path / "w.zip")
-    with pytest.raises(ValueError, match="folder"):
-        load(tmp_path)
-
-
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("container", ["torch", "older torch", "pickle", "torchscript"])
+@pytest.mark.parametrize("container", ["torch", "older torch", "pickle"])
 def test_pickled_code_is_never_executed(container, suffix, state, tmp_path):
     content = {"state_dict": state, "more": Code(tmp_path / "executed")}
     path = tmp_path / f"weights{suffix}"
@@ -246,9 +191,6 @@ def test_pickled_code_is_never_executed(container, suffix, state, tmp_path):
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=container != "older torch")
-    if container == "torchscript":
-        with zipfile.ZipFile(path, "a") as archive:
-            archive.writestr(f"{archive.namelist()[0].split('/')[0]}/code/model.py", "")
     with contextlib.suppress(ValueError):
         load(path)
     assert not (tmp_path / "executed").exists()

@@ -56,9 +56,9 @@ def test_what_torch_sees_is_taken(machine, kind, count, asked, expected):
     [
         (None, 0, "cuda", "no GPU"),
         (None, 0, "mps", "no GPU"),
-        ("cuda", 2, "cuda:2", "2 of them"),
-        ("mps", 1, "cuda", "mps only"),
-        ("cuda", 1, "meta", "cuda only"),
+        ("cuda", 2, "cuda:2", "2 of cuda"),
+        ("mps", 1, "cuda", "1 of mps"),
+        ("cuda", 1, "meta", "1 of cuda"),
         ("cuda", 1, "gpu", "unknown device 'gpu'"),
         ("cuda", 1, "cuda:x", "unknown device 'cuda:x'"),
     ],
