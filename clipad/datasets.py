@@ -1,15 +1,7 @@
 """Data sets: which image belongs to which category, label and mask, and how image and mask are read.
 
-METHOD.md section 1 gives the rules for pixels, data/README.md the layouts.
-Only test images are listed: the method is zero-shot. The rules that the layouts leave open:
-
-* Listings are sorted by name; hidden files, ``__MACOSX`` and files without an image suffix are ignored. In data set
-  "folder" so are masks that lie beside their image, as ``x_mask.png`` or as ``x.png`` of ``x.jpg``.
-* A file is decoded by its content, whatever its suffix says. Of several frames the first counts.
-* Pixels are taken as stored: EXIF orientation is ignored, for image and mask alike, as in the released program.
-  (A TIFF's own orientation field says how its rows are stored; the decoder applies it.)
-* Every file must lie inside the root once links are followed. The root itself may be a link.
-* Byte-identical images are kept; `clipad data check` reports them, and every file that is left out.
+METHOD.md section 1 gives the rules for pixels, data/README.md the layouts and what the layouts leave open. Only test
+images are listed: the method is zero-shot.
 """
 
 from __future__ import annotations
@@ -20,20 +12,13 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from clipad.files import (
-    BROKEN_LINK,
-    IMAGE_SUFFIXES,
-    did_you_mean,
-    nfc,
-    printable,
-    scan,
-)
+from clipad.files import BROKEN_LINK, IMAGE_SUFFIXES, did_you_mean, nfc, printable, scan
 from clipad.published import data_dir
 
 ORIENTATION = 0x0112  # EXIF tag
@@ -85,9 +70,6 @@ class UnreadableImageError(OSError):
 
 class MaskSizeError(ValueError):
     """A mask has another size than its image."""
-
-
-# ---------------------------------------------------------------------------------------------- pixels
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -183,21 +165,16 @@ def decode(path: str | Path, header_only: bool = False) -> Image.Image:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > PIXEL_LIMIT:  # before any pixel is decoded
-                raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels")
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             if not header_only:
                 image.load()
             return image
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except (Image.DecompressionBombError, MemoryError) as error:
-        raise UnreadableImageError(
-            f"{path} is too large ({error}): images of at most {PIXEL_LIMIT:,} pixels are read. Scale it down, or "
-            "raise clipad.datasets.PIXEL_LIMIT if you trust the file"
-        ) from error
     except Exception as error:  # a decoder meets broken data with whatever it happens to raise
         raise UnreadableImageError(
-            f"cannot read image {path}: {error}. Expected a complete {', '.join(IMAGE_FORMATS)} file; fetch it again "
-            "or remove it"
+            f"cannot read image {path}: {error}. Expected a complete {', '.join(IMAGE_FORMATS)} file of at most "
+            f"{PIXEL_LIMIT:,} pixels"
         ) from error
 
 
@@ -234,9 +211,6 @@ def two_levels(image: Image.Image) -> bool:
     return image.getcolors(2) is not None
 
 
-# ----------------------------------------------------------------------------------------------- samples
-
-
 @dataclass(frozen=True)
 class Sample:
     """One test image.
@@ -253,15 +227,10 @@ class Sample:
     object_mask_path: Path | None = None
 
 
-PATHS = ("image_path", "mask_path", "object_mask_path")
-
-
 @dataclass(frozen=True)
 class Dataset:
     """The test images of a data set, ordered by category and file name.
 
-    Examples
-    --------
     >>> samples = [Sample(Path("a.png"), None, "nut", 0, "good"), Sample(Path("b.png"), None, "cap", 1, "dent")]
     >>> dataset = Dataset("folder", Path("."), ("nut", "cap"), tuple(samples))
     >>> len(dataset), dataset[0].defect, dataset.has_image_labels, dataset.select(["nut"]).has_image_labels
@@ -317,32 +286,28 @@ def load_dataset(
 
     name : "mvtec", "visa", "isic", "clinicdb", "headct", "brainmri", "folder", or, shipped with clipad and without
         a root, "demo" and "demo_aux". The layout of each is in data/README.md and in the error for a wrong one.
-    root : the data set's folder. The folder just above it, or one inside it, is understood where only one data set
-        is meant.
+    root : the data set's folder, or the folder just above it.
     categories : None or empty for all that are present.
     normal_folder : for data set "folder", the name of the sub-folders that hold normal images, or "none".
 
-    Data set "folder" takes images of any origin: MVTec AD's layout with or without masks (where a category has a folder
-    ``ground_truth``, every anomalous image needs its mask; MVTec AD 2's ``test_public/`` is read, too), sub-folders of
-    which one holds normal images, images alone (one category, label -1), sub-folders of these kinds as categories, or
-    ``meta.json``, a list as many programs of the field write it. A single category is named after the root.
-
+    Data set "folder" takes images of any origin: MVTec AD's layout with or without masks, sub-folders of which one
+    holds normal images, images alone (one category, label -1), sub-folders of these kinds, or a ``meta.json``.
     Labels are never guessed: normal are the images in ``normal_folder``, or, without it, in the one sub-folder called
     good, normal or ok. Where there is none, or two, the sub-folders are named and the answer is asked for.
 
     Raises ValueError (unknown name or category, with the nearest one), FileNotFoundError (root, image, mask or list
     missing), `LayoutError`.
     """
-    dataset, problems = list_dataset(name, root, normal_folder)
-    if problems:
-        raise problems[0]
+    dataset = list_dataset(name, root, normal_folder)
+    for sample in dataset:
+        require_usable(sample.image_path, dataset.root)
+        for mask in filter(None, (sample.mask_path, sample.object_mask_path)):
+            require_usable(mask, dataset.root, f", the mask of {sample.image_path},")
     return dataset.select(categories) if categories else dataset
 
 
-def list_dataset(
-    name: str, root: str | Path | None = None, normal_folder: str = ""
-) -> tuple[Dataset, list[Exception]]:
-    """`load_dataset` of all categories, without what cannot be used, and why it cannot."""
+def list_dataset(name: str, root: str | Path | None = None, normal_folder: str = "") -> Dataset:
+    """`load_dataset` of all categories, without a look at whether the files can be used."""
     if name not in LAYOUTS:
         raise ValueError(
             f"unknown data set {name!r}{did_you_mean(name, LAYOUTS)}. Known: {', '.join(LAYOUTS)}"
@@ -357,54 +322,27 @@ def list_dataset(
     root = Path(root).expanduser() if root else data_dir() / "demo" / "collections" / name
     root = _locate(name, root.resolve() if ".." in root.parts else root.absolute())
     found = _folder(root, normal_folder) if name == "folder" else LAYOUTS[name].find(root)
-    samples, problems = [], []
-    for sample in found:
-        if isinstance(sample, Exception):
-            problems.append(sample)
-            continue
-        wrong = {}
-        for part in PATHS:
-            path = getattr(sample, part)
-            of = "" if part == "image_path" else f", the mask of {sample.image_path},"
-            if path and (problem := _unusable(path, root, of)):
-                wrong[part] = problem
-        problems += wrong.values()
-        if "image_path" not in wrong:
-            samples.append(replace(sample, **dict.fromkeys(wrong)))
-    if not samples and not problems:
+    samples = tuple(found)
+    if not samples:
         raise LayoutError(f"{root} holds no test images. {_expected(name, root)}")
     categories = tuple(dict.fromkeys(s.category for s in samples))
     if "mean" in categories:
-        problems.append(ValueError("a category cannot be called 'mean', as a table's last row is"))
-    return Dataset(name, root, categories, tuple(samples)), problems
+        raise ValueError("a category cannot be called 'mean', as a table's last row is")
+    return Dataset(name, root, categories, samples)
 
 
-def _unusable(path: Path, root: Path, of: str = "") -> Exception | None:
-    """Why a file cannot be used: it is missing, not in UTF-8, or, once links are followed, outside the root.
-
-    ``of``: what it belongs to, for the message.
-    """
-    name = os.path.relpath(path, root)
-    if printable(name) != name:
-        return ValueError(f"{printable(name)}: the name is not UTF-8, rename it")
+def require_usable(path: Path, root: Path, of: str = "") -> None:
+    """Raises FileNotFoundError for a file that is missing, LayoutError for one outside the root once links are
+    followed, ValueError for a name that is not UTF-8. ``of``: what it belongs to, for the message."""
+    if printable(str(path)) != str(path):
+        raise ValueError(f"{printable(str(path))}: the name is not UTF-8, rename it")
     try:
         real = os.path.realpath(path, strict=True)
     except OSError as error:
         kind = "a broken link" if path.is_symlink() else "missing"
-        return FileNotFoundError(f"{path}{of} is {kind} ({error.strerror})")
-    if Path(real).is_relative_to(os.path.realpath(root)):
-        return None
-    return LayoutError(
-        f"{path} leads to {real}, outside the root {root}. "
-        "Copy the file into the root, or give a root that holds everything (the root itself may be a link)"
-    )
-
-
-# ---------------------------------------------------------------------------------------------- layouts
-
-
-Found = Iterable[Sample | Exception]
-"""samples, and what is wrong beside them"""
+        raise FileNotFoundError(f"{path}{of} is {kind} ({error.strerror})") from None
+    if not Path(real).is_relative_to(os.path.realpath(root)):
+        raise LayoutError(f"{path} leads to {real}, outside the root {root}: copy it into the root")
 
 
 @dataclass(frozen=True)
@@ -413,7 +351,7 @@ class Layout:
 
     text: str  # for error messages
     signs: Sequence[tuple[str, ...]]  # what a root has to hold: all the paths of one of these
-    find: Callable[[Path], Found]  # what a root holds
+    find: Callable[[Path], Iterable[Sample]]  # what a root holds
 
     def fits(self, root: Path) -> bool:
         return any(all((root / path).exists() for path in sign) for sign in self.signs)
@@ -427,64 +365,51 @@ def _samples(
     masks: Path | None = None,
     ending: str = "_mask",
     objects: Path | None = None,
-) -> Iterator[Sample | Exception]:
+) -> Iterator[Sample]:
     """Images with one label. In ``masks`` each has one, called as it is, with or without ``ending``; in ``objects``
     each may have one, ending in _object."""
     masks_of, objects_of = _by_stem(masks, ending), _by_stem(objects, "_object")
     for image in images:
-        own, of_object = masks_of[nfc(image.stem)], objects_of[nfc(image.stem)]
-        if masks and not own:
-            own = [masks / f"{image.stem}{ending}.png"]  # which will be called missing
-            if (masks / image.stem).is_dir():
-                yield LayoutError(
-                    f"{masks / image.stem} is a folder of masks of one image, as in MVTec LOCO AD, whose metric (sPRO) "
-                    f"is not ours: put one mask an image there ({own[0].name}), or take ground_truth away to work with "
-                    "labels only"
-                )
-                own = []
-        if len(own) > 1:
-            yield ValueError(f"two masks for one image: {own[0]} and {own[1]}. Remove one")
-        mask, of_object = (paths[0] if paths else None for paths in (own, of_object))
-        yield Sample(image, mask, category, label, defect, of_object)
+        stem = nfc(image.stem)
+        mask = masks_of.get(stem)
+        if masks and not mask:
+            mask = masks / f"{image.stem}{ending}.png"  # which will be called missing
+        yield Sample(image, mask, category, label, defect, objects_of.get(stem))
 
 
-def _by_stem(folder: Path | None, ending: str) -> dict[str, list[Path]]:
+def _by_stem(folder: Path | None, ending: str) -> dict[str, Path]:
     """Masks by the stem of their image: masks pair by name, never by position."""
-    masks = defaultdict(list)
+    masks: dict[str, Path] = {}
     for path in _images(folder) if folder else []:
-        masks[nfc(path.stem).removesuffix(ending)].append(path)
+        first = masks.setdefault(nfc(path.stem).removesuffix(ending), path)
+        if first != path:
+            raise ValueError(f"two masks for one image: {first} and {path}. Remove one")
     return masks
 
 
 def _by_defect(
     images: dict[Path, list[Path]], category: str, truth: Path, normal: str, masked: bool = True
-) -> Iterator[Sample | Exception]:
+) -> Iterator[Sample]:
     """Images by the folder of their defect; masks in truth/ground_truth/<defect>/ if ``masked``, object masks in
     truth/object/<defect>/. ``normal``: the name of the normal folder, in lower case."""
-    masks = truth / "ground_truth"
     for folder, found in images.items():
         label = int(nfc(folder.name).lower() != normal)
-        yield from _samples(
-            found,
-            category,
-            label,
-            folder.name if label else "good",
-            masks / folder.name if label and masked else None,
-            objects=truth / "object" / folder.name,
-        )
+        masks = truth / "ground_truth" / folder.name if label and masked else None
+        objects = truth / "object" / folder.name
+        defect = folder.name if label else "good"
+        yield from _samples(found, category, label, defect, masks, objects=objects)
 
 
 def _in_categories(name: str, known: Iterable[str]) -> Layout:
     """MVTec AD's layout, of known categories only."""
 
-    def find(root: Path) -> Iterator[Sample | Exception]:
+    def find(root: Path) -> Iterator[Sample]:
         for folder in _folders(root):
             category = nfc(folder.name)
             if (folder / "test").is_dir():
                 if category not in known:
                     hint = f"{did_you_mean(category, known)}. Use dataset='folder' for other data"
-                    yield LayoutError(f"{folder} is no category of {name!r}{hint}")
-                    continue
+                    raise LayoutError(f"{folder} is no category of {name!r}{hint}")
                 images = {path: _images(path) for path in _folders(folder / "test")}
                 yield from _by_defect(images, category, folder, "good")
 
@@ -492,16 +417,16 @@ def _in_categories(name: str, known: Iterable[str]) -> Layout:
     return Layout(text, [(f"{category}/test",) for category in known], find)
 
 
-def _isic(root: Path) -> Found:
+def _isic(root: Path) -> Iterator[Sample]:
     images, masks = (root / f"ISBI2016_ISIC_Part1_Test_{part}" for part in ("Data", "GroundTruth"))
     return _samples(_images(images), "skin", 1, "lesion", masks, "_Segmentation")
 
 
-def _clinicdb(root: Path) -> Found:
+def _clinicdb(root: Path) -> Iterator[Sample]:
     return _samples(_images(root / "Original"), "colon", 1, "polyp", root / "Ground Truth", "")
 
 
-def _brainmri(root: Path) -> Found:
+def _brainmri(root: Path) -> Iterator[Sample]:
     # The archive holds every image twice: inside this folder and beside it.
     inside = root / "brain_tumor_dataset"
     root = inside if (inside / "yes").is_dir() else root
@@ -509,7 +434,7 @@ def _brainmri(root: Path) -> Found:
     yield from _samples(_images(root / "yes"), "brain ct", 1, "tumour")
 
 
-def _visa(root: Path) -> Found:
+def _visa(root: Path) -> Iterable[Sample]:
     path = root / "split_csv" / "1cls.csv"
     if not path.is_file():  # as the data set's own script converts it
         return _in_categories("visa", EXPECTED["visa"]).find(root)
@@ -524,7 +449,7 @@ def _visa(root: Path) -> Found:
     return sorted(samples, key=lambda s: (s.category, s.label, s.image_path.name))
 
 
-def _headct(root: Path) -> Found:
+def _headct(root: Path) -> list[Sample]:
     folder = root / "head_ct" / "head_ct"
     folder = folder if folder.is_dir() else folder.parent
     samples = []
@@ -538,49 +463,44 @@ def _rows(
     path: Path, root: Path, columns: tuple[str, ...], labels: tuple[str, str]
 ) -> Iterator[tuple[dict[str, str], int]]:
     """Row and label (0 or 1) of a CSV file whose last of ``columns`` holds one of two ``labels``."""
-    if problem := _unusable(path, root):
-        raise problem
+    require_usable(path, root)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restval="")
-        reader.fieldnames = found = [cell.strip() for cell in reader.fieldnames or []]
-        if not set(columns) <= set(found):
-            raise LayoutError(
-                f"{path}: expected the columns {', '.join(columns)}; found {', '.join(found) or 'none'}"
-            )
+        reader = csv.DictReader(file, restval="", skipinitialspace=True)
         for row in reader:
-            said = row[columns[-1]].strip()
-            if said not in labels:
+            said = row.get(columns[-1], "").strip()
+            if said not in labels or not row.keys() >= set(columns):
                 raise LayoutError(
-                    f"{path}, line {reader.line_num}: {columns[-1]} is {said!r}, expected {' or '.join(labels)}"
+                    f"{path}, line {reader.line_num}: expected the columns {', '.join(columns)}, the last of them "
+                    f"{' or '.join(labels)}; found {row}"
                 )
             yield {column: row[column].strip() for column in columns}, labels.index(said)
 
 
-def _folder(root: Path, normal_folder: str = "") -> Found:
+def _folder(root: Path, normal_folder: str = "") -> list[Sample]:
     """Data set "folder", see `load_dataset`: one category, or else one in each sub-folder."""
     if (root / "meta.json").is_file():
         return _meta_json(root)
     listed = scan(root)
-    photographs = defaultdict(list)
-    for path in for_testing([*listed.photographs, *listed.skipped.get(BROKEN_LINK, [])], root):
-        photographs[path.parent].append(path)
-    found = _folder_category(root, photographs, normal_folder)
-    if found is None:
-        folders = dict.fromkeys(root / path.relative_to(root).parts[0] for path in photographs)
-        within = [_folder_category(path, photographs, normal_folder) for path in folders]
-        found = [item for category in within for item in category or []]
-    samples = [item for item in found if isinstance(item, Sample)]
+    images = for_testing([*listed.photographs, *listed.skipped.get(BROKEN_LINK, [])], root)
+    by_folder = defaultdict(list)
+    for path in images:
+        by_folder[path.parent].append(path)
+    samples = _folder_category(root, by_folder, normal_folder)
+    if samples is None:
+        folders = dict.fromkeys(root / path.relative_to(root).parts[0] for path in by_folder)
+        within = [_folder_category(path, by_folder, normal_folder) for path in folders]
+        samples = [sample for category in within for sample in category or []]
     if normal_folder.lower() not in ("", "none") and all(sample.label for sample in samples):
-        names = ", ".join(sorted({folder.name for folder in photographs})[:20])
+        names = ", ".join(sorted({folder.name for folder in by_folder})[:20])
         raise LayoutError(f"{root} has no folder {normal_folder!r}; found {names}")
     used = {sample.image_path for sample in samples}
-    rest = [path for paths in photographs.values() for path in paths if path not in used]
+    rest = [path for path in images if path not in used]
     if len(rest) > len(samples):
         raise LayoutError(
             f"{len(samples)} images of {root} fit a layout and {len(rest)} do not, such as "
             f"{rest[0].relative_to(root)}: give the folder that holds them. {_expected('folder', root)}"
         )
-    return found
+    return samples
 
 
 def for_testing(photographs: Iterable[Path], root: Path) -> list[Path]:
@@ -591,7 +511,7 @@ def for_testing(photographs: Iterable[Path], root: Path) -> list[Path]:
 
 def _folder_category(
     folder: Path, photographs: dict[Path, list[Path]], normal_folder: str
-) -> list[Sample | Exception] | None:
+) -> list[Sample] | None:
     """One category, or None if `folder` is not one (see `load_dataset`); ``photographs`` by their folder."""
     tests = [folder / name for name in ("test_public", "test") if (folder / name).is_dir()]
     images = tests[0] if tests else folder
@@ -625,10 +545,8 @@ def normal_name(names: Iterable[str], given: str) -> str | None:
     lower, wanted = [nfc(name).lower() for name in names], nfc(given).lower()
     if wanted == "none" and lower:
         return ""
-    if wanted:
-        return wanted if wanted in lower else None
-    known = [name for name in lower if name in NORMAL_NAMES]
-    return known[0] if len(known) == 1 else None
+    known = [name for name in lower if name in ([wanted] if wanted else NORMAL_NAMES)]
+    return known[0] if len(known) == 1 or wanted in known else None
 
 
 def _meta_json(root: Path) -> list[Sample]:
@@ -684,18 +602,18 @@ LAYOUTS = {
 
 
 def _locate(name: str, root: Path) -> Path:
-    """The folder that has the layout: root itself, one folder below it, or the one above."""
+    """The folder that has the layout: root itself, or one folder below it."""
     if not root.is_dir():
         kind = "is no folder (unpack an archive first)" if root.exists() else "does not exist"
         raise FileNotFoundError(f"the root of data set {name!r} {kind}: {root}")
-    above = [] if root.name in EXPECTED.get(name, ()) else [root.parent]
-    for places in ([root], _folders(root), above):
-        found = [place for place in places if LAYOUTS[name].fits(place)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            several = f"more than once: {', '.join(map(str, found))}. Give one of them"
-            raise LayoutError(f"{root} holds data set {name!r} {several}")
+    if LAYOUTS[name].fits(root):
+        return root
+    found = [folder for folder in _folders(root) if LAYOUTS[name].fits(folder)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        several = ", ".join(map(str, found))
+        raise LayoutError(f"{root} holds data set {name!r} more than once: {several}. Give one")
     raise LayoutError(
         f"{root} does not have the layout of data set {name!r}. {_expected(name, root)}"
     )

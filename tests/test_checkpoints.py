@@ -145,7 +145,7 @@ REFUSED = {
         "visual.conv1.weight",
     ),
     "quantised": (lambda s: s | {"visual.proj": s["visual.proj"].to(torch.int8)}, "torch.int8"),
-    "missing": (lambda s: {k: v for k, v in s.items() if "ln_post" not in k}, 'Missing key(s) in state_dict: "visual.ln_post'),
+    "missing": (lambda s: {k: v for k, v in s.items() if "ln_post" not in k}, 'Missing key(s) in state_dict: "visual.'),
     "unexpected": (lambda s: s | {"visual.more": torch.zeros(2)}, 'Unexpected key(s) in state_dict: "visual.more"'),
     "shape": (
         lambda s: s | {"visual.proj": torch.zeros(3, 3)},

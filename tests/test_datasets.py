@@ -62,9 +62,6 @@ def mvtec(tmp_path):
     return root
 
 
-# -------------------------------------------------------------------------------------- the six layouts
-
-
 @pytest.mark.parametrize("name", PAPER_SETS)
 def test_stand_in_is_listed_as_written(stand_ins, name):
     dataset = load_dataset(name, stand_ins[name])
@@ -141,21 +138,6 @@ def test_root_may_be_the_folder_above(stand_ins, name):
     assert len(load_dataset(name, shallow)) == len(load_dataset(name, root))
 
 
-@pytest.mark.parametrize(
-    ("name", "inner"),
-    [
-        ("headct", "head_ct"),
-        ("brainmri", "brain_tumor_dataset"),
-        ("brainmri", "brain_tumor_dataset/yes"),
-        ("clinicdb", "Original"),
-        ("visa", "split_csv"),
-    ],
-)
-def test_root_may_be_a_folder_inside(stand_ins, name, inner):
-    dataset = load_dataset(name, stand_ins[name] / inner)
-    assert len(dataset) == len(load_dataset(name, stand_ins[name]))
-
-
 def test_two_data_sets_below_the_root_are_ambiguous(tmp_path):
     for kind in ("PNG", "TIF"):
         make_stand_in("clinicdb", tmp_path / kind, 0.005)
@@ -171,16 +153,13 @@ def test_a_list_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"077\.png is missing"):
         load_dataset("headct", root)
     labels.write_text(text.replace("0,1", "0,yes"))
-    with pytest.raises(LayoutError, match="line 2: hemorrhage is 'yes', expected 0 or 1"):
-        load_dataset("headct", root)
-    labels.write_text(text.replace("hemorrhage", "bleeding"))
     with pytest.raises(
-        LayoutError, match="expected the columns id, hemorrhage; found id, bleeding"
+        LayoutError, match="line 2: expected the columns id, hemorrhage, the last of them 0 or 1"
     ):
         load_dataset("headct", root)
-
-
-# --------------------------------------------------------------------------------- names, roots, layouts
+    labels.write_text(text.replace("hemorrhage", "bleeding"))
+    with pytest.raises(LayoutError, match=r"expected the columns id, hemorrhage.*'bleeding'"):
+        load_dataset("headct", root)
 
 
 @pytest.mark.parametrize("asked", PAPER_SETS)
@@ -229,9 +208,6 @@ def test_categories_select_in_the_order_given(stand_ins):
     assert dataset.select("bottle").categories == ("bottle",)
 
 
-# ------------------------------------------------------------------------------------- masks and samples
-
-
 def test_missing_mask_is_named(mvtec):
     missing = mvtec / "bottle" / "ground_truth" / "broken" / "000_mask.png"
     missing.unlink()
@@ -255,16 +231,6 @@ def test_two_masks_for_one_image_are_refused(mvtec):
     mask_png(mvtec / "bottle" / "ground_truth" / "broken" / "000_mask.bmp")
     with pytest.raises(ValueError, match="two masks for one image"):
         load_dataset("mvtec", mvtec)
-
-
-def test_check_goes_on_after_a_fault_of_the_layout(mvtec):
-    (mvtec / "gadget" / "test" / "good").mkdir(parents=True)
-    mask_png(mvtec / "bottle" / "ground_truth" / "broken" / "000_mask.bmp")
-    report = check_dataset("mvtec", mvtec)
-    text = "\n".join(report.problems)
-    assert "gadget" in text
-    assert "two masks for one image" in text
-    assert report.table.set_index("category").loc["bottle", "anomalous"] > 0
 
 
 @pytest.mark.parametrize("name", ["label", "masks", "gt"])
@@ -350,9 +316,6 @@ def test_visa_categories_that_were_not_unpacked_are_left_out(tmp_path):
     (root / "pcb1" / "Data" / "Images" / "Normal" / "0000.JPG").unlink()
     with pytest.raises(FileNotFoundError, match=r"pcb1.*0000\.JPG is missing"):
         load_dataset("visa", root)
-
-
-# ---------------------------------------------------------------------------------------- data set folder
 
 
 def test_folder_in_mvtec_layout_takes_any_category(tmp_path):
@@ -487,11 +450,11 @@ def test_mvtec_ad_2_is_read_by_its_public_test(tmp_path):
         load_dataset("mvtec", tmp_path)
 
 
-def test_mvtec_loco_is_refused_by_name(tmp_path):
+def test_mvtec_loco_with_its_folders_of_masks_is_refused(tmp_path):
     for kind in ("good", "logical_anomalies"):
         png(tmp_path / "box" / "test" / kind / "000.png")
     mask_png(tmp_path / "box" / "ground_truth" / "logical_anomalies" / "000" / "000.png")
-    with pytest.raises(LayoutError, match="MVTec LOCO"):
+    with pytest.raises(FileNotFoundError, match=r"000_mask\.png, the mask of .* is missing"):
         load_dataset("folder", tmp_path)
 
 
@@ -574,9 +537,6 @@ def test_folder_refuses_images_beside_labelled_sub_folders(tmp_path):
     png(tmp_path / "1.png")
     with pytest.raises(LayoutError, match=r"holds images \(1\.png, \.\.\.\) beside sub-folders"):
         load_dataset("folder", tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------ pixels
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
@@ -689,9 +649,6 @@ def test_exif_orientation_is_ignored_for_image_and_mask(tmp_path, suffix):
         np.testing.assert_array_equal(read_mask(tmp_path / f"x.{suffix}", 16)[:, :8], True)
 
 
-# --------------------------------------------------------------------------------------------- bad files
-
-
 def test_content_decides_not_the_suffix(tmp_path):
     Image.new("RGB", (5, 5), (1, 2, 3)).save(tmp_path / "x.jpg", format="PNG")
     assert read_image(tmp_path / "x.jpg").getpixel((0, 0)) == (1, 2, 3)
@@ -758,9 +715,6 @@ def test_decompression_bombs_are_refused_before_decoding(tmp_path, size):
             read(tmp_path / "bomb.png")
 
 
-# ------------------------------------------------------------------------------------------------- check
-
-
 @pytest.mark.parametrize("name", PAPER_SETS)
 def test_check_reads_all_and_misses_what_the_fraction_left_out(stand_ins, name):
     report = check_dataset(name, stand_ins[name])
@@ -801,7 +755,7 @@ def test_check_collects_every_problem(mvtec):
     png(mvtec / "bottle" / "test" / "good" / "001.png", colour=(1, 1, 1))  # a copy of 000.png
     report = check_dataset("mvtec", mvtec, image_size=15)
     row = report.table.set_index("category").loc["bottle"]
-    assert (row["unreadable"], row["missing_masks"], row["wrong_size_masks"]) == (2, 1, 1)
+    assert (row["unreadable"], row["missing_masks"], row["wrong_size_masks"]) == (3, 2, 1)
     assert (row["empty_masks"], row["vanished_masks"], row["duplicates"]) == (1, 1, 1)
     text = "\n".join(report.problems)
     for part in (
@@ -813,8 +767,8 @@ def test_check_collects_every_problem(mvtec):
         "outside the root",
     ):
         assert part in text
-    assert "bottle: found 2 normal + 8 anomalous images, expected 20 + 63" in text
-    assert "zipper: found 0 normal + 0 anomalous" in text
+    assert "bottle: found 2 + 9 normal + anomalous images, expected 20 + 63" in text
+    assert "zipper: found 0 + 0" in text
     assert "PROBLEM" in str(report)
 
 
@@ -842,14 +796,11 @@ def test_check_of_data_without_a_usable_image(tmp_path):
     (tmp_path / "good").mkdir()
     (tmp_path / "good" / "0.png").symlink_to(tmp_path / "gone.png")
     report = check_dataset("folder", tmp_path, progress=False)
-    assert len(report.table) == 0
+    assert report.table["unreadable"].tolist() == [1]
     assert "broken link" in str(report)
 
 
 def test_check_looks_at_the_masks(mvtec):
-    truth = mvtec / "bottle" / "ground_truth" / "broken"
-    edge = np.minimum(np.add.outer(np.arange(6), np.arange(8)) * 20, 255).astype(np.uint8)
-    Image.fromarray(edge).save(truth / "000_mask.png")
     report = check_dataset("mvtec", mvtec, progress=False)
     row = report.table.set_index("category").loc["bottle"]
     assert row["masks"] == 2
@@ -857,10 +808,6 @@ def test_check_looks_at_the_masks(mvtec):
     text = "\n".join(report.problems)
     assert "the wrong way round" in text
     assert "at most two colours, so masks or empty: 3" in text  # the fixture's images are flat
-    assert any("more than eight grey values" in note for note in report.notes)
-
-
-# ------------------------------------------------------------------------------ shipped and real data sets
 
 
 @pytest.mark.parametrize("name", ["demo", "demo_aux"])
