@@ -12,7 +12,7 @@ import tempfile
 import unicodedata
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -97,33 +97,26 @@ def require_writable(folder: Path) -> None:
 def claim(folder: Path, settings: dict, results: Iterable[str], option: str = "output_dir") -> None:
     """Make a folder for results of these settings, or see that it holds such: its ``settings.json`` says so.
 
-    ``results``: sub-folders that they lie in. Raises ValueError that names the settings which are others, or for
-    results whose settings are not known; OSError where the folder cannot be written.
+    ``results``: patterns of their names. Raises ValueError that names the settings which are others, or for results
+    whose settings are not known; OSError where the folder cannot be written.
     """
     require_writable(folder)
     path = folder / "settings.json"
     text = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    if not path.is_file() and not any((folder / name).is_dir() for name in results):
+    if not path.is_file() and not any(list(folder.glob(pattern)) for pattern in results):
         write_atomically(path, text)
         return
     try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        found, wanted = dict(json.loads(path.read_text(encoding="utf-8"))), json.loads(text)
     except (FileNotFoundError, ValueError, TypeError):
         raise ValueError(
             f"{path}, which says how the results beside it were made, is missing or damaged: choose another {option} "
             f"or remove {folder}"
         ) from None
-    require_same_settings(folder, found, json.loads(text), option=option)
-
-
-def require_same_settings(
-    folder: Path, found: dict, wanted: dict, holds: str = "results of", option: str = "output_dir"
-) -> None:
-    """ValueError that names the settings in which what ``folder`` holds differs from what is wanted."""
     different = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
     if different:
         raise ValueError(
-            f"{folder} holds {holds} other settings (different: {', '.join(different)}): "
+            f"{folder} holds results of other settings (different: {', '.join(different)}): "
             f"choose another {option} or remove this one"
         )
 
@@ -171,10 +164,8 @@ def file_name(name: str) -> str:
     return f"{short}-{hashlib.sha256(raw).hexdigest()[:6]}"
 
 
-# What lies below a folder -----------------------------------------------------------------------------------------
-
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".png")
-"""the first ones are more surely photographs: see `masks_beside`"""
+"""the first ones are more surely photographs: see `_masks_beside`"""
 MASK_FOLDERS = ("mask", "masks", "gt", "groundtruth", "label", "labels")
 MASK_FOLDERS += ("annotation", "annotations", "segmentation", "segmentations")
 MASK_ENDINGS = ("_mask", "_masks", "_label", "_gt", "_seg", "_segmentation", "_annotation")
@@ -205,44 +196,40 @@ def scan(root: Path, used: Iterable[Path | None] = (), without: Path | None = No
     """Every file below a folder, at any depth; nothing is decoded, no file is opened.
 
     Photographs are files with an image's suffix. None are: masks (in a folder called masks, gt, labels, ..., or
-    beside their photograph as ``x_mask.png`` or as ``x.png`` of ``x.jpg``), hidden files, results of clipad (folders
-    with its mark, and ``without``), pipes and devices, broken links, what cannot be opened, other formats. Files in
-    ``used`` are neither.
+    beside their photograph as ``x_mask.png`` or as ``x.png`` of ``x.jpg``), results of clipad (folders with its mark,
+    and ``without``), pipes and devices, broken links, other formats, and hidden files and folders, which are not
+    looked into. Files in ``used`` are neither.
     """
-    used = set(used)
-    photographs, skipped = [], defaultdict(list)
+    reasons: dict[Path, str] = {}
 
-    def reasons(folder: Path, reason: str = "", above=frozenset()) -> Iterator[tuple[Path, str]]:
-        """Each file with the reason why it is no photograph, empty for one; ``reason``: that of the whole folder."""
-        try:
-            status = folder.stat()
-            is_folder = {path: path.is_dir() for path in sorted(folder.iterdir())}
-        except OSError as error:
-            yield folder, f"cannot be opened: {error.strerror}"
-            return
-        here = (status.st_dev, status.st_ino)
+    def visit(folder: Path, reason: str, above: frozenset) -> None:
+        """Why each file is no photograph, empty for one; ``reason``: that of the whole folder."""
+        here = folder.resolve()
         if here in above:
             return  # a link that leads back
-        if folder == without or folder / RESULT_MARK in is_folder:
+        paths = sorted(folder.iterdir())
+        if folder == without or folder / RESULT_MARK in paths:
             reason = reason or "results of clipad"
-        for path in [path for path in is_folder if is_folder[path]]:
-            inner = "hidden" if _hidden(path.name) else ""
-            plain = "".join(c for c in path.name.lower() if c.isalnum())
-            if plain in MASK_FOLDERS and not (path / "test").is_dir():  # that would be a product
-                inner = "in a folder of masks"
-            yield from reasons(path, reason or inner, above | {here})
-        found = {path: reason or _no_image(path) for path in is_folder if not is_folder[path]}
+        found = {path: _no_image(path) or reason for path in paths}
         images = [path for path, why in found.items() if why in ("", BROKEN_LINK)]
-        found |= dict.fromkeys(masks_beside(images), BESIDE)
-        yield from found.items()
+        found |= dict.fromkeys(_masks_beside(images), BESIDE)
+        for path in paths:
+            if path.is_dir() and found[path] != "hidden":
+                plain = "".join(c for c in path.name.lower() if c.isalnum())
+                masks = plain in MASK_FOLDERS and not (path / "test").is_dir()  # that is a product
+                visit(path, reason or ("in a folder of masks" if masks else ""), above | {here})
+            else:
+                reasons[path] = found[path]
 
-    for path, why in sorted(dict(reasons(root)).items()):
+    visit(root, "", frozenset())
+    used, skipped = set(used), defaultdict(list)
+    for path, why in sorted(reasons.items()):
         if path not in used:
-            (skipped[why] if why else photographs).append(path)
-    return Scan(tuple(photographs), dict(skipped))
+            skipped[why].append(path)
+    return Scan(tuple(skipped.pop("", ())), dict(skipped))
 
 
-def masks_beside(images: Iterable[Path]) -> set[Path]:
+def _masks_beside(images: Iterable[Path]) -> set[Path]:
     """Of the images of one folder those that belong to another: ``x_mask.png`` to ``x.*``, ``x.png`` to ``x.jpg``.
 
     Of equal stems the first suffix of `IMAGE_SUFFIXES` is the photograph.
@@ -264,7 +251,7 @@ def printable(name: str) -> str:
 
 def _no_image(path: Path) -> str:
     """Why this file is no photograph, from its name and kind; empty if it may be one."""
-    if _hidden(path.name):
+    if path.name.startswith(".") or path.name.lower() in SYSTEM_FILES:
         return "hidden"
     suffix = path.suffix.lower() or "no suffix"
     if suffix not in IMAGE_SUFFIXES:
@@ -272,10 +259,6 @@ def _no_image(path: Path) -> str:
     if not path.exists():
         return BROKEN_LINK
     return "" if path.is_file() else "no file but a pipe or device"
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -6,7 +6,8 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,10 @@ from clipad.checkpoints import fill, read_content
 from clipad.datasets import Dataset
 from clipad.dual_path import default_stages, staged_features
 from clipad.evaluation import fingerprint, in_parts, load_images, read_masks
-from clipad.files import require_same_settings, write_atomically
+from clipad.files import claim, write_atomically
 from clipad.linear_layers import LinearLayers, linear_maps, stage_losses
 from clipad.prompts import CLIP_AD, Prompts
 from clipad.text import check_method, representative_vectors
-
-ADAM = ("step", "exp_avg", "exp_avg_sq")
-"""what Adam remembers of each weight"""
 
 
 @dataclass
@@ -79,57 +77,87 @@ def train(
     texts = {"prompts": prompts or CLIP_AD, "rvs": rvs, "rvs_options": dict(rvs_options or {})}
     layers.settings = _settings(backbone, dataset, **texts, **how)
     optimizer = torch.optim.Adam(layers.parameters(), lr=learning_rate)
-    folder = None if output_dir is None else Path(output_dir)
-    log = _resume(folder, layers, optimizer, epochs) if folder else []
+    folder, log = None if output_dir is None else Path(output_dir), []
+    if folder:
+        claim(folder, layers.settings, ["epoch_*"])
+        log = _resume(folder, layers, optimizer, epochs)
     if len(log) < epochs:
         text = _text_of(backbone, dataset, *texts.values())
         masks = torch.from_numpy(read_masks(list(dataset), backbone.image_size))
-        orders = [_order(len(dataset), shuffle, seed, e) for e in range(len(log) + 1, epochs + 1)]
-        tokens = FrozenTokens(backbone, dataset, stages, as_released, batch_size, progress)
-        started = time.perf_counter()
-        for row in tqdm(
-            run_epochs(layers, optimizer, tokens, masks, text, orders),
-            "training", epochs, initial=len(log), unit="epoch", disable=not progress,
-        ):  # fmt: skip
+        tokens = frozen_tokens(backbone, dataset, stages, as_released, batch_size, progress)
+        bar = tqdm(range(len(log) + 1, epochs + 1), "training", unit="epoch", disable=not progress)
+        for epoch in bar:
+            started, order = time.perf_counter(), torch.arange(len(dataset))
+            if shuffle:
+                order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(order))
+            losses = run_epoch(layers, optimizer, tokens, masks, text, order.split(batch_size))
             seconds = round(time.perf_counter() - started, 3)
-            log.append({"epoch": len(log) + 1} | row | {"seconds": seconds})
-            if folder is not None:
+            log.append({"epoch": epoch} | losses | {"seconds": seconds})
+            if folder:
                 _save(folder, layers, optimizer, log)
-            started = time.perf_counter()
     checkpoints = [_checkpoint(folder, row["epoch"]) for row in log] if folder else []
     return Training(layers.eval().requires_grad_(False), pd.DataFrame(log), checkpoints)
 
 
-def run_epochs(
+def run_epoch(
     layers: LinearLayers,
     optimizer: torch.optim.Optimizer,
-    tokens: FrozenTokens,
+    tokens: list[torch.Tensor],
     masks: torch.Tensor,
     text: torch.Tensor,
-    orders: Iterable[torch.Tensor],
-) -> Iterator[dict[str, float]]:
-    """The training itself: an epoch for each order of the images, and after each its mean losses.
+    batches: Iterable[torch.Tensor],
+) -> dict[str, float]:
+    """The training itself: one step for each batch of image numbers; returns the mean losses.
 
-    ``masks``: M x S x S of all images; ``text``: M x C x 2, the unit text vectors of each image's category;
-    ``orders``: M image numbers each. Raises ValueError when a loss is not finite.
+    ``tokens``: per stage M x N x D of all images; ``masks``: M x S x S; ``text``: M x C x 2, the unit text vectors of
+    each image's category. Raises ValueError when a loss is not finite.
     """
-    for order in orders:
-        losses = []
-        for which, x in tokens.batches(order):
-            mask = masks[which].to(text.device)
-            maps = linear_maps(layers, x, text[which], mask.shape[-1])
-            focal, dice = (per_stage.sum() for per_stage in stage_losses(maps, mask))
-            loss = focal + dice
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(torch.stack([loss, focal, dice]).detach())
-        mean = torch.stack(losses).mean(dim=0)
-        if not torch.isfinite(mean).all():
-            raise ValueError(
-                "the loss is not finite: try a smaller learning_rate; the checkpoints of earlier epochs are unharmed"
-            )
-        yield dict(zip(("loss", "focal", "dice"), mean.tolist(), strict=True))
+    losses = []
+    for which in batches:
+        mask = masks[which].to(text.device)
+        x = [stage[which].to(text.device) for stage in tokens]
+        maps = linear_maps(layers, x, text[which], mask.shape[-1])
+        focal, dice = (per_stage.sum() for per_stage in stage_losses(maps, mask))
+        loss = focal + dice
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(torch.stack([loss, focal, dice]).detach())
+    mean = torch.stack(losses).mean(dim=0)
+    if not torch.isfinite(mean).all():
+        raise ValueError(
+            "the loss is not finite: try a smaller learning_rate; the checkpoints of earlier epochs are unharmed"
+        )
+    return dict(zip(("loss", "focal", "dice"), mean.tolist(), strict=True))
+
+
+def frozen_tokens(
+    backbone: Backbone,
+    dataset: Dataset,
+    stages: Sequence[int],
+    as_released: bool,
+    batch_size: int,
+    progress: bool = False,
+) -> list[torch.Tensor]:
+    """The patch tokens x_j of a whole data set, computed once: per stage M x N x D float32, on the CPU."""
+
+    @torch.no_grad()  # float32 on a GPU, too: training then ends near where a CPU's does
+    def encode(images):
+        found = staged_features(backbone.visual, images, stages, as_released)
+        return [tokens[:, 1:] for tokens in found.ordinary]
+
+    width, patches = backbone.visual.proj.shape[0], math.prod(backbone.visual.grid_size)
+    kept = [torch.empty(len(dataset), patches, width) for _ in stages]
+    start = 0
+    batches = load_images(list(dataset), backbone.preprocess, batch_size)
+    total = math.ceil(len(dataset) / batch_size)
+    for images in tqdm(batches, "frozen features", total, unit="batch", disable=not progress):
+        for part in in_parts(encode, images.to(backbone.device)):
+            end = start + len(part[0])
+            for stage, values in zip(kept, part, strict=True):
+                stage[start:end] = values
+            start = end
+    return kept
 
 
 def _settings(backbone: Backbone, dataset: Dataset, prompts: Prompts, **options) -> dict[str, Any]:
@@ -149,54 +177,6 @@ def _text_of(backbone, dataset, prompts, rvs, rvs_options) -> torch.Tensor:
     return torch.stack([vectors[sample.category] for sample in dataset]).to(backbone.device)
 
 
-def _order(count: int, shuffle: bool, seed: int, epoch: int) -> torch.Tensor:
-    if not shuffle:
-        return torch.arange(count)
-    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
-
-
-class FrozenTokens:
-    """The patch tokens x_j of a data set: computed once and kept in memory where all fit into ``MEMORY`` bytes, else
-    computed anew in every epoch (measured on a busy CPU: 7.4 s instead of 0.9 s an epoch of the demo's 320 images)."""
-
-    MEMORY = 8e9
-
-    def __init__(self, backbone, dataset, stages, as_released, batch_size, progress=False):
-        self.backbone, self.samples, self.batch_size = backbone, list(dataset), batch_size
-        self.stages, self.as_released = stages, as_released
-        self.kept = None
-        width, patches = backbone.visual.proj.shape[0], math.prod(backbone.visual.grid_size)
-        if len(dataset) * len(stages) * patches * width * 4 <= self.MEMORY:
-            kept = [torch.empty(len(dataset), patches, width) for _ in stages]
-            everything = self.batches(torch.arange(len(dataset)))
-            total = math.ceil(len(dataset) / batch_size)
-            for which, tokens in tqdm(
-                everything, "frozen features", total, unit="batch", disable=not progress
-            ):
-                for stage, values in zip(kept, tokens, strict=True):
-                    stage[which] = values.cpu()
-            self.kept = kept
-
-    def batches(self, order: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
-        """(which images, per stage B x N x D on the backbone's device), in an order of image numbers."""
-        parts = order.split(self.batch_size)
-        if self.kept is not None:
-            for which in parts:
-                yield which, [stage[which].to(self.backbone.device) for stage in self.kept]
-            return
-        images = load_images(
-            [self.samples[i] for i in order], self.backbone.preprocess, self.batch_size
-        )
-        for which, batch in zip(parts, images, strict=True):
-            found = in_parts(self._encode, batch.to(self.backbone.device))
-            yield which, [torch.cat(stage) for stage in zip(*found, strict=True)]
-
-    def _encode(self, images: torch.Tensor) -> list[torch.Tensor]:
-        with torch.no_grad():  # float32 on a GPU, too: training then ends near where a CPU's does
-            found = staged_features(self.backbone.visual, images, self.stages, self.as_released)
-        return [tokens[:, 1:] for tokens in found.ordinary]
-
-
 def _require_trainable(
     dataset: Dataset, epochs: int, learning_rate: float, batch_size: int
 ) -> None:
@@ -211,9 +191,6 @@ def _require_trainable(
             f"the layers learn from masks, but {len(missing) or 'all'} of the {len(dataset)} images of "
             f"{dataset.name} bring none (or no label, or no defect): train on a data set with pixel ground truth"
         )
-
-
-# Checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def load_layers(path: str | Path) -> LinearLayers:
@@ -233,26 +210,18 @@ def load_layers(path: str | Path) -> LinearLayers:
             state = {key: value for key, value in state.items() if not key.startswith("adam.")}
         else:
             content, settings = read_content(path), {}
-            if not isinstance(content.get("linear_layers"), dict):
-                found = ", ".join(map(str, content)) or "nothing"
-                raise ValueError(f"it has to hold 'linear_layers': a state dict; found {found}")
-            state = dict(content["linear_layers"])
-        layers = _from_state(state)
+            state = content.get("linear_layers")
+        first = state.get("fc.0.weight") if isinstance(state, dict) else None
+        if first is None or first.ndim != 2:
+            found = ", ".join(state if isinstance(state, dict) else content) or "nothing"
+            raise ValueError(
+                f"expected fc.0.weight (C x D), fc.0.bias, fc.1.weight, ... in 'linear_layers'; found {found}"
+            )
+        layers = LinearLayers(first.shape[1], first.shape[0], len(state) // 2)
+        fill(layers, state)
     except ValueError as error:
         raise ValueError(f"{path} holds no linear layers: {error}") from error
     layers.settings = settings
-    return layers
-
-
-def _from_state(state: dict[str, torch.Tensor]) -> LinearLayers:
-    first = state.get("fc.0.weight", torch.empty(0))
-    if first.ndim != 2:
-        found = ", ".join(state) or "nothing"
-        raise ValueError(
-            f"expected fc.0.weight (C x D), fc.0.bias, fc.1.weight, ...; found {found}"
-        )
-    layers = LinearLayers(first.shape[1], first.shape[0], len(state) // 2)
-    fill(layers, state)
     return layers.eval().requires_grad_(False)
 
 
@@ -274,10 +243,10 @@ def _checkpoint(folder: Path, epoch: int) -> Path:
 
 def _save(folder: Path, layers: LinearLayers, optimizer, rows: list[dict]) -> None:
     """Layers, Adam's state and the log in one file, so that no kill can leave two that disagree."""
-    state = {key: value.cpu().contiguous() for key, value in layers.state_dict().items()}
-    for name, parameter in layers.named_parameters():
-        for kind in ADAM:
-            state[f"adam.{kind}.{name}"] = optimizer.state[parameter][kind].cpu().contiguous()
+    state = dict(layers.state_dict())
+    for i, adam in optimizer.state_dict()["state"].items():
+        state |= {f"adam.{i}.{kind}": value for kind, value in adam.items()}
+    state = {key: value.cpu().contiguous() for key, value in state.items()}
     metadata = {"settings": json.dumps(layers.settings, sort_keys=True), "log": json.dumps(rows)}
     write_atomically(_checkpoint(folder, rows[-1]["epoch"]), save(state, metadata))
     write_atomically(folder / "log.csv", pd.DataFrame(rows).to_csv(index=False))
@@ -285,22 +254,21 @@ def _save(folder: Path, layers: LinearLayers, optimizer, rows: list[dict]) -> No
 
 def _resume(folder: Path, layers: LinearLayers, optimizer, epochs: int) -> list[dict]:
     """Put the newest checkpoint of at most ``epochs`` epochs into layers and optimizer; its log rows, [] if none."""
-    settings = layers.settings
-    for path in sorted(folder.glob("epoch_*.safetensors"), reverse=True):
+    paths = [_checkpoint(folder, epoch) for epoch in range(epochs, 0, -1)]
+    for path in filter(Path.is_file, paths):
         try:
-            state, found, rows = _read(path)
+            state, _, rows = _read(path)
         except ValueError:
             warnings.warn(
                 f"{path.name} is damaged: the training continues from an earlier epoch",
                 stacklevel=3,
             )
             continue
-        require_same_settings(folder, found, settings, "a training with")
-        if len(rows) > epochs:
-            continue
-        layers.load_state_dict({name: state[name] for name in layers.state_dict()})
-        names = [name for name, _ in layers.named_parameters()]
-        adam = [{kind: state[f"adam.{kind}.{name}"] for kind in ADAM} for name in names]
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(adam))})
+        adam = defaultdict(dict)
+        for key in [key for key in state if key.startswith("adam.")]:
+            _, i, kind = key.split(".")
+            adam[int(i)][kind] = state.pop(key)
+        layers.load_state_dict(state)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(adam)})
         return rows
     return []

@@ -333,7 +333,7 @@ def test_what_is_no_photograph_is_left_out_and_counted(detector, tmp_path):
     for part in (
         "2 beside a photograph of the same name, so a mask or copy (a.png, deep/deeper/b_mask.png)",
         "1 in a folder of masks (Ground Truth/c.png)",
-        "1 hidden (.hidden/d.png)",
+        "1 hidden (.hidden)",
         "1 in a format that is not read (.heic) (f.heic)",
         "1 in a format that is not read (.txt) (notes.txt)",
         "1 broken link (gone.png)",

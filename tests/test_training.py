@@ -28,7 +28,7 @@ from clipad.linear_layers import (
     stage_losses,
 )
 from clipad.studies.sdp_plus_fine_tuning import LayersAlone
-from clipad.training import FrozenTokens, load_layers, train
+from clipad.training import load_layers, train
 
 
 @pytest.fixture
@@ -149,17 +149,6 @@ def test_shuffling_changes_the_order_in_each_epoch(tiny_backbone, collection):
         for s in (False, True)
     )
     assert not same(plain, mixed)
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_without_room_for_the_tokens_the_weights_are_the_same(
-    tiny_backbone, collection, shuffle, monkeypatch
-):
-    kept = train(tiny_backbone, collection, epochs=2, shuffle=shuffle, **TRAINING).layers
-    monkeypatch.setattr(FrozenTokens, "MEMORY", 0)
-    anew = train(tiny_backbone, collection, epochs=2, shuffle=shuffle, **TRAINING).layers
-    for a, b in zip(kept.parameters(), anew.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -392,7 +381,7 @@ STATE = LinearLayers(6, 4, 2).state_dict()
         ),
         (
             {"linear_layers": STATE | {"fc.1.weight": torch.zeros(4, 5)}},
-            r"fc.1.weight.*4 x 5.*4 x 6",
+            r"fc.1.weight.*4, 5.*4, 6",
         ),
         (
             {"linear_layers": STATE | {"fc.0.bias": torch.full((4,), torch.nan)}},
