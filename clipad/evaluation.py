@@ -22,14 +22,7 @@ import torch
 from tqdm import tqdm
 
 from clipad.datasets import Dataset, Sample, read_image, read_mask, require_mask_size
-from clipad.files import (
-    Arrays,
-    cached,
-    claim,
-    content_hash,
-    file_name,
-    write_atomically,
-)
+from clipad.files import Arrays, cached, claim, content_hash, file_name, write_atomically
 from clipad.metrics import METRICS, image_metrics, pixel_metrics, resampled_metrics
 
 COLUMNS = [
@@ -66,18 +59,13 @@ def published_image_score(probabilities, map_maxima) -> np.ndarray:
     So an image's score depends on the other images (METHOD.md section 5). Where all values are equal (one image, a
     constant map) that part is 0: the released program divides 0 by 0 there.
     """
-    return _min_max(probabilities) + _min_max(map_maxima)
 
+    def min_max(values):
+        values = np.asarray(values, dtype=np.float64)
+        span = values.max() - values.min()
+        return (values - values.min()) / span if span > 0 else np.zeros_like(values)
 
-def image_score(probabilities, map_maxima, map_in_image_score: bool = True) -> np.ndarray:
-    """The score that ranks a category's images: the published one, or the class probability alone."""
-    return published_image_score(probabilities, map_maxima) if map_in_image_score else probabilities
-
-
-def _min_max(values) -> np.ndarray:
-    values = np.asarray(values, dtype=np.float64)
-    span = values.max() - values.min()
-    return (values - values.min()) / span if span > 0 else np.zeros_like(values)
+    return min_max(probabilities) + min_max(map_maxima)
 
 
 def evaluate(
@@ -140,9 +128,8 @@ def fingerprint(dataset: Dataset) -> str:
     for s in dataset:
         files = (s.image_path, s.mask_path, s.object_mask_path)
         content = "|".join("" if path is None else content_hash(path) for path in files)
-        digest.update(
-            f"{_relative(s.image_path, dataset)}|{s.category}|{s.label}|{content}\n".encode()
-        )
+        path = s.image_path.relative_to(dataset.root).as_posix()
+        digest.update(f"{path}|{s.category}|{s.label}|{content}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -151,12 +138,12 @@ def load_images(
 ) -> Iterator[torch.Tensor]:
     """Batches of pre-processed images, B x 3 x S x S, decoded by threads while the caller computes."""
 
+    def read(sample: Sample) -> torch.Tensor:
+        return preprocess(read_image(sample.image_path))
+
     def stack(futures: list[Future]) -> torch.Tensor:
         images = torch.stack([future.result() for future in futures])
         return images.pin_memory() if pin else images
-
-    def read(sample: Sample) -> torch.Tensor:
-        return preprocess(read_image(sample.image_path))
 
     waiting: deque = deque()
     pool = ThreadPoolExecutor(workers)
@@ -181,9 +168,10 @@ def category_metrics(
     """All metrics of one category that its labels allow: ``image_*``, ``class_*`` and, with masks, ``pixel_*``.
 
     ``maps``, ``masks``: N x S x S (masks None where there are none; then N x 1 x 1 maxima of the maps do);
-    ``probabilities``, ``labels``: N, a label of -1 is not known. With ``counts`` (1 + R x N, from
-    :func:`clipad.metrics.draw_counts`) each metric is an array: the estimate, then R resamples. The image score is
-    :func:`image_score` over the category; it is not scaled anew in resamples.
+    ``probabilities``, ``labels``: N, a label of -1 is not known. ``map_in_image_score``: images are ranked by
+    :func:`published_image_score`, else by the class probability alone. With ``counts`` (1 + R x N, from
+    :func:`clipad.metrics.draw_counts`) each metric is an array: the estimate, then R resamples, for which the image
+    score is not scaled anew.
     """
 
     def measured(level, scores, truth, plain):
@@ -192,7 +180,9 @@ def category_metrics(
 
     metrics = {}
     if (labels >= 0).all():
-        score = image_score(probabilities, maps.max(axis=(1, 2)), map_in_image_score)
+        score = probabilities
+        if map_in_image_score:
+            score = published_image_score(probabilities, maps.max(axis=(1, 2)))
         metrics |= measured("image", score, labels, image_metrics)
         metrics |= measured("class", probabilities, labels, image_metrics)
     if masks is not None:
@@ -218,16 +208,12 @@ def in_parts(compute: Callable[[torch.Tensor], Any], images: torch.Tensor) -> li
     """
     try:
         return [compute(images)]
-    except RuntimeError as error:
-        if len(images) == 1 or not _out_of_memory(error):
+    except RuntimeError as error:  # also where cuBLAS or cuDNN could not allocate
+        full = isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+        if len(images) == 1 or not full:
             raise
     torch.cuda.empty_cache()  # outside of the handler, which would keep what failed alive
     return [part for half in images.chunk(2) for part in in_parts(compute, half)]
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Also when it was cuBLAS or cuDNN that could not allocate."""
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
 def predict_halving(detector, images: torch.Tensor, category: str) -> tuple[torch.Tensor, ...]:
@@ -257,10 +243,11 @@ def _run_category(detector, samples, folder, batch_size, bar) -> Arrays:
     masks = read_masks(samples, maps.shape[-1]) if masked else None
     with_map = detector.map_in_image_score
     metrics = category_metrics(maps, masks, probabilities, labels, with_map)
+    score = published_image_score(probabilities, maxima) if with_map else probabilities
     return {
         "probability": probabilities.astype(np.float64),
         "map_max": maxima.astype(np.float64),
-        "image_score": image_score(probabilities, maxima, with_map).astype(np.float64),
+        "image_score": score.astype(np.float64),
         "metrics": np.array([metrics.get(name, np.nan) for name in COLUMNS]),
     }
 
@@ -283,7 +270,7 @@ def _run_part(detector, samples, keep_maps, batch_size, bar) -> Arrays:
 def _frame(dataset: Dataset, samples: list[Sample], found: Arrays) -> pd.DataFrame:
     columns = {
         "category": [s.category for s in samples],
-        "path": [_relative(s.image_path, dataset) for s in samples],
+        "path": [s.image_path.relative_to(dataset.root).as_posix() for s in samples],
         "defect": [s.defect for s in samples],
         "label": [s.label for s in samples],
     }
@@ -301,7 +288,3 @@ def read_masks(samples: list[Sample], image_size: int) -> np.ndarray:
     with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(read, [i for i, s in enumerate(samples) if s.mask_path is not None]))
     return masks
-
-
-def _relative(path: Path, dataset: Dataset) -> str:
-    return path.relative_to(dataset.root).as_posix()

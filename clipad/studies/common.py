@@ -247,7 +247,7 @@ class Labelled:
         """Category -> ``METRICS`` that can be taken of maps N x S x S and class probabilities N.
 
         With ``resamples`` each is an array: the estimate, then as many draws of the images, for a seed always the same.
-        ``with_map``: see :func:`clipad.evaluation.image_score`.
+        ``with_map``: see :func:`clipad.evaluation.category_metrics`.
         """
         found, counts = {}, None
         for c, category in enumerate(self.dataset.categories):
