@@ -65,29 +65,15 @@ _TEMPLATES = (
     *_articles("a photo of ART {} for anomaly detection."),
 )
 
+# fmt: off
 CLIP_AD = Prompts(
     normal=(
-        "flawless {}",
-        "perfect {}",
-        "unblemished {}",
-        "{} without flaw",
-        "{} without defect",
-        "{} without damage",
-        "{} without scratch",
-        "{} without crack",
-        "{} without contamination",
+        "flawless {}", "perfect {}", "unblemished {}", "{} without flaw", "{} without defect",
+        "{} without damage", "{} without scratch", "{} without crack", "{} without contamination",
     ),
     anomalous=(
-        "damaged {}",
-        "imperfect {}",
-        "blemished {}",
-        "broken {}",
-        "{} with flaw",
-        "{} with defect",
-        "{} with damage",
-        "{} with scratch",
-        "{} with crack",
-        "{} with contamination",
+        "damaged {}", "imperfect {}", "blemished {}", "broken {}", "{} with flaw", "{} with defect",
+        "{} with damage", "{} with scratch", "{} with crack", "{} with contamination",
     ),
     templates=_TEMPLATES,
 )
@@ -95,13 +81,8 @@ CLIP_AD = Prompts(
 # METHOD.md section 8; anomalib lists "a jpeg corrupted photo of the {}." twice, so it counts twice here.
 WINCLIP = Prompts(
     normal=(
-        "{}",
-        "flawless {}",
-        "perfect {}",
-        "unblemished {}",
-        "{} without flaw",
-        "{} without defect",
-        "{} without damage",
+        "{}", "flawless {}", "perfect {}", "unblemished {}",
+        "{} without flaw", "{} without defect", "{} without damage",
     ),
     anomalous=("damaged {}", "{} with flaw", "{} with defect", "{} with damage"),
     templates=tuple(
@@ -110,6 +91,7 @@ WINCLIP = Prompts(
         if t != "a cropped photo of a {}."
     ),
 )
+# fmt: on
 
 
 def load_prompts(path: str | Path | None = None) -> Prompts:
@@ -132,33 +114,32 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not a YAML file in UTF-8 ({reason})") from None
-    lists = {key: getattr(CLIP_AD, key) for key in ("normal", "anomalous", "templates")}
+        raise ValueError(
+            f"{path}: not a YAML file in UTF-8 ({str(error).splitlines()[0]})"
+        ) from None
+    lists = {key: list(getattr(CLIP_AD, key)) for key in ("normal", "anomalous", "templates")}
     keys = [*lists, "object_names"]
     if not isinstance(found, dict) or not found or not set(found) <= set(keys):
-        what = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
         raise ValueError(
-            f"{path}: expected a mapping with the keys {', '.join(keys)}, found {what}"
+            f"{path}: expected a mapping with the keys {', '.join(keys)}, found {found!r}"
         )
     names = found.pop("object_names", None) or {}
-    for key, entries in found.items():
-        if not isinstance(entries, list) or not entries:
-            raise ValueError(f"{path}: '{key}' has to be a list of texts, found {entries!r}")
-        for entry in entries:
-            places = re.findall("{}|[{}]", entry) if isinstance(entry, str) else []
-            if places != ["{}"] or entries.count(entry) > 1:
-                reason = "needs texts with exactly one {}, none of them twice"
-                raise ValueError(f"{path}: '{key}' {reason}; found {entry!r}")
-        lists[key] = tuple(entries)
+    lists |= found
+    for key, entries in lists.items():
+        texts = entries if isinstance(entries, list) else []
+        good = [t for t in texts if isinstance(t, str) and re.findall("{}|[{}]", t) == ["{}"]]
+        if not good or good != texts or len(set(good)) < len(good):
+            raise ValueError(
+                f"{path}: '{key}' has to be a list of texts with exactly one {{}} each, none of them twice; "
+                f"found {entries!r}"
+            )
     both = set(lists["normal"]) & set(lists["anomalous"])
     if both:
         raise ValueError(f"{path}: {min(both)!r} is listed as normal and as anomalous")
-    if not isinstance(names, dict) or not all(
-        isinstance(text, str) and text.strip() for pair in names.items() for text in pair
-    ):
+    texts = [*names, *names.values()] if isinstance(names, dict) else [None]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"{path}: 'object_names' has to map categories to words, found {names!r}")
-    return Prompts(**lists, object_names=names)
+    return Prompts(**{key: tuple(lists[key]) for key in lists}, object_names=names)
 
 
 def words(sentence: str) -> list[str]:

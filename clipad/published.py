@@ -12,8 +12,8 @@ DBSCAN_MVTEC = {"eps": 0.5, "min_samples": 15}
 # Nearly always the mean: unit vectors are at most 2 apart.
 DBSCAN_VISA = {"eps": 1.5, "min_samples": 25}
 
-# On whose test split the layers of SDP+ were trained (METHOD.md section 6). The demo's two collections follow the
-# same idea; for a folder of the user's own we take what MVTec takes.
+# On whose test split the layers of SDP+ were trained (METHOD.md section 6); for the demo and for own images what
+# comes closest.
 TRAINED_ON = {
     "mvtec": "visa",
     "visa": "mvtec",
@@ -56,15 +56,15 @@ class Protocol:
 def protocol(dataset: str) -> Protocol:
     """The published hyper-parameters for a data set; for ``demo``, ``demo_aux`` and ``folder`` what comes closest.
 
-    Raises:
-        ValueError: no data set has this name.
+    Raises ValueError for any other name.
 
     >>> protocol("visa").rvs_options, protocol("visa").trained_on
     ({'eps': 1.5, 'min_samples': 25}, 'mvtec')
     """
-    _check_dataset_name(dataset)
-    demo = dataset in ("demo", "demo_aux")
-    trained_on = TRAINED_ON[dataset]
+    if dataset not in TRAINED_ON:
+        hint = did_you_mean(dataset, TRAINED_ON)
+        raise ValueError(f"unknown data set {dataset!r}{hint}. Known: {', '.join(TRAINED_ON)}")
+    demo, trained_on = dataset in ("demo", "demo_aux"), TRAINED_ON[dataset]
     return Protocol(
         dataset=dataset,
         model="demo" if demo else "ViT-B-16-plus-240",
@@ -72,11 +72,11 @@ def protocol(dataset: str) -> Protocol:
         image_size=96 if demo else 240,
         stages=(3, 6, 9, 12),
         rvs="dbscan",
-        rvs_options=dict(_dbscan_options(dataset)),
+        rvs_options=dict(DBSCAN_VISA if dataset == "visa" else DBSCAN_MVTEC),
         smoothing_240=8.0,
         smoothing_240_sdp_plus=2.0 if dataset == "visa" else 8.0,
         trained_on=trained_on,
-        training_rvs_options=dict(_dbscan_options(trained_on)),
+        training_rvs_options=dict(DBSCAN_VISA if trained_on == "visa" else DBSCAN_MVTEC),
         learning_rate=DEMO_LEARNING_RATE if demo else 1e-4,
     )
 
@@ -84,56 +84,31 @@ def protocol(dataset: str) -> Protocol:
 def published_results(dataset: str | None = None) -> pd.DataFrame:
     """The published numbers that could be found, from ``data/published_results.csv``; one row for each number.
 
-    Args:
-        dataset: only this data set ("mvtec", "visa", ...).
-
-    Returns:
-        Columns method, dataset, category (or "mean"), level ("image", "pixel"), metric ("auroc", "f1_max", "ap",
-        "pro"), value (a fraction), kind ("published" by the authors, "derived" from what they state, "run by
-        others") and source. No rows where nothing is known: the full tables of the paper could not be obtained.
-
-    Raises:
-        ValueError: no data set has this name.
-        FileNotFoundError: see ``data_dir``.
+    ``dataset``: only this one ("mvtec", "visa", ...). Columns: method, dataset, category (or "mean"), level ("image",
+    "pixel"), metric ("auroc", "f1_max", "ap", "pro"), value (a fraction), kind ("published" by the authors, "derived"
+    from what they state, "run by others") and source. No rows where nothing is known: the full tables of the paper
+    could not be obtained. Raises ValueError for an unknown data set, FileNotFoundError as ``data_dir``.
     """
-    if dataset is not None:
-        _check_dataset_name(dataset)
     table = pd.read_csv(data_dir() / "published_results.csv")
     table["percent"] = (table["percent"] / 100).round(6)  # rounded: 0.918, not 0.9179999999999999
     table = table.rename(columns={"percent": "value"})
     if dataset is not None:
-        table = table[table["dataset"] == dataset]
+        table = table[table["dataset"] == protocol(dataset).dataset]
     return table.reset_index(drop=True)
 
 
 def data_dir() -> Path:
     """The folder ``data/`` with the demo collections and the published results.
 
-    ``$CLIPAD_DATA`` wins when it is set; otherwise the folder ``data/`` beside the package, which an editable
-    install (``pip install -e .`` in a checkout) has.
-
-    Raises:
-        FileNotFoundError: there is no such folder; the message says what to do.
+    ``$CLIPAD_DATA`` wins when it is set; otherwise the folder beside the package, which an editable install
+    (``pip install -e .`` in a checkout) has. Raises FileNotFoundError with what to do.
     """
-    if named := os.environ.get("CLIPAD_DATA"):
-        folder = Path(named).expanduser()
-        if not folder.is_dir():
-            raise FileNotFoundError(f"CLIPAD_DATA={named!r} is not a folder; correct or unset it.")
-        return folder
-    folder = Path(__file__).resolve().parents[1] / "data"  # one that just has this name is not ours
-    if not (folder / "published_results.csv").is_file():
+    named = os.environ.get("CLIPAD_DATA")
+    folder = Path(named).expanduser() if named else Path(__file__).resolve().parents[1] / "data"
+    # A folder that merely happens to be called data must not be taken for ours.
+    if not folder.is_dir() or not (named or (folder / "published_results.csv").is_file()):
         raise FileNotFoundError(
-            f"There is no clipad data folder at {folder}. Install from a checkout with `pip install -e .`, "
-            "or set the environment variable CLIPAD_DATA to the folder `data` of a checkout."
+            f"there is no clipad data folder at {folder}: install from a checkout with `pip install -e .`, or set the "
+            "environment variable CLIPAD_DATA to the folder `data` of a checkout"
         )
     return folder
-
-
-def _dbscan_options(dataset: str) -> dict:
-    return DBSCAN_VISA if dataset == "visa" else DBSCAN_MVTEC
-
-
-def _check_dataset_name(name: str) -> None:
-    if name not in TRAINED_ON:
-        hint = did_you_mean(name, TRAINED_ON)
-        raise ValueError(f"unknown data set {name!r}{hint}. Known: {', '.join(TRAINED_ON)}")

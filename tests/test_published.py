@@ -72,7 +72,7 @@ def test_data_dir_variable_wins(tmp_path, monkeypatch):
     monkeypatch.setenv("CLIPAD_DATA", str(tmp_path))
     assert data_dir() == tmp_path
     monkeypatch.setenv("CLIPAD_DATA", str(tmp_path / "absent"))
-    with pytest.raises(FileNotFoundError, match=r"CLIPAD_DATA.*absent"):
+    with pytest.raises(FileNotFoundError, match=r"absent.*CLIPAD_DATA"):
         data_dir()
 
 
