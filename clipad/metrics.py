@@ -3,22 +3,16 @@
 "Exact" means over all thresholds: no binning, ties counted as ties. AUROC and AP equal scikit-learn's
 ``roc_auc_score`` and ``average_precision_score``; F1-max is the largest F1 on its ``precision_recall_curve``.
 
-PRO (per-region overlap; Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021): at each
-threshold, the share that is detected of each 8-connected region of the masks, averaged over the regions of
-all images. It is plotted against the false positive rate over all normal pixels; PRO is the area up to a rate
-of 0.3, divided by 0.3.
+PRO (per-region overlap; Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021): at each threshold, the
+share that is detected of each 8-connected region of the masks, averaged over the regions of all images. It is plotted
+against the false positive rate over all normal pixels; PRO is the area up to a rate of 0.3, divided by 0.3.
 
-Where a metric is undefined it is NaN, without a warning: all of them when nothing is anomalous or nothing is
-normal. (With nothing normal AP and F1-max would be 1 whatever the scores are; they are NaN, too.)
+All metrics are NaN, without a warning, where nothing is anomalous or nothing is normal.
 
-What makes it fast: false positives matter only at the scores of anomalous pixels, and those are few (2-3 % in
-the industrial data sets). So only the normal scores are sorted, in their own precision and in the one copy
-that is made, and each distinct anomalous score is looked up among them. Memory besides the caller's arrays:
-about 5 bytes for each pixel of float32 scores, and 75 for each anomalous pixel.
-
-Bootstrap: a resample is a count per image (``draw_counts``), and all that the metrics need is linear in the counts. So
-the pixels are sorted once for all resamples (``resampled_metrics``), and the numbers equal those of the images written
-out as often as they were drawn.
+What makes it fast: false positives matter only at the scores of anomalous pixels, and those are few (2-3 % in the
+industrial data sets). So only the normal scores are sorted, in their own precision and in the one copy that is made,
+and each distinct anomalous score is looked up among them. A bootstrap resample is a count per image, and all that the
+metrics need is linear in the counts: the pixels are sorted once for all resamples.
 
 Shapes: N images, R resamples, K distinct scores of anomalous pixels.
 """
@@ -39,43 +33,29 @@ _BLOCK = 250_000  # resamples x thresholds that are held at once: they stay in t
 
 
 def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """AUROC, F1-max and AP of N image scores.
+    """``auroc``, ``f1_max`` and ``ap`` of N image scores; NaN when only one class is present.
 
-    Args:
-        scores: N numbers, higher means more anomalous; array, list or tensor.
-        labels: N times 0 (normal) or 1 (anomalous).
-
-    Returns:
-        ``auroc``, ``f1_max``, ``ap``; NaN when only one class is present.
-
-    Raises:
-        ValueError: empty input, shapes that do not fit, scores not finite, labels other than 0 and 1.
+    ``scores``: N numbers, higher means more anomalous; array, list or tensor. ``labels``: N times 0 (normal) or 1.
+    Raises ValueError for empty input, shapes that do not fit, scores that are not finite, other labels.
 
     >>> image_metrics([0.1, 0.4, 0.3, 0.9], [0, 0, 1, 1])["auroc"]
     0.75
     """
-    return _of_one(*_checked(scores, labels, "N", "labels"), METRICS[:3])
+    return _of_one(*_checked(scores, labels, "N"), METRICS[:3])
 
 
 def pixel_metrics(scores: ArrayLike, masks: ArrayLike) -> dict[str, float]:
-    """AUROC, F1-max, AP over all pixels of N maps, and PRO.
+    """``auroc``, ``f1_max``, ``ap`` over all pixels of N maps, and ``pro``; NaN when only one class is present.
 
-    Args:
-        scores: N x H x W, higher means more anomalous; float32 is the fast case, float64 stays float64.
-        masks: N x H x W, 1 (or True) on anomalous pixels and 0 elsewhere; all 0 for a normal image.
-
-    Returns:
-        ``auroc``, ``f1_max``, ``ap``, ``pro``; NaN when only one class is present.
-
-    Raises:
-        ValueError: empty input, shapes that do not fit, scores not finite, masks other than 0 and 1.
+    ``scores``: N x H x W, higher means more anomalous; float32 is the fast case, float64 stays float64. ``masks``: N x
+    H x W, 1 (or True) on anomalous pixels and 0 elsewhere. Raises ValueError as :func:`image_metrics`.
 
     >>> masks = np.zeros((1, 4, 4), bool)
     >>> masks[0, 1:3, 1:3] = True
     >>> pixel_metrics(masks.astype(np.float32), masks)
     {'auroc': 1.0, 'f1_max': 1.0, 'ap': 1.0, 'pro': 1.0}
     """
-    return _of_one(*_checked(scores, masks, "N x H x W", "masks"), METRICS)
+    return _of_one(*_checked(scores, masks, "N x H x W"), METRICS)
 
 
 def within_image(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
@@ -87,15 +67,12 @@ def within_image(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
 def pro_200_thresholds(scores: ArrayLike, masks: ArrayLike) -> float:
     """The approximation of PRO that many repositories share, for comparison with their tables only.
 
-    It looks at 200 thresholds, evenly spaced between the smallest and the largest *score*, drops every point
-    whose false positive rate is 0.3 or more, and stretches the remaining rates to [0, 1]. So it depends on
-    how the scores are distributed, not only on their order, and it is close to PRO only where the thresholds
-    happen to cover the rates below 0.3 densely. NaN where all remaining points have one rate, as for a
-    perfect binary map, and where ``pixel_metrics`` gives NaN.
-
-    Arguments and errors as in ``pixel_metrics``.
+    It looks at 200 thresholds, evenly spaced between the smallest and the largest *score*, drops every point whose
+    false positive rate is 0.3 or more, and stretches the remaining rates to [0, 1]. So it depends on how the scores
+    are distributed, not only on their order. NaN where all remaining points have one rate, as for a perfect binary
+    map, and where ``pixel_metrics`` gives NaN. Arguments and errors as in ``pixel_metrics``.
     """
-    scores, masks = _checked(scores, masks, "N x H x W", "masks")
+    scores, masks = _checked(scores, masks, "N x H x W")
     if masks.all() or not masks.any():
         return float("nan")
     # In the dtype of the scores: to search float32 for float64 would copy all of it.
@@ -112,9 +89,6 @@ def pro_200_thresholds(scores: ArrayLike, masks: ArrayLike) -> float:
     if rate.size == 0 or rate.max() == rate.min():
         return float("nan")
     return float(integrate.trapezoid(overlap[::-1], rate[::-1]) / (rate.max() - rate.min()))
-
-
-# One curve, one way to the metrics --------------------------------------------------------------------------------
 
 
 class _Curve(NamedTuple):
@@ -236,9 +210,6 @@ def _region_weights(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(weights), numbers
 
 
-# Bootstrap --------------------------------------------------------------------------------------------------------
-
-
 def draw_counts(labels: ArrayLike, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
     """How often each image is in each bootstrap resample, (1 + R) x N: row 0 is the sample itself (all 1).
 
@@ -262,19 +233,15 @@ def resampled_metrics(
 ) -> dict[str, np.ndarray]:
     """The metrics of many resamples of the images: R numbers for each.
 
-    Args:
-        scores, truth: as in ``pixel_metrics`` (N x H x W), or as in ``image_metrics`` (N; then without ``pro``).
-        counts: R x N, how often each image was drawn (``draw_counts``).
+    ``scores``, ``truth``: as in ``pixel_metrics`` (N x H x W), or as in ``image_metrics`` (N; then without ``pro``);
+    ``counts``: R x N, how often each image was drawn (``draw_counts``). Raises ValueError as these, or for counts that
+    are not R x N numbers of 0 or more.
 
     A resample with one class only is NaN; where others are not, a warning says how many: leave them out of an
     interval, as ``np.nanquantile`` does. (Images are drawn by their label, and an anomalous image's mask can be empty.)
-
-    Raises:
-        ValueError: as the functions for one sample; counts that are not R x N numbers of 0 or more.
     """
     per_pixel = np.ndim(scores) == 3
-    kind = ("N x H x W", "masks") if per_pixel else ("N", "labels")
-    scores, truth = _checked(scores, truth, *kind)
+    scores, truth = _checked(scores, truth, "N x H x W" if per_pixel else "N")
     counts = np.asarray(counts, dtype=np.float64)  # sums of them are whole numbers far below 2^53
     if counts.ndim != 2 or counts.shape[1] != len(scores) or (counts < 0).any():
         raise ValueError(f"counts must be R x {len(scores)}, 0 or more, found {counts.shape}.")
@@ -321,41 +288,34 @@ def _resampled_sums(pieces: Iterable[_Curve], counts, anomalous, normal) -> np.n
     return sums
 
 
-# Input ----------------------------------------------------------------------------------------------------------
-
-
-def _checked(scores: ArrayLike, truth: ArrayLike, shape: str, truth_name: str):
+def _checked(scores: ArrayLike, truth: ArrayLike, shape: str) -> tuple[np.ndarray, np.ndarray]:
     """Both as arrays, the caller's own memory where possible: float32 or float64, and bool."""
-    scores, truth = _array(scores, "scores"), _array(truth, truth_name)
+    scores, truth = _array(scores), _array(truth)
     if len(shape.split(" x ")) != scores.ndim or scores.shape != truth.shape or not scores.size:
         raise ValueError(
-            f"scores and {truth_name} must both be {shape}, of one shape and not empty, "
-            f"found {scores.shape} and {truth.shape}."
+            f"scores and truth must both be {shape}, of one shape and not empty, found {scores.shape} and {truth.shape}"
         )
     if scores.dtype not in (np.float32, np.float64):
         # float16 fits into float32; integers and booleans into float64.
         scores = scores.astype(np.float32 if scores.dtype == np.float16 else np.float64)
     # min and max need no memory, and both are NaN when any score is.
     if not (np.isfinite(scores.min()) and np.isfinite(scores.max())):
-        bad = np.argwhere(~np.isfinite(scores))
-        first = tuple(bad[0].tolist())
-        raise ValueError(f"scores must be finite, found {len(bad)} that are not, first at {first}.")
+        raise ValueError("scores must be finite, found NaN or infinity")
     binary = truth if truth.dtype == bool else truth != 0
     if binary is not truth and not np.array_equal(truth, binary):
-        other = truth[truth != binary].flat[0]
         raise ValueError(
-            f"{truth_name} must hold only 0 (normal) and 1 (anomalous), found {other}; "
-            "binarise them first, for instance with `> 0`."
+            f"masks and labels must hold only 0 (normal) and 1 (anomalous), found {truth[truth != binary].flat[0]}; "
+            "binarise them first, for instance with `> 0`"
         )
     return scores, binary
 
 
-def _array(values: ArrayLike, name: str) -> np.ndarray:
+def _array(values: ArrayLike) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         if values.dtype == torch.bfloat16:  # NumPy has none
             values = values.float()
     array = np.asarray(values)
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"{name} must be real numbers, found an array of {array.dtype}.")
+        raise ValueError(f"scores, masks and labels must be real numbers, found {array.dtype}")
     return array

@@ -350,7 +350,7 @@ def test_resampled_scores_have_to_be_finite(value):
     scores, masks = smooth_case(n=2, side=16)
     scores[1, 3, 3] = value
     for function in (resampled_metrics, lambda s, m, _: pixel_metrics(s, m)):
-        with pytest.raises(ValueError, match=r"1 .*\(1, 3, 3\)"):
+        with pytest.raises(ValueError, match="finite"):
             function(scores, masks, np.ones((3, 2)))
 
 
@@ -397,18 +397,15 @@ def test_the_callers_arrays_stay_as_they_were():
         (lambda s, m: (s[0], m[0]), r"N x H x W.*\(48, 48\)"),
         (lambda s, m: (s, m[:, :40]), r"\(6, 48, 48\).*\(6, 40, 48\)"),
         (lambda s, m: (s[:0], m[:0]), r"\(0, 48, 48\)"),
-        (
-            lambda s, m: (np.where(m, np.nan, s), m),
-            r"162.*\(0, \d+, \d+\)",
-        ),
-        (lambda s, m: (np.where(m, np.inf, s), m), "162"),
-        (lambda s, m: (np.where(m, -np.inf, s), m), "162"),
+        (lambda s, m: (np.where(m, np.nan, s), m), "finite"),
+        (lambda s, m: (np.where(m, np.inf, s), m), "finite"),
+        (lambda s, m: (np.where(m, -np.inf, s), m), "finite"),
         (lambda s, m: (s, m * 255), "masks.*255"),
         (lambda s, m: (s, m * 0.5), r"masks.*0\.5"),
         (lambda s, m: (s, np.where(m, np.nan, 0)), "masks.*nan"),
         (lambda s, m: (s, m - 1.0), "masks.*-1"),
-        (lambda s, m: (s * 1j, m), "scores.*complex"),
-        (lambda s, m: (s, m.astype(str)), "masks.*U5"),
+        (lambda s, m: (s * 1j, m), "complex"),
+        (lambda s, m: (s, m.astype(str)), "U5"),
     ],
 )
 def test_bad_input(function, change, message):
