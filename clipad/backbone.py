@@ -22,7 +22,7 @@ import torch
 from open_clip.model import convert_weights_to_lp
 from PIL import Image
 
-from clipad.checkpoints import Checkpoint, download, load_weights, read_checkpoint
+from clipad.checkpoints import download, load_weights, read_checkpoint
 from clipad.datasets import image_tensor
 from clipad.files import address, cached, did_you_mean
 from clipad.prompts import words
@@ -119,12 +119,12 @@ class Backbone:
         They are kept on disk under the hash of the weights and of the sentences, so that a category is encoded
         once per model; a damaged file is noticed and made again.
         """
-        if isinstance(sentences, str):
-            raise ValueError(f"encode_text takes a list of sentences, found the text {sentences!r}")
-        sentences = list(sentences)
-        if not sentences or not all(isinstance(s, str) and s.strip() for s in sentences):
-            raise ValueError("encode_text needs at least one sentence, and none may be empty")
-        unknown = self.unknown_words(sentences) - self._warned
+        texts = [] if isinstance(sentences, str) else list(sentences)
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(
+                f"encode_text takes a list of sentences, none empty; found {sentences!r}"
+            )
+        unknown = self.unknown_words(texts) - self._warned
         if unknown:
             self.expect_words(unknown)
             warnings.warn(
@@ -132,9 +132,9 @@ class Backbone:
                 "makes of them is noise",
                 stacklevel=2,
             )
-        key = address([self.weights_hash, self.device.type, "float32", sentences])
+        key = address([self.weights_hash, self.device.type, "float32", texts])
         path = cache_dir() / "text" / f"{key}.npz"
-        found = cached(path, lambda: {"embeddings": self._encode(sentences)}, required=False)
+        found = cached(path, lambda: {"embeddings": self._encode(texts)}, required=False)
         return torch.from_numpy(found["embeddings"])
 
     def _encode(self, sentences: list[str]) -> np.ndarray:
@@ -147,11 +147,8 @@ class Backbone:
                 stacklevel=5,
             )
         with torch.inference_mode():
-            parts = [
-                self._encode_tokens(part.to(self.device)).float().cpu()
-                for part in tokens.split(TEXT_BATCH)
-            ]
-        return torch.cat(parts).numpy()
+            parts = [self._encode_tokens(part.to(self.device)) for part in tokens.split(TEXT_BATCH)]
+        return torch.cat(parts).float().cpu().numpy()
 
     def _encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """The text tower on no more positions than the longest sentence needs.
@@ -195,9 +192,8 @@ def load_backbone(
     The activation belongs to the weights: a tag's own configuration decides it (OpenAI's were trained with QuickGELU,
     also under the name ``ViT-B-32``), for a file the ``open_clip_config.json`` beside it, else the model's name.
 
-    Raises ValueError for an unknown name, tag or device, an image size that patches do not fill, a checkpoint that
-    does not fit or holds non-finite values, or a model whose image tower is not a plain CLIP vision transformer;
-    OSError where weights cannot be downloaded. Nothing pickled is ever executed.
+    Raises ValueError for names that are not known, an image size that patches do not fill, a checkpoint that does not
+    fit, or an image tower that is not a plain CLIP vision transformer; OSError where weights cannot be downloaded.
     """
     device = find_device(device)
     config, source, own = require_model(name, pretrained, image_size)
@@ -207,15 +203,15 @@ def load_backbone(
     elif source:
         said = f"checkpoint file {source.name}" if pretrained else "shipped weights"
     try:
-        checkpoint = read_checkpoint(path) if path else None
-        if checkpoint:
+        weights, openai = read_checkpoint(path) if path else (None, False)
+        if weights:
             sure = own.get("quick_gelu")
-            config["quick_gelu"] = _quick_gelu(name, config, checkpoint) if sure is None else sure
+            config["quick_gelu"] = _quick_gelu(name, config, openai) if sure is None else sure
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = open_clip.CLIP(**config)
-        if checkpoint:
-            load_weights(model, checkpoint.state, resize=bool(image_size))
+        if weights:
+            load_weights(model, weights, resize=bool(image_size))
     except ValueError as error:
         which = repr(str(pretrained or path))
         raise ValueError(f"the weights {which} cannot be loaded into {name}: {error}") from error
@@ -240,19 +236,17 @@ def find_device(device: str | None = None) -> torch.device:
 
     Raises ValueError for a device that torch does not know or does not see on this machine.
     """
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    count = torch.accelerator.device_count() if there else 0
+    gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if gpu else 0
     try:
-        found = torch.device(device or there or "cpu")
+        found = torch.device(device or gpu or "cpu")
     except RuntimeError:
+        found = None
+    seen = found and gpu and found.type == gpu.type and (found.index or 0) < count
+    if not found or not (found.type == "cpu" or seen):
+        sees = f"{count} of {gpu.type}, counted from {gpu.type}:0" if gpu else "no GPU"
         raise ValueError(
-            f"unknown device {device!r}: 'cpu', 'cuda', 'cuda:1', 'mps', 'xpu', or empty for a GPU where there is one"
-        ) from None
-    seen = there is not None and found.type == there.type and (found.index or 0) < count
-    if found.type != "cpu" and not seen:
-        sees = f"{count} of {there.type}, counted from {there.type}:0" if there else "no GPU"
-        raise ValueError(
-            f"device={str(device)!r} was asked for, but torch sees {sees}: leave the device empty or use 'cpu'"
+            f"unknown device {device!r}: torch sees {sees} on this machine; leave the device empty or use 'cpu'"
         )
     return found
 
@@ -306,14 +300,12 @@ def _published_model(name: str) -> dict:
     if name not in known:
         raise ValueError(f"unknown model {name!r}{did_you_mean(name, ['demo', *known])}")
     config = open_clip.get_model_config(name)
-    vision, others = config["vision_cfg"], config | config["text_cfg"]
-    found = {key: value for key, value in vision.items() if key not in PLAIN}
-    found |= {key: value for key, value in vision.items() if isinstance(value, list)}  # a ResNet
-    found |= {key: others[key] for key in ("custom_text", "hf_model_name") if others.get(key)}
-    if found:
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    plain = set(vision) <= PLAIN and isinstance(vision["layers"], int)  # a list: a ResNet
+    if not plain or config.get("custom_text") or "hf_model_name" in text:
         raise ValueError(
-            f"{name} is not a plain CLIP vision transformer ({', '.join(f'{k}={v}' for k, v in found.items())}): the "
-            "staged dual path needs one, such as ViT-B-16-plus-240, ViT-B-32, ViT-B-16 or ViT-L-14"
+            f"{name} is not a plain CLIP vision transformer: the staged dual path needs one, such as "
+            "ViT-B-16-plus-240, ViT-B-32, ViT-B-16 or ViT-L-14"
         )
     return config
 
@@ -324,16 +316,16 @@ def _beside(folder: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _quick_gelu(name: str, config: dict, checkpoint: Checkpoint) -> bool:
+def _quick_gelu(name: str, config: dict, openai: bool) -> bool:
     """Whether weights of a file need QuickGELU; a word where the model's name does not say so and nothing is sure."""
     named, twin = config.get("quick_gelu", False), f"{name}-quickgelu"
-    if not named and (checkpoint.openai or twin in open_clip.list_models()):
+    if not named and (openai or twin in open_clip.list_models()):
         warnings.warn(
-            f"the file is run with {'QuickGELU' if checkpoint.openai else 'GELU'}: weights of OpenAI, MetaCLIP and DFN "
+            f"the file is run with {'QuickGELU' if openai else 'GELU'}: weights of OpenAI, MetaCLIP and DFN "
             f"were trained with QuickGELU, and the model that has it is {twin}",
             stacklevel=3,
         )
-    return named or checkpoint.openai
+    return named or openai
 
 
 def cache_dir() -> Path:

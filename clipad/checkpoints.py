@@ -8,7 +8,6 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,14 +25,6 @@ WRAPPERS = {"module", "_orig_mod"}
 """what DataParallel and torch.compile put into the names of weights"""
 UNUSED = ("attn_mask", "logit_bias", "text.transformer.embeddings.position_ids")
 """what some versions store and no feature depends on"""
-
-
-@dataclass
-class Checkpoint:
-    """Weights by open_clip's names, floating ones as float32, and whether the file is in OpenAI's own form."""
-
-    state: dict[str, torch.Tensor]
-    openai: bool
 
 
 def download(name: str, tag: str, published: Mapping) -> Path:
@@ -66,8 +57,11 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """The weights in a file. ValueError for one that holds no CLIP with a vision transformer, or several."""
+def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
+    """The weights in a file, by open_clip's names as float32, and whether they are in OpenAI's own form.
+
+    ValueError for a file that holds no CLIP with a vision transformer, or several.
+    """
     flat = dict(_flat(read_content(path)))
     found = (re.fullmatch(rf"(|.*[./]){re.escape(FIRST)}", name) for name in flat)
     prefixes = [match[1] for match in found if match]
@@ -87,7 +81,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(
                 f"{key} holds no floating-point numbers but {value.dtype}, quantised or emptied"
             )
-    return Checkpoint({key: value.float() for key, value in state.items()}, openai)
+    return {key: value.float() for key, value in state.items()}, openai
 
 
 def _flat(content: Mapping, place: str = "") -> Iterator[tuple[str, object]]:

@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from clipad.dual_path import (
-    default_stages,
-    embed_patches,
-    project,
-    require_images,
-    staged_features,
-)
+from clipad.dual_path import default_stages, embed_patches, project, require_images, staged_features
 from clipad.linear_layers import LinearLayers, linear_maps, require_separate
 from clipad.prompts import CLIP_AD, Prompts
 from clipad.surgery import cosine, feature_surgery, similarity_map, smooth
@@ -54,7 +48,6 @@ class Features:
     """per stage B x (N+1) x D, for SDP+ only"""
 
     def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Features:
-        """The features with every tensor changed."""
         return Features(
             change(self.image_embedding),
             [change(tokens) for tokens in self.tokens],
@@ -82,8 +75,11 @@ class Features:
 class Detector:
     """Common to all: prompts, representative vectors per category, smoothing.
 
-    ``smoothing``: sigma of the Gaussian in pixels; None is 8/240 of the image side, 0 is none.
-    ``rvs_options``: None for the published ones of the method.
+    ``smoothing``: sigma of the Gaussian in pixels; None is 8/240 of the image side, 0 is none. ``rvs_options``: None
+    for the published ones of the method.
+
+    What makes a detector are ``encode(images) -> Features``, the backbone's part in its precision, and
+    ``patch_values(features, text) -> B x N``, the anomalous column before up-sampling, or whole ``maps``.
     """
 
     name = "Detector"
@@ -137,16 +133,6 @@ class Detector:
             maps = self.maps(features, text)
             probabilities = self.probabilities(features, text)
         return Prediction(maps.cpu(), probabilities.cpu())
-
-    # What makes a detector: its features, and the values of its patches or whole maps.
-
-    def encode(self, images: torch.Tensor) -> Features:
-        """The backbone's part, on images that are on its device, in its precision."""
-        raise NotImplementedError
-
-    def patch_values(self, features: Features, text: torch.Tensor) -> torch.Tensor:
-        """B x N: the anomalous column before up-sampling."""
-        raise NotImplementedError
 
     def maps(self, features: Features, text: torch.Tensor) -> torch.Tensor:
         """B x S x S, smoothed; ``text``: C x 2 unit columns on the features' device."""
@@ -211,9 +197,8 @@ class SDP(Detector):
         as_released=True,
     ):
         super().__init__(backbone, prompts, rvs, rvs_options, smoothing)
-        self.stages = (
-            tuple(stages) if stages else default_stages(len(backbone.visual.transformer.resblocks))
-        )
+        blocks = len(backbone.visual.transformer.resblocks)
+        self.stages = tuple(stages) if stages else default_stages(blocks)
         self.as_released = as_released
 
     def encode(self, images):

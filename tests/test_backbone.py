@@ -87,7 +87,7 @@ def test_unknown_words_are_named_once():
 
 @pytest.mark.parametrize("sentences", [[], [""], ["a", " "], [3]])
 def test_empty_sentences_are_refused(demo, sentences):
-    with pytest.raises(ValueError, match="at least one sentence"):
+    with pytest.raises(ValueError, match="list of sentences, none empty"):
         demo.encode_text(sentences)
 
 

@@ -88,7 +88,7 @@ def test_a_detector_that_says_the_same_of_everything_is_at_chance(detector, data
 
 
 def test_unknown_devices_are_refused():
-    with pytest.raises(ValueError, match="unknown device 'gpu': 'cpu', 'cuda'"):
+    with pytest.raises(ValueError, match="unknown device 'gpu'"):
         load_backbone(device="gpu")
 
 
@@ -118,7 +118,7 @@ def test_impossible_smoothing_is_refused(smoothing, tiny_backbone):
 
 
 def test_one_text_is_not_taken_for_a_list_of_letters(tiny_backbone):
-    with pytest.raises(ValueError, match="takes a list of sentences, found the text 'bolt'"):
+    with pytest.raises(ValueError, match="takes a list of sentences, none empty; found 'bolt'"):
         tiny_backbone.encode_text("bolt")
 
 
