@@ -767,8 +767,8 @@ def test_check_collects_every_problem(mvtec):
         "outside the root",
     ):
         assert part in text
-    assert "bottle: found 2 + 9 normal + anomalous images, expected 20 + 63" in text
-    assert "zipper: found 0 + 0" in text
+    assert "bottle: found 2 normal + 9 anomalous images, expected 20 + 63" in text
+    assert "zipper: found 0 normal + 0" in text
     assert "PROBLEM" in str(report)
 
 

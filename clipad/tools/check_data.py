@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
@@ -20,8 +21,7 @@ COUNTS += ["wrong_size_masks", "empty_masks", "vanished_masks", "duplicates"]
 NOTES = {
     "duplicates": "byte-identical to an earlier image, kept",
     "turned": "EXIF orientation set, ignored: pixels are taken as stored",
-    "twelve bit": "16-bit files whose values stay below 4096: read on the 16-bit scale they are nearly black; if the "
-    "camera has 12 bits, multiply by 16",
+    "twelve bit": "16-bit files whose values stay below 4096, nearly black as read: multiply by 16",
 }
 """what is worth a word, and the word"""
 
@@ -85,76 +85,82 @@ def check_dataset(
     facts["duplicates"] = facts["digest"].notna() & facts["digest"].duplicated()
     if all(sample.mask_path is None for sample in dataset):
         facts["missing_masks"] = 0
-    table = _table(name, facts)
-    problems = [text for texts in facts["problems"] for text in texts]
+    columns = ["expected_normal", "expected_anomalous"]
+    expected = pd.DataFrame.from_dict(EXPECTED.get(name, {}), "index", dtype=float, columns=columns)
+    order = pd.Index([*expected.index, *facts["category"]], name="category").unique()
+    table = facts.groupby("category")[COUNTS].sum().reindex(order, fill_value=0).astype(int)
+    table["anomalous_pixels"] = facts.groupby("category")["marked"].mean()
+    table = table.join(expected).reset_index()
+    problems = facts["problems"].sum() + _problems(table)
+    if flat := _named(dataset, facts["path"][facts["flat"]]):
+        problems.append(f"images with at most two colours, so masks or empty: {flat}")
+    notes = {text: _named(dataset, facts["path"][facts[k] == 1]) for k, text in NOTES.items()}
+    notes = [f"{text}: {names}" for text, names in notes.items() if names]
+    if name == "folder":
+        notes += _notes_on_folder(dataset)
+    return DatasetReport(name, dataset.root, table, problems, notes)
+
+
+def _facts(sample: Sample, root: Path, image_size: int) -> dict:
+    """What reading the files of one sample shows: columns of the table, of ``NOTES``, and a list of problems."""
+    found = dict.fromkeys([*COUNTS, *NOTES], 0) | {"digest": None, "flat": False, "marked": np.nan}
+    found |= {"category": sample.category, "path": sample.image_path, "problems": []}
+    found |= {LABELS[sample.label]: 1, "missing_masks": sample.label == 1 and not sample.mask_path}
+
+    def look(kind: str, path: Path | None, read: Callable[[Path], None]) -> None:
+        """Count a file that cannot be used under ``kind`` if it is missing, and say why."""
+        try:
+            if path:
+                datasets.require_usable(path, root)
+                read(path)
+        except (OSError, ValueError) as error:
+            kind = kind if isinstance(error, FileNotFoundError) else "unreadable"
+            found["wrong_size_masks" if isinstance(error, MaskSizeError) else kind] += 1
+            found["problems"].append(str(error))
+
+    def read_image(path: Path) -> None:
+        image = datasets.decode(path)
+        found.update(dict.fromkeys(datasets.remarks(image), 1))
+        found["flat"] = datasets.two_levels(datasets.eight_bit(image))
+        found["digest"] = content_hash(path)
+
+    def read_mask(path: Path) -> None:
+        if found["digest"]:  # the image can be read
+            datasets.require_mask_size(path, sample.image_path)
+        mask = datasets.native_mask(path)
+        if path == sample.mask_path:
+            empty = not mask.any()
+            vanished = not empty and not datasets.resize_mask(mask, image_size).any()
+            found.update(masks=1, marked=mask.mean(), empty_masks=empty, vanished_masks=vanished)
+            if empty:
+                found["problems"].append(f"mask {path} has no pixel > 0")
+
+    look("unreadable", sample.image_path, read_image)
+    look("missing_masks", sample.mask_path, read_mask)
+    look("missing_masks", sample.object_mask_path, read_mask)
+    return found
+
+
+def _problems(table: pd.DataFrame) -> list[str]:
+    """What is wrong with a category as a whole."""
+    problems = []
     for row in table.itertuples():
-        expected = f"expected {row.expected_normal:.0f} + {row.expected_anomalous:.0f}"
-        found = f"{row.normal:.0f} + {row.anomalous:.0f}"
-        if row.expected_normal >= 0 and not expected.endswith(f" {found}"):
-            problems.append(f"{row.category}: found {found} normal + anomalous images, {expected}")
+        found, expected = (row.normal, row.anomalous), (row.expected_normal, row.expected_anomalous)
+        if row.expected_normal >= 0 and found != expected:
+            problems.append(
+                f"{row.category}: found {found[0]} normal + {found[1]} anomalous images, "
+                f"expected {expected[0]:.0f} + {expected[1]:.0f}"
+            )
         if row.anomalous_pixels > 0.5:
             problems.append(
                 f"{row.category}: the masks mark {row.anomalous_pixels:.0%} of the pixels as anomalous: are they the "
                 "wrong way round (255 = background)?"
             )
-    if flat := _named(dataset, facts["path"][facts["flat"] == 1]):
-        problems.append(f"images with at most two colours, so masks or empty: {flat}")
-    notes = {text: _named(dataset, facts["path"][facts[k] == 1]) for k, text in NOTES.items()}
-    notes = [f"{text}: {names}" for text, names in notes.items() if names]
-    return DatasetReport(
-        name, dataset.root, table, problems, notes + _notes_on_folder(name, dataset)
-    )
+    return problems
 
 
-def _facts(sample: Sample, root: Path, image_size: int) -> dict:
-    """What reading the files of one sample shows: columns of the table, of ``NOTES``, and a list of problems."""
-    found = dict.fromkeys([*COUNTS, *NOTES, "flat"], 0)
-    found |= {"category": sample.category, "path": sample.image_path, "digest": None}
-    found |= {LABELS[sample.label]: 1, "problems": []}
-    found["missing_masks"] = int(sample.label == 1 and sample.mask_path is None)
-    for path in filter(None, (sample.image_path, sample.mask_path, sample.object_mask_path)):
-        try:
-            datasets.require_usable(path, root)
-            if path == sample.image_path:
-                image = datasets.decode(path)
-                found |= dict.fromkeys(datasets.remarks(image), 1)
-                found["flat"] = int(datasets.two_levels(datasets.eight_bit(image)))
-                found["digest"] = content_hash(path)
-                continue
-            if found["digest"]:
-                datasets.require_mask_size(path, sample.image_path)
-            mask = datasets.native_mask(path)
-        except (OSError, ValueError) as error:
-            kind = "wrong_size_masks" if isinstance(error, MaskSizeError) else "unreadable"
-            if isinstance(error, FileNotFoundError) and path != sample.image_path:
-                kind = "missing_masks"
-            found[kind] += 1
-            found["problems"].append(str(error))
-            continue
-        if path == sample.mask_path:
-            found |= {"masks": 1, "marked": float(mask.mean()), "empty_masks": int(not mask.any())}
-            vanished = mask.any() and not datasets.resize_mask(mask, image_size).any()
-            found["vanished_masks"] = int(vanished)
-            if not mask.any():
-                found["problems"].append(f"mask {path} has no pixel > 0")
-    return found
-
-
-def _table(name: str, facts: pd.DataFrame) -> pd.DataFrame:
-    expected = pd.DataFrame.from_dict(
-        EXPECTED.get(name, {}), "index", columns=["expected_normal", "expected_anomalous"]
-    )
-    order = pd.Index([*expected.index, *facts["category"]], name="category").unique()
-    groups = facts.groupby("category")
-    table = groups[COUNTS].sum().reindex(order, fill_value=0).astype(int)
-    shares = groups["marked"].mean() if "marked" in facts else float("nan")
-    return table.assign(anomalous_pixels=shares).join(expected.astype(float)).reset_index()
-
-
-def _notes_on_folder(name: str, dataset: Dataset) -> list[str]:
+def _notes_on_folder(dataset: Dataset) -> list[str]:
     """What was left out of data set "folder", and what its prompts will say."""
-    if name != "folder":
-        return []
     used = {path for s in dataset for path in (s.image_path, s.mask_path, s.object_mask_path)}
     rest = scan(dataset.root, used)
     notes = [f"left out: {line}" for line in rest.skipped_lines(dataset.root)]
