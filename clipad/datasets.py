@@ -75,12 +75,9 @@ class MaskSizeError(ValueError):
 def read_image(path: str | Path) -> Image.Image:
     """Decode an image into mode L or RGB, 8 bits a channel, at its stored size and orientation.
 
-    L and RGB stay as they are. Palette, 1-bit, LA, RGBA and CMYK images become RGB here, before any resize
-    (METHOD.md section 1); an alpha channel is dropped, not blended. 16-bit grey is scaled by 255/65535 and
-    rounded, without stretching its contrast; 16-bit RGB PNGs are cut to their upper 8 bits by Pillow.
-
-    Raises `UnreadableImageError` (naming the file) for anything that is not a complete PNG, JPEG, BMP, TIFF or
-    WebP image, has more than `PIXEL_LIMIT` pixels, or floating-point or 32-bit ones.
+    L and RGB stay as they are; palette, 1-bit, LA, RGBA and CMYK images become RGB, alpha is dropped, 16-bit grey is
+    scaled by 255/65535 (METHOD.md section 1). Raises `UnreadableImageError` (naming the file) for anything that is not
+    a complete PNG, JPEG, BMP, TIFF or WebP image of at most `PIXEL_LIMIT` pixels of 8 or 16 bits.
     """
     return eight_bit(decode(path))
 
@@ -99,8 +96,7 @@ def read_mask(path: str | Path, image_size: int) -> np.ndarray:
     """Read a ground-truth mask as an S x S bool array, S = `image_size` (METHOD.md section 1).
 
     A pixel is anomalous where any colour channel is > 0 (of a palette the index; alpha is ignored), decided at native
-    size; then bilinear resize to S x S and threshold at 0.5. On the 8-bit result 127 is out and 128 is in, so that no
-    value ties. Errors as `read_image`.
+    size; then bilinear resize to S x S and threshold at 0.5. Errors as `read_image`.
     """
     return resize_mask(native_mask(path), image_size)
 
@@ -129,9 +125,9 @@ def native_mask(path: str | Path) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
-    """Resize an H x W bool mask to S x S bilinearly (antialiased) and threshold it at 0.5.
+    """Resize an H x W bool mask to S x S bilinearly (antialiased) and threshold it at 0.5: thin regions can vanish.
 
-    Thin regions can vanish:
+    On the 8-bit result 127 is out and 128 is in, so that no value ties.
 
     >>> mask = np.zeros((96, 96), bool); mask[:, 10] = True
     >>> int(resize_mask(mask, 96).sum()), int(resize_mask(mask, 24).sum())
@@ -142,10 +138,9 @@ def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def image_tensor(image: Image.Image, image_size: int, mean: Iterable[float], std: Iterable[float]):
-    """Pre-process a PIL image for a CLIP model: 3 x S x S float32 tensor, S = `image_size`.
+    """Pre-process a PIL image for a CLIP model: 3 x S x S float32 tensor, S = `image_size` (METHOD.md section 1).
 
-    Both sides are squashed to S with bicubic interpolation (no crop), then RGB, [0, 1], (x - mean) / std
-    (METHOD.md section 1). Modes other than L and RGB are converted first, as in `read_image`.
+    Both sides are squashed to S with bicubic interpolation (no crop), then RGB, [0, 1], (x - mean) / std.
 
     >>> image_tensor(Image.new("L", (40, 30), 255), 24, mean=[0.5] * 3, std=[0.25] * 3)[:, 0, 0].tolist()
     [2.0, 2.0, 2.0]

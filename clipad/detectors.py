@@ -59,7 +59,7 @@ class Features:
         return self.apply(lambda values: values.to(device))
 
     def __getitem__(self, index) -> Features:
-        """The features of some of the images (a slice, a mask or a list of indices)."""
+        """Of some of the images: a slice, a mask or a list of indices."""
         return self.apply(lambda values: values[index])
 
     @staticmethod
@@ -220,11 +220,9 @@ class SDP(Detector):
 class SDPPlus(SDP):
     """SDP plus one trained linear layer per stage (paper section 3.3, METHOD.md section 6).
 
-    Map = SDP's map before smoothing + sum over stages of the layers' anomalous probability, then smoothed.
-    ``layers``: from :func:`clipad.training.train` or ``load_layers``; the other options as for SDP.
-
-    A category that trained the layers is refused (ValueError) unless ``allow_overlap``, which then stands in the
-    name and in the settings of every result.
+    Map = SDP's map before smoothing + sum over stages of the layers' anomalous probability, then smoothed. ``layers``:
+    from :func:`clipad.train` or ``load_layers``. A category that trained them is refused (ValueError) unless
+    ``allow_overlap``, which then stands in the name and in the settings of every result.
     """
 
     name = "SDP+"

@@ -105,7 +105,14 @@ def evaluate(
             found = cached(place, lambda: _run_category(detector, samples, folder, batch_size, bar))
             if folder:
                 shutil.rmtree(folder / "parts", ignore_errors=True)
-            frames.append(_frame(dataset, samples, found))
+            own = {
+                "category": category,
+                "path": [s.image_path.relative_to(dataset.root).as_posix() for s in samples],
+                "defect": [s.defect for s in samples],
+                "label": [s.label for s in samples],
+            }
+            own |= {name: found[name] for name in ("probability", "map_max", "image_score")}
+            frames.append(pd.DataFrame(own))
             rows[category] = found["metrics"]
             bar.update(sum(map(len, frames)) - bar.n)
 
@@ -216,10 +223,26 @@ def in_parts(compute: Callable[[torch.Tensor], Any], images: torch.Tensor) -> li
     return [part for half in images.chunk(2) for part in in_parts(compute, half)]
 
 
-def predict_halving(detector, images: torch.Tensor, category: str) -> tuple[torch.Tensor, ...]:
-    """Maps and probabilities; a batch that does not fit into GPU memory is halved until it does."""
-    parts = in_parts(lambda part: detector.predict(part, category), images)
-    return torch.cat([p.maps for p in parts]), torch.cat([p.probabilities for p in parts])
+def predict(
+    detector, samples: Iterable[Sample], batch_size: int = 16, keep_maps: bool = True, bar=None
+) -> Arrays:
+    """``maps`` N x S x S (or only their maxima, N x 1 x 1) and class ``probabilities`` N of samples.
+
+    A batch that does not fit into GPU memory is halved until it does. Raises ValueError for maps or probabilities that
+    are not finite.
+    """
+    maps, probabilities = [], []
+    for category, images in batches(detector.backbone, samples, batch_size):
+        for part in in_parts(lambda some: detector.predict(some, category), images):
+            if not (torch.isfinite(part.maps).all() and torch.isfinite(part.probabilities).all()):
+                raise ValueError(
+                    f"{detector.name} gave maps or probabilities that are not finite for {category!r}"
+                )
+            maps.append(part.maps if keep_maps else part.maps.amax(dim=(1, 2), keepdim=True))
+            probabilities.append(part.probabilities)
+        if bar:
+            bar.update(len(images))
+    return {"maps": torch.cat(maps).numpy(), "probabilities": torch.cat(probabilities).numpy()}
 
 
 def _run_category(detector, samples, folder, batch_size, bar) -> Arrays:
@@ -231,7 +254,7 @@ def _run_category(detector, samples, folder, batch_size, bar) -> Arrays:
         name = f"{file_name(samples[0].category)}-{start // PART:04d}.npz"
         part = cached(
             folder / "parts" / name if folder and len(samples) > PART else None,
-            lambda: _run_part(detector, group, masked, batch_size, bar),
+            lambda: predict(detector, group, batch_size, masked, bar),
         )
         if maps is None:  # once for the category: to put parts together later would hold them twice
             maps = np.empty((len(samples), *part["maps"].shape[1:]), dtype=np.float32)
@@ -250,31 +273,6 @@ def _run_category(detector, samples, folder, batch_size, bar) -> Arrays:
         "image_score": score.astype(np.float64),
         "metrics": np.array([metrics.get(name, np.nan) for name in COLUMNS]),
     }
-
-
-def _run_part(detector, samples, keep_maps, batch_size, bar) -> Arrays:
-    """Class probabilities and the maps: only their maxima, N x 1 x 1, if they are not kept."""
-    maps, probabilities = [], []
-    for category, images in batches(detector.backbone, samples, batch_size):
-        found, p = predict_halving(detector, images, category)
-        if not (torch.isfinite(found).all() and torch.isfinite(p).all()):
-            raise ValueError(
-                f"{detector.name} gave maps or probabilities that are not finite for {category!r}"
-            )
-        probabilities.append(p.numpy())
-        maps.append((found if keep_maps else found.amax(dim=(1, 2), keepdim=True)).numpy())
-        bar.update(len(images))
-    return {"probabilities": np.concatenate(probabilities), "maps": np.concatenate(maps)}
-
-
-def _frame(dataset: Dataset, samples: list[Sample], found: Arrays) -> pd.DataFrame:
-    columns = {
-        "category": [s.category for s in samples],
-        "path": [s.image_path.relative_to(dataset.root).as_posix() for s in samples],
-        "defect": [s.defect for s in samples],
-        "label": [s.label for s in samples],
-    }
-    return pd.DataFrame(columns | {k: found[k] for k in ("probability", "map_max", "image_score")})
 
 
 def read_masks(samples: list[Sample], image_size: int) -> np.ndarray:

@@ -1,8 +1,6 @@
 """SDP+'s linear layers: from frozen patch tokens to maps, and the losses that train them (paper section 3.3,
-METHOD.md section 6).
-
-One layer per stage maps the frozen patch tokens x_j of the ordinary path (width D) into the joint space (width C),
-where they are compared with the two text vectors. Nothing else is trained.
+METHOD.md section 6). One layer per stage maps the patch tokens x_j of the ordinary path (width D) into the joint space
+(width C), where they are compared with the two text vectors.
 
 Shapes: B images, N patch tokens (a G x G grid), J stages, S image side in pixels.
 """
@@ -60,13 +58,11 @@ class LinearLayers(nn.Module):
 
     def require_fit(self, backbone: Backbone, stages: Sequence[int], as_released: bool) -> None:
         """ValueError if these layers cannot belong to that backbone, those stages or that way of reading them."""
-        width, joint_width = backbone.visual.proj.shape
         found = (len(self.fc), self.fc[0].in_features, self.fc[0].out_features)
-        if found != (len(stages), width, joint_width):
-            raise ValueError(
-                f"the layers are {found[0]} of {found[1]} -> {found[2]}, but {backbone.name} with stages "
-                f"{tuple(stages)} needs {len(stages)} of {width} -> {joint_width}: use layers trained for it"
-            )
+        needed = (len(stages), *backbone.visual.proj.shape)
+        if found != needed:
+            shown = ["{} of {} -> {}".format(*numbers) for numbers in (found, needed)]
+            raise ValueError(f"the layers are {shown[0]}, {backbone.name} needs {shown[1]}")
         used = {
             "image_size": backbone.image_size,  # first: another size also has other position embeddings
             "weights": backbone.weights_hash,

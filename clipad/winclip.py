@@ -24,8 +24,7 @@ TEMPERATURE = 0.07
 SIZES = (2, 3)
 """sides of the windows, in patches; the third scale of the paper is the whole image"""
 _TOKENS = 2048
-"""tokens that go through the transformer at once on a CPU, whose malloc keeps arrays below 32 MB for the next block
-instead of asking the system for fresh pages; on a GPU 32 times as many"""
+"""that go through the transformer at once on a CPU, whose malloc keeps arrays below 32 MB; on a GPU 32 times as many"""
 
 
 class WinCLIP(Detector):

@@ -4,7 +4,7 @@ import pytest
 from small_data import make_folder
 
 from clipad.detectors import SDP, Direct
-from clipad.evaluation import evaluate
+from clipad.evaluation import evaluate, predict
 from clipad.studies import benchmark as study
 from clipad.studies.benchmark import figures as drawn
 from clipad.studies.common import METRICS, Scores
@@ -111,7 +111,7 @@ def test_the_gallery_shows_anomalous_images_on_the_scale_of_flawless_ones(detect
     assert [s.category for s in samples] == list(data.categories)
     assert {s.label for s in samples} == {1}
     assert len(masks) == len(samples)
-    maps_of_sdp, _ = study.predict(detectors[-1], data.select("bolt"), "bolt")
+    maps_of_sdp = predict(detectors[-1], data.select("bolt"))["maps"]
     labels = np.array([s.label for s in data.select("bolt")])
     at = list(data.select("bolt")).index(samples[list(data.categories).index("bolt")])
     limit = np.quantile(maps_of_sdp[labels == 0], 0.99)

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from clipad.datasets import EXPECTED, Dataset, Sample
 from clipad.detectors import Detector
-from clipad.evaluation import batches, category_metrics, fingerprint, predict_halving
+from clipad.evaluation import batches, category_metrics, fingerprint, predict
 from clipad.files import address, cached, code_version
 from clipad.metrics import draw_counts
 from clipad.published import published_results
@@ -49,7 +48,7 @@ def benchmark(
         for detector in detectors:
             key = [detector.settings, fingerprint(part), code_version(), resamples, seed, c]
             path = folder and folder / f"{address(key)}.npz"
-            entry = cached(path, lambda: _measure(detector, part, category, labels, counts))
+            entry = cached(path, lambda: _measure(detector, part, labels, counts))
             found[detector.name][category] = entry
             own = {name: entry[name] for name in ("probability", "map_max")}
             frame = pd.DataFrame({"category": category, "label": labels} | own)
@@ -57,19 +56,12 @@ def benchmark(
     return scores_of(found, METRICS, resamples, seed), pd.concat(frames, ignore_index=True)
 
 
-def _measure(detector, part: Dataset, category: str, labels, counts) -> dict[str, np.ndarray]:
-    maps, p = predict(detector, part, category)
+def _measure(detector, part: Dataset, labels, counts) -> dict[str, np.ndarray]:
+    maps, p = predict(detector, part).values()
     masks = labelled(part, maps.shape[-1]).masks
     entry = category_metrics(maps, masks, p, labels, detector.map_in_image_score, counts)
     entry |= {"probability": p, "map_max": maps.max(axis=(1, 2))}
     return {name: np.asarray(value, dtype=float) for name, value in entry.items()}
-
-
-def predict(detector, part: Dataset, category: str) -> tuple[np.ndarray, np.ndarray]:
-    """Maps N x S x S and class probabilities N of one category's images."""
-    found = [predict_halving(detector, x, category) for _, x in batches(detector.backbone, part)]
-    maps, probabilities = (torch.cat(values).numpy() for values in zip(*found, strict=True))
-    return maps, probabilities
 
 
 def costs(detectors: Sequence[Detector], dataset: Dataset, repeats: int = 3) -> pd.Series:
@@ -130,7 +122,7 @@ def median_images(
     samples, masks, shown = [], [], {name: [] for name in detectors}
     for category in categories:
         part = dataset.select(category)
-        maps = {name: predict(d, part, category)[0] for name, d in detectors.items()}
+        maps = {name: predict(d, part)["maps"] for name, d in detectors.items()}
         data = labelled(part, maps["SDP"].shape[-1])
         chosen = chosen_by_rule(data, maps["SDP"])
         pick = chosen.get("median", chosen.get("best", chosen.get("worst")))
