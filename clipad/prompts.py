@@ -44,28 +44,22 @@ class Prompts:
         )
 
 
-def _articles(template: str, order: str = "the a") -> list[str]:
-    return [template.replace("ART", article) for article in order.split()]
-
-
+# fmt: off
 # In the order of the released program: it decides which sentence is which row of the embeddings.
 _TEMPLATES = (
-    *_articles("a cropped photo of ART {}."),
-    *_articles("a close-up photo of ART {}.", "a the"),
-    *_articles("a bright photo of ART {}.", "a the"),
-    *_articles("a dark photo of ART {}."),
-    *_articles("a jpeg corrupted photo of ART {}.", "a the"),
-    *_articles("a blurry photo of ART {}."),
-    *_articles("a photo of ART {}."),
-    "a photo of a large {}.",
-    "a photo of the small {}.",
-    "a photo of the large {}.",
-    "a photo of a small {}.",
-    *_articles("a photo of ART {} for visual inspection."),
-    *_articles("a photo of ART {} for anomaly detection."),
+    "a cropped photo of the {}.", "a cropped photo of a {}.",
+    "a close-up photo of a {}.", "a close-up photo of the {}.",
+    "a bright photo of a {}.", "a bright photo of the {}.",
+    "a dark photo of the {}.", "a dark photo of a {}.",
+    "a jpeg corrupted photo of a {}.", "a jpeg corrupted photo of the {}.",
+    "a blurry photo of the {}.", "a blurry photo of a {}.",
+    "a photo of the {}.", "a photo of a {}.",
+    "a photo of a large {}.", "a photo of the small {}.",
+    "a photo of the large {}.", "a photo of a small {}.",
+    "a photo of the {} for visual inspection.", "a photo of a {} for visual inspection.",
+    "a photo of the {} for anomaly detection.", "a photo of a {} for anomaly detection.",
 )
 
-# fmt: off
 CLIP_AD = Prompts(
     normal=(
         "flawless {}", "perfect {}", "unblemished {}", "{} without flaw", "{} without defect",
