@@ -28,10 +28,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What `check_dataset` found. `problems` must be mended; `notes` are facts worth knowing.
-
-    `table` has a row per category (columns as in `check_dataset`); `str()` prints everything.
-    """
+    """What `check_dataset` found: `problems` must be mended, `notes` are worth knowing; `str()` prints everything."""
 
     name: str
     root: Path
@@ -68,11 +65,9 @@ def check_dataset(
     ``image_size``: the side at which thin masks may vanish; 0 for what the presets use (96 for the demo, else 240).
     ``normal_folder``: see :func:`clipad.load_dataset`.
 
-    The table's columns per category: `category`, `normal`, `anomalous`, `unlabelled`, `masks`, `unreadable` (images
-    and masks), `missing_masks` (0 where the data set has none at all), `wrong_size_masks`, `empty_masks` (no pixel
-    > 0), `vanished_masks` (all pixels disappear at `image_size`), `duplicates` (images byte-identical to an
-    earlier one), `anomalous_pixels` (mean share over the masks), `expected_normal` and `expected_anomalous` (NaN where
-    nothing is expected).
+    The table has a row per category: `COUNTS` (empty masks have no pixel > 0, vanished ones lose all at `image_size`,
+    duplicates are byte-identical to an earlier image), `anomalous_pixels` (mean share over the masks), and
+    `expected_normal` and `expected_anomalous`, NaN where nothing is expected.
 
     Raises what `load_dataset` raises for a root or a layout that cannot be listed.
     """
