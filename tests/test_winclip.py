@@ -131,11 +131,6 @@ def test_features_do_not_depend_on_the_text_and_can_be_cut(tiny_backbone, images
     )
 
 
-def test_a_grid_that_holds_no_window_is_refused():
-    with pytest.raises(ValueError, match=r"3 x 3.*2 x 2"):
-        windows(2, 3)
-
-
 def test_settings_are_its_own(tiny_backbone):
     settings = WinCLIP(tiny_backbone).settings
     assert settings["windows"] == [2, 3]
