@@ -17,7 +17,6 @@ from clipad.studies.common import keep
 from clipad.studies.experiments import RESULT_MIME
 from clipad.studies.opposite_predictions import (
     attention_on_defect,
-    beyond,
     count_phenomena,
     ground_truth,
     highlight,
@@ -215,14 +214,6 @@ def test_an_untrained_encoder_leaves_the_trained_one_alone(tiny_backbone):
     for name, weight in untrained(tiny_backbone, 7).visual.named_parameters():
         if weight.ndim > 1:  # biases and LayerNorm start where they start
             assert not torch.equal(weight, tiny_backbone.visual.get_parameter(name)), name
-
-
-def test_beyond_a_control_means_beyond_its_draws():
-    draws = np.linspace(0.2, 0.8, 101)
-    assert beyond(0.75, draws).verdict() == "no significant difference"
-    assert beyond(0.85, draws).verdict() == "higher"
-    assert beyond(0.1, draws).verdict() == "lower"
-    assert beyond(0.85, draws).estimate == pytest.approx(0.35)
 
 
 # The parts of the network ---------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from clipad.datasets import Dataset, Sample, read_image, read_mask
 from clipad.dual_path import attention_weights, embed_patches, project
 from clipad.evaluation import batches, read_masks
 from clipad.metrics import pixel_metrics
-from clipad.studies.common import Interval, Labelled, from_draws
+from clipad.studies.common import Labelled
 from clipad.studies.figures import image_array
 from clipad.text import representative_vector
 
@@ -230,13 +230,6 @@ def untrained(backbone: Backbone, seed: int) -> Backbone:
             parameter.copy_(torch.randn(parameter.shape) * len(visual.class_embedding) ** -0.5)
     twin.model.to(backbone.device)
     return twin
-
-
-def beyond(observed: float, draws: Sequence[float]) -> Interval:
-    """How far a number lies above what a control reaches: above its mean, and the interval over the control's draws."""
-    draws = np.asarray(draws)
-    found = from_draws(observed - draws.mean(), observed - draws)
-    return replace(found, p=float("nan"))  # its smallest value is set by the number of draws
 
 
 @torch.no_grad()
