@@ -71,11 +71,6 @@ def embed_sentences(backbone, prompts, categories: Sequence[str]) -> Sentences:
     return Sentences(pd.DataFrame(rows, columns=columns), np.concatenate(parts))
 
 
-def without_articles(template: str) -> str:
-    """Templates that differ in "a" and "the" only are one group: one of them in training would give the other away."""
-    return " ".join(word for word in template.split() if word not in ("a", "the", "an"))
-
-
 def umap_layout(e: np.ndarray, seed: int = 0) -> np.ndarray:
     """Rows in the plane, M x 2, by UMAP (McInnes et al., arXiv 1802.03426) with :data:`UMAP_OPTIONS`.
 
