@@ -246,7 +246,7 @@ def make_detector(
     kind = _known("detector", name, DETECTORS)
     if (kind is SDPPlus) != bool(layers):
         raise ValueError(
-            f"sdp_plus needs its linear layers, a checkpoint; other detectors take none; found {name}"
+            "sdp_plus needs its linear layers, a checkpoint; other detectors take none"
         )
     return kind(backbone, *([load_layers(layers)] if layers else []), **options)
 

@@ -165,7 +165,7 @@ def params(notebook) -> None:
 
 @app.command()
 @click.argument("file", metavar="SWEEP.YAML", type=existing)
-@click.option("--workers", type=click.IntRange(min=1), help="Local processes.")
+@click.option("--workers", type=click.IntRange(min=1), help="Local processes, without --scheduler.")
 @click.option("--scheduler", metavar="ADDRESS", help="A running Dask cluster, tcp://10.0.0.1:8786.")
 @click.option("--output-dir", help="Folder of the results, not outputs/sweep-<name of the file>.")
 def sweep(file, workers, scheduler, output_dir) -> None:
