@@ -293,13 +293,6 @@ def test_figure_has_a_row_per_setting_and_words_with_the_numbers(explorer, start
     assert "WinCLIP" in words
 
 
-def test_figure_of_a_constant_map_and_no_mask(explorer, start):
-    one = explorer.show(start)
-    one.map, one.limits, one.mask = np.zeros_like(one.map), (0.0, 0.0), None
-    assert "true defect" not in figures.describe([one])
-    assert figures.panels([one]).axes
-
-
 # --- command
 
 

@@ -210,14 +210,6 @@ def test_trials_keep_the_images_that_set_the_rule_out_of_the_count(products):
     assert mean.low <= mean.estimate <= mean.high
 
 
-def test_both_maps_on_the_same_images(products):
-    kinds = {"words": "no", "both": "added"}
-    scores, rest = trials.maps_compared(products[1], 10, 0.1, kinds)
-    assert len(rest) == 60
-    assert scores.categories == ("screw", "tile")
-    assert scores.means().loc["both", "pixel_ap"] > scores.means().loc["words", "pixel_ap"]
-
-
 def test_trays_hold_one_defect_or_none(products):
     _, both = products
     made = trials.trays(both[1], side=2, count=4, piece=48)

@@ -38,8 +38,7 @@ from clipad.tools import report
 from clipad.tools.photographs import Images
 
 BATCH = 16
-READERS = 4
-"""threads"""
+THREADS = 4
 ENDINGS = {"images": ".jpg", "overlays": ".jpg", "heat": ".png", "masks": ".png", "maps": ".npz"}
 """folders of the results, a file per image in each (masks: where there is a region)"""
 DEMO_WARNING = (
@@ -87,7 +86,7 @@ def detect(
     found = report.Report(
         scores=scores,
         scale=scale,
-        unread={work.name(path): why for path, why in work.unread.items()},
+        unread={printable(work.name(path)): why for path, why in work.unread.items()},
         skipped=images.skipped,
         notes=notes + _notes(scores, inspector),
         settings=settings,
@@ -101,7 +100,6 @@ def detect(
 
 
 def _settings(inspector: Inspector, images: Images, false_alarms: float) -> dict:
-    """All that decides the numbers."""
     hashes = "".join(map(content_hash, images.flawless))
     return inspector.detector.settings | {
         "object": inspector.name,
@@ -141,16 +139,15 @@ class _Work:
         self.unread: dict[Path, str] = {}
 
     def name(self, path: Path) -> str:
-        return printable(path.relative_to(self.root).as_posix())
+        return path.relative_to(self.root).as_posix()
 
     def file(self, kind: str, path: Path) -> Path:
-        name = file_name(path.relative_to(self.root).as_posix())
-        return self.folder / kind / (name + ENDINGS[kind])
+        return self.folder / kind / (file_name(self.name(path)) + ENDINGS[kind])
 
     def looks(self, paths: list[Path], what: str, copy: bool) -> Iterator[tuple[dict, Look]]:
         """Of each batch path -> facts, and what the model sees; images that cannot be read go to ``unread``."""
         load = partial(self._load, copy=copy)
-        with ThreadPoolExecutor(READERS) as readers:
+        with ThreadPoolExecutor(THREADS) as readers:
             for start in tqdm(range(0, len(paths), BATCH), what, unit="batch", disable=None):
                 group = paths[start : start + BATCH]
                 loaded = zip(group, readers.map(load, group), strict=True)
@@ -198,9 +195,8 @@ class _Work:
             path, why = next(iter(self.unread.items()))
             raise ValueError(f"not one of {len(labels)} images can be read; {path.name}: {why}")
         scale = self._scale(paths)
-        with ThreadPoolExecutor(READERS) as pool:
-            drawn = pool.map(lambda path: self._row(path, labels[path], scale), paths)
-            rows = list(tqdm(drawn, "report", len(paths), unit="image", disable=None))
+        with ThreadPoolExecutor(THREADS) as pool:
+            rows = list(pool.map(lambda path: self._row(path, labels[path], scale), paths))
         table = pd.DataFrame(sorted(rows, key=lambda row: -row["score"]))
         return scale, table.drop(columns="label") if -1 in labels.values() else table
 
@@ -232,7 +228,7 @@ class _Work:
             mask = report.region_mask(above, threshold, size)
             report.write_picture(self.file("masks", path), mask)
         return {
-            "image": self.name(path),
+            "image": printable(self.name(path)),
             "verdict": verdict,
             "score": score,
             "p_value": rule.p_value(score) if rule else None,
@@ -284,7 +280,7 @@ def _observed(scores: pd.DataFrame) -> dict[str, float] | None:
     found = {"auroc": float(image_metrics(scores["score"], scores["label"])["auroc"])}
     for label, what in ((0, "false_alarms"), (1, "defects_found")):
         verdicts = scores["verdict"][scores["label"] == label]
-        if (verdicts != "").any():
+        if verdicts.any():
             share = exact_share(int((verdicts == "bad").sum()), len(verdicts))
             found |= {what: share.estimate, f"{what}_low": share.low, f"{what}_high": share.high}
     return {key: value for key, value in found.items() if not np.isnan(value)}

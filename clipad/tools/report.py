@@ -33,10 +33,9 @@ class Report:
 
     ``scores``: a row per image that was read, highest score first: image, verdict (good, check, bad; "" without
     flawless images), score, p_value, logit, map_max, regions, area (share of the image), boxes (left, top, right,
-    bottom in pixels), width, height, label (1 or 0; no column where they are not known), file (the stem of its files),
-    and ``ONLY_DRAWN``. ``scale``: the colours of maps. ``unread``: image -> why. ``skipped``: a line per kind of file
-    that is no photograph. ``settings``: all that decides the numbers. ``rule``: None without flawless images.
-    ``observed``: what the labels say.
+    bottom in pixels), width, height, label (1 or 0; no column where not known), file (the stem of its files).
+    ``scale``: the colours of maps. ``unread``: image -> why. ``skipped``: a line per kind of file that is no
+    photograph. ``settings``: all that decides the numbers. ``observed``: what the labels say.
     """
 
     scores: pd.DataFrame
@@ -185,4 +184,4 @@ def summary(report: Report, output_dir: Path, shown: int = 10) -> list[str]:
         lines.append(f"{row.score:8.2f}  {row.verdict:6}{row.image}  {row.no_region}".rstrip())
     counts = ", ".join(f"{n} {verdict}" for verdict, n in report.counts.items())
     said = f"{len(report.scores)} images{f': {counts}' if report.rule else ''}"
-    return [*lines, f"{said}; all of them in {output_dir / 'report.html'}"]
+    return [*lines, f"{said}; see {output_dir / 'report.html'}"]

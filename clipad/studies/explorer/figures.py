@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from clipad.studies.experiments import DETECTORS
@@ -28,8 +27,31 @@ def panels(shown: Sequence[Shown]) -> Figure:
     """A row for A and one for B: the image; its map; q-k attention of the patch; its v-v attention; its cosines."""
     widths = [1, 1.18, 1, 1, 1.2]
     figure, axes = subplots(len(shown), 5, (10.5, 2.6 * len(shown)), width_ratios=widths)
-    for name, line, one in zip("AB", axes, shown, strict=False):
-        _row(name, line, one)
+    for name, (picture, heat, *attention, bars), one in zip("AB", axes, shown, strict=False):
+        size, grid = len(one.map), round((len(one.attention["q-k"]) - 1) ** 0.5)
+        low, high = one.limits
+        picture.imshow(image_array(one.image, size))
+        picture.set_title(f"{name}: {one.settings.object_name}")
+        drawn = heat.imshow(one.map, cmap=MAP, vmin=low, vmax=high)
+        figure.colorbar(drawn, ax=heat, fraction=0.05, pad=0.03)
+        heat.set_title(f"{DETECTORS[one.settings.detector].name} map")
+        for ax in (picture, heat):
+            contour(ax, one.mask)
+            if one.map.min() < one.threshold < one.map.max():
+                ax.contour(one.map, levels=[one.threshold], colors=[CUT], linewidths=1)
+        top = max(np.delete(weights[1:], one.patch).max() for weights in one.attention.values())
+        look = {"extent": (0, size, size, 0), "cmap": MAP, "vmin": 0, "vmax": top**0.5}
+        for ax, (kind, weights) in zip(attention, one.attention.items(), strict=True):
+            ax.imshow(np.sqrt(weights[1:].reshape(grid, grid)), **look)
+            ax.set_title(f"{kind} attention")
+            ax.set_xlabel(f"to itself {100 * weights[1 + one.patch]:.1f} %")
+        for ax in (picture, heat, *attention):
+            mark_patch(ax, one.patch, grid, size, PATCH)
+            bare(ax)
+        one.cosines.plot.barh(ax=bars, color=[NORMAL, ANOMALOUS], width=0.8, legend=False)
+        bars.invert_yaxis()
+        bars.axvline(0, color="0.4", linewidth=0.8)
+        bars.set_title("cosines of the patch")
     axes[0, -1].legend()
     return figure
 
@@ -46,37 +68,7 @@ def describe(shown: Sequence[Shown]) -> str:
     if any(one.mask is not None for one in shown):
         said.append("White line: true defect.")
     row, column, block = shown[0].settings.look
-    said.append(
-        f"Green square: the patch in row {row}, column {column}; attention of block {block}."
+    return (
+        f"{' '.join(said)} Green square: the patch in row {row}, column {column}; attention of block {block}. Colours "
+        "start at the median of the flawless images' maps and have their maximum in the middle."
     )
-    scale = "start at the median of the flawless images' maps and have their maximum in the middle"
-    return f"{' '.join(said)} Colours {scale}."
-
-
-def _row(name: str, axes: Sequence[Axes], one: Shown) -> None:
-    s, size, patch = one.settings, len(one.map), one.patch
-    picture, heat, *attention, bars = axes
-    grid = round((len(one.attention["q-k"]) - 1) ** 0.5)
-    picture.imshow(image_array(one.image, size))
-    picture.set_title(f"{name}: {s.object_name}")
-    low, high = one.limits
-    drawn = heat.imshow(one.map, cmap=MAP, vmin=low, vmax=max(high, low + 1e-6))
-    heat.figure.colorbar(drawn, ax=heat, fraction=0.05, pad=0.03)
-    heat.set_title(f"{DETECTORS[s.detector].name} map")
-    for ax in (picture, heat):
-        contour(ax, one.mask)
-        if one.map.min() < one.threshold < one.map.max():
-            ax.contour(one.map, levels=[one.threshold], colors=[CUT], linewidths=1)
-    top = max(np.delete(weights[1:], patch).max() for weights in one.attention.values())
-    look = {"extent": (0, size, size, 0), "cmap": MAP, "vmin": 0, "vmax": top**0.5}
-    for ax, (kind, weights) in zip(attention, one.attention.items(), strict=True):
-        ax.imshow(np.sqrt(weights[1:].reshape(grid, grid)), **look)
-        ax.set_title(f"{kind} attention")
-        ax.set_xlabel(f"to itself {100 * weights[1 + patch]:.1f} %")
-    for ax in (picture, heat, *attention):
-        mark_patch(ax, patch, grid, size, PATCH)
-        bare(ax)
-    one.cosines.plot.barh(ax=bars, color=[NORMAL, ANOMALOUS], width=0.8, legend=False)
-    bars.invert_yaxis()
-    bars.axvline(0, color="0.4", linewidth=0.8)
-    bars.set_title("cosines of the patch")

@@ -42,9 +42,8 @@ STATES = ["normal", "anomalous"]
 class Settings:
     """What one side of the explorer shows: parameters of notebook 06, which says what each of them means.
 
-    :meth:`Explorer.settings` puts the published choice where one is empty, but for empty words (the ensemble's states)
-    and an empty ``flawless`` (flawless images of the image's category). ``look``: row and column of a patch and the
-    block of its attention, all from 1.
+    :meth:`Explorer.settings` fills empty ones. ``look``: row and column of a patch and the block of its attention,
+    all from 1.
     """
 
     image: str = ""
@@ -175,7 +174,7 @@ class Explorer:
         self.detectors = [name for name in DETECTORS if layers is not None or name != "sdp_plus"]
         self.picture = lru_cache(64)(self.picture)
         self.attention = lru_cache(8)(self.attention)
-        self._features = lru_cache(24)(self._features)
+        self._features = lru_cache(128)(self._features)
         self._text = lru_cache(64)(self._text)
 
     def settings(self, **values) -> Settings:
@@ -243,7 +242,7 @@ class Explorer:
         return next((n for n in names if self.samples[n].label == label), names[0])
 
     def show(self, s: Settings) -> Shown:
-        """Everything that is shown of settings. Raises what :meth:`answer` raises."""
+        """Raises what :meth:`answer` raises."""
         answer = self.answer(s)
         own, flawless = answer.maps, answer.references
         if own is None:
@@ -273,30 +272,27 @@ class Explorer:
 
     @torch.no_grad()
     def answer(self, s: Settings) -> Answer:
-        """What only the model can say; stages, surgery, smoothing, threshold and patch do not matter.
-
-        Raises ValueError or OSError for words, folders and images that cannot be used; says why.
-        """
+        """What only the model can say. ValueError or OSError for words, folders and images that cannot be used."""
         names, notes = self.references(s)
         text, said = self._text(s.detector, s.object_name, s.normal_words, s.anomalous_words, s.rvs)
         text = text.to(self.backbone.device)
-        one, many = (self._features(images, s.detector) for images in ((s.image,), names))
-        if s.image in names and len(names) > 1:  # kept for all, so that A and B share them
-            many = many[[i for i, name in enumerate(names) if name != s.image]]
-        detector = self._detector(s.detector)
-        prediction = detector.score_with(one, text)
-        rows, z = self._cosines(s.detector, one, text)
-        if s.detector in ("sdp", "clip_surgery"):
-            maps, references = None, self._cosines(s.detector, many, text)[1]
-        else:
-            maps = prediction.maps[0].numpy()
-            references = detector.score_with(many, text).maps.numpy()
-        whole = cosine(one.image_embedding[:, None], text)[0, 0].tolist()
-        probability = float(prediction.probabilities[0])
-        return Answer(rows, z[0], maps, references, tuple(whole), probability, (*said, *notes))
+        seen = Features.cat([self._features(name, s.detector) for name in (s.image, *names)])
+        rows, z = self._cosines(s.detector, seen, text)
+        from_cosines = s.detector in ("sdp", "clip_surgery")
+        prediction = self._detector(s.detector).score_with(seen[:1] if from_cosines else seen, text)
+        maps = prediction.maps.numpy()
+        return Answer(
+            rows=rows,
+            z=z[0],
+            maps=None if from_cosines else maps[0],
+            references=z[1:] if from_cosines else maps[1:],
+            whole=tuple(cosine(seen.image_embedding[:1, None], text)[0, 0].tolist()),
+            probability=float(prediction.probabilities[0]),
+            notes=(*said, *notes),
+        )
 
-    def references(self, s: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of flawless images, evenly spread (the shown one is left out later); and what is to be said of them."""
+    def references(self, s: Settings) -> tuple[list[str], tuple[str, ...]]:
+        """Names of flawless images, evenly spread, without the shown one; and what is to be said of them."""
         sample, note = self.samples.get(s.image), ""
         if s.flawless:
             names = list_images(s.flawless)
@@ -304,14 +300,17 @@ class Explorer:
             category = sample.category if sample else s.object_name
             own = [name for name, x in self.samples.items() if x.category == category]
             if not own:
-                note = "flawless images of other objects: name a folder of your own"
-                own = list(self.samples)
+                note, own = (
+                    "flawless images of other objects: name a folder of your own",
+                    list(self.samples),
+                )
             names = [name for name in own if self.samples[name].label == 0]
             if not names:
                 note, names = "images of which none is known to be flawless", own
+        names = [name for name in names if name != s.image] or names
         places = np.linspace(0, len(names) - 1, min(REFERENCES, len(names))).round().astype(int)
         said = (f"threshold and colours come from {note}",) if note else ()
-        return tuple(names[i] for i in places), said
+        return [names[i] for i in places], said
 
     def picture(self, image: str) -> tuple[Image.Image, np.ndarray | None]:
         """An image as it is, RGB, and its true mask S x S if one is known. Raises OSError if it cannot be read."""
@@ -334,7 +333,7 @@ class Explorer:
 
         The cosine is that of the whole image (its embedding), or of the patch in ``look`` after the last of ``stages``.
         """
-        features = self._features((s.image,), "sdp")
+        features = self._features(s.image, "sdp")
         token = features.image_embedding[0]
         if patch:
             token = features.tokens[self.stages.index(s.stages[-1])][0, 1 + self.patch(s)]
@@ -348,16 +347,16 @@ class Explorer:
         return table.sort_values("cosine", ascending=False, kind="stable", ignore_index=True)
 
     def _detector(self, name: str, prompts: Prompts | None = None, rvs: str = "mean") -> Detector:
-        """Not smoothed: that is for the browser, too."""
+        """Not smoothed: smoothing is for :meth:`show`, and for the browser."""
         if name == "winclip":
             return WinCLIP(self.backbone, prompts)
         layers = [self.layers] if name == "sdp_plus" else []
         options = self.protocol.rvs_options if rvs == self.protocol.rvs else {}
         return DETECTORS[name](self.backbone, *layers, prompts, rvs, options, smoothing=0)
 
-    def _features(self, images: tuple[str, ...], detector: str) -> Features:
-        pixels = [self.backbone.preprocess(self.picture(name)[0]) for name in images]
-        return self._detector(detector).features(torch.stack(pixels))
+    def _features(self, image: str, detector: str) -> Features:
+        pixels = self.backbone.preprocess(self.picture(image)[0])[None]
+        return self._detector(detector).features(pixels)
 
     def _cosines(self, detector: str, features: Features, text: torch.Tensor):
         """Names of the rows (a tuple), and B x J x T x 2."""

@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import ipywidgets as w
@@ -64,27 +65,24 @@ def command(
 
 
 def _make_controls(explorer: Explorer) -> dict[str, w.Widget]:
-    look = {"style": {"description_width": _INDENT}}
-    look["layout"] = w.Layout(width="auto", min_width="0")
-
-    def text(label: str, hint: str = "") -> w.Text:
-        return w.Text(description=label, placeholder=hint, continuous_update=False, **look)
-
-    def menu(label: str, options=()) -> w.Dropdown:
-        return w.Dropdown(description=label, options=options, **look)
-
-    upload = w.FileUpload(accept="image/*", description="Upload an image")
-    upload.layout.width = "14em"
+    look = {
+        "layout": {"width": "auto", "min_width": "0"},
+        "style": {"description_width": _INDENT},
+    }
+    menu, text = partial(w.Dropdown, **look), partial(w.Text, continuous_update=False, **look)
+    methods = [(DETECTORS[name].name, name) for name in explorer.detectors]
+    vectors = [(_VECTORS.get(name, name), name) for name in METHODS]
+    upload = w.FileUpload(accept="image/*", description="Upload an image", layout={"width": "14em"})
     return {
-        "category": menu("category", explorer.dataset.categories),
-        "image": menu("image"),
+        "category": menu(description="category", options=explorer.dataset.categories),
+        "image": menu(description="image"),
         "upload": upload,
-        "flawless": text("flawless", "path of a folder; else those of the category"),
-        "object_name": text("object"),
-        "normal_words": text("normal", "flawless, {} without scratch"),
-        "anomalous_words": text("anomalous", "damaged, {} with scratch"),
-        "detector": menu("method", [(DETECTORS[n].name, n) for n in explorer.detectors]),
-        "rvs": menu("text vector", [(_VECTORS.get(n, n), n) for n in METHODS]),
+        "flawless": text(description="flawless", placeholder="folder; else those of the category"),
+        "object_name": text(description="object"),
+        "normal_words": text(description="normal", placeholder="flawless, {} without scratch"),
+        "anomalous_words": text(description="anomalous", placeholder="damaged, {} with scratch"),
+        "detector": menu(description="method", options=methods),
+        "rvs": menu(description="text vector", options=vectors),
     }
 
 

@@ -55,9 +55,9 @@ class Viewer(anywidget.AnyWidget):
         )
 
     def html(self) -> str:
-        """The figure as HTML that needs no kernel and no other file."""
-        state = {name: getattr(self, name) for name in ("setup", "pictures", "answers", "view")}
-        return static_html(state)
+        """The figure as HTML that needs no kernel and no other file; the same data give the same text."""
+        names = ("setup", "pictures", "answers", "view")
+        return static_html({name: getattr(self, name) for name in names})
 
 
 def setup(explorer: Explorer) -> dict:
@@ -74,10 +74,8 @@ def setup(explorer: Explorer) -> dict:
 
 
 def picture(explorer: Explorer, name: str) -> dict:
-    """What depends on the image alone: its pixels, the true mask, attention 2 x J x N x T, float16.
-
-    Of the attention first all lower bytes, then all upper ones, which compresses better.
-    """
+    """What depends on the image alone: its pixels, the true mask, attention 2 x J x N x T, float16 (first all lower
+    bytes, then all upper ones, which compresses better)."""
     image, mask = explorer.picture(name)
     attention = explorer.attention(name).astype("<f2").view(np.uint8).reshape(-1, 2)
     image = image.copy()
@@ -118,20 +116,22 @@ def answer(found: Answer, s: Settings) -> dict:
 def view(sides: list[Settings]) -> dict:
     """What the browser can change: patch, threshold and layers of both sides, stages and smoothing of each."""
     row, column, block = sides[0].look
-    own = [
-        {"shows": i, "stages": list(s.stages), "surgery": s.surgery, "smoothing": s.smoothing}
-        for i, s in enumerate(sides)
-    ]
-    layers = {"opacity": 0.55, "contour": True, "truth": True, "block": block}
-    shared = {"patch": [row - 1, column - 1], "falseAlarms": sides[0].false_alarms}
-    return {"sides": own, **shared, **layers}
+    return {
+        "sides": [
+            {"shows": i, "stages": list(s.stages), "surgery": s.surgery, "smoothing": s.smoothing}
+            for i, s in enumerate(sides)
+        ],
+        "patch": [row - 1, column - 1],
+        "block": block,
+        "falseAlarms": sides[0].false_alarms,
+        "opacity": 0.55,
+        "contour": True,
+        "truth": True,
+    }
 
 
 def static_html(state: dict) -> str:
-    """Data (bytes anywhere inside) with the module and its style as one piece of HTML.
-
-    The same data give the same text. Who runs no scripts reads a sentence.
-    """
+    """Data (bytes anywhere inside) with the module and its style. Who runs no scripts reads a sentence."""
 
     def packed(value: bytes) -> dict:
         return {"deflated": base64.b64encode(zlib.compress(value, 9)).decode()}

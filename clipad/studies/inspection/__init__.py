@@ -37,7 +37,7 @@ SMALLEST = 4
 
 
 def require_enough(n: int, false_alarms: float) -> None:
-    """ValueError if n flawless images cannot promise this false-alarm rate: none below 1 / (n + 1) can be promised."""
+    """ValueError if n flawless images cannot promise this false-alarm rate: none below 1 / (n + 1) is possible."""
     if not 0 < false_alarms <= 0.25:
         raise ValueError(f"a false-alarm rate is above 0 and at most 0.25, found {false_alarms}")
     needed = max(FEWEST_FLAWLESS, math.ceil(1 / false_alarms - 1 - 1e-9))
@@ -53,10 +53,10 @@ def alarms_allowed(n: int, false_alarms: float) -> int:
 
 
 def conformal_threshold(scores: Sequence[float], false_alarms: float) -> float:
-    """The k-th highest of n flawless scores, k = floor(rate (n + 1)) (conformal prediction, Vovk et al. 2005).
+    """The k-th highest of n flawless scores (conformal prediction, Vovk et al. 2005). ValueError if k would be 0.
 
     If all n + 1 images are scored alike, the rank of a new flawless one is uniform, so it is *above* the k-th highest
-    with probability at most k / (n + 1), whatever the distribution. ValueError if k would be 0.
+    with probability at most k / (n + 1), whatever the distribution.
     """
     require_enough(len(scores), false_alarms)
     return float(np.sort(scores)[-alarms_allowed(len(scores), false_alarms)])
@@ -74,10 +74,7 @@ def rate_interval(n: int, false_alarms: float) -> tuple[float, float]:
 
 
 def robust_scale(values: Sequence[float], what: str = "value") -> tuple[float, float]:
-    """Median and 1.4826 MAD, which estimates the standard deviation of a normal distribution.
-
-    ValueError where the MAD is 0: no floor is put in its place.
-    """
+    """Median and 1.4826 MAD, which estimates a standard deviation. ValueError where the MAD is 0: there is no floor."""
     values = np.asarray(values, dtype=np.float64)
     centre = float(np.median(values))
     spread = float(1.4826 * np.median(np.abs(values - centre)))
@@ -106,7 +103,7 @@ class Rule:
     * *good*: neither.
 
     On average a flawless image is called bad with probability of about ``false_alarms``, and bad or check with at most
-    about twice that. No exact guarantee: n - 1 images set a flawless image's scale and n a new one's (a jackknife).
+    about twice that: n - 1 images set a flawless image's scale and n a new one's (a jackknife).
     """
 
     logits: np.ndarray
@@ -170,8 +167,7 @@ def without_specks(heat: np.ndarray, threshold: float) -> np.ndarray:
 def standardised(tokens: torch.Tensor) -> torch.Tensor:
     """B x K x D -> the same with mean 0 and deviation 1 over all K D numbers of an image, as MuSc has it.
 
-    What is kept is how long a patch's token is beside the others of its image. A unit length, as the cosine of
-    WinCLIP+ and AnomalyDINO takes it, loses that, and with it 11 to 20 points of PRO on the demo (notebook 08).
+    The cosine of WinCLIP+ and AnomalyDINO loses how long tokens are, and 11 to 20 points of PRO (notebook 08).
     """
     return F.layer_norm(tokens.float(), tokens.shape[1:])
 
@@ -213,7 +209,7 @@ def stitch(maps: torch.Tensor, tiles: int) -> torch.Tensor:
 @dataclass
 class Look:
     """What the backbone says of B images: ``logits`` B, ``words`` B x R x R (the detector's map), and per stage the
-    ordinary path's patch ``tokens`` B x K x D (no stages without neighbours). Indexed by positions of images."""
+    ordinary path's patch ``tokens`` B x K x D (no stages without neighbours)."""
 
     logits: np.ndarray
     words: np.ndarray

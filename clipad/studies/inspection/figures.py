@@ -85,21 +85,21 @@ def rates(table: pd.DataFrame, promised: float) -> Figure:
 
 
 def promise(table: pd.DataFrame) -> Figure:
-    """How far the true false-alarm rate may be from the promised one, over the number of flawless images."""
+    """How far the true false-alarm rate may be from the promised one, over the number of flawless images.
+
+    ``table``: ``rate``, ``n``, ``low`` and ``high``, of three rates.
+    """
     figure, ax = plt.subplots(figsize=(7.5, 3.2))
-    for (rate, own), name in zip(
-        table.groupby("rate", sort=False), ("orange", "blue", "green"), strict=True
-    ):
-        colour = COLOURS[name]
+    colours = [COLOURS[name] for name in ("orange", "blue", "green")]
+    for colour, (rate, own) in zip(colours, table.groupby("rate", sort=False), strict=True):
         ax.fill_between(own["n"], 100 * own["low"], 100 * own["high"], color=colour, alpha=0.25)
-        for end in ("low", "high"):
-            ax.plot(own["n"], 100 * own[end], color=colour)
+        ax.plot(own["n"], 100 * own[["low", "high"]], color=colour)
         ax.axhline(100 * rate, color=colour, linestyle=":", linewidth=1)
         ax.text(own["n"].iloc[-1], 100 * rate, f" {100 * rate:g} %", color=colour, va="center")
     numbers, ticks = (9, 20, 50, 100, 200, 500, 1000), (0.03, 0.1, 1, 5, 10, 30)
     ax.set(xscale="log", yscale="log", ylim=(0.02, 40))
+    ax.set(xlabel="flawless images", ylabel="true false-alarm rate")
     ax.minorticks_off()
     ax.set_xticks(numbers, numbers)
     ax.set_yticks(ticks, [f"{t:g} %" for t in ticks])
-    ax.set(xlabel="flawless images", ylabel="true false-alarm rate")
     return figure

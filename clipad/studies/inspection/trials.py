@@ -1,9 +1,8 @@
-"""Notebook 07's analysis: the same rule over random choices of the flawless images, over maps, over tiles."""
+"""Notebook 07's analysis: the same rule over random choices of the flawless images, and over tiles."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,14 +12,7 @@ from clipad.datasets import Dataset, Sample, read_image, read_mask
 from clipad.detectors import Detector
 from clipad.evaluation import batches
 from clipad.metrics import image_metrics, pixel_metrics
-from clipad.studies.common import (
-    Interval,
-    Labelled,
-    Scores,
-    intervals_over_categories,
-    labelled,
-    score,
-)
+from clipad.studies.common import Interval, Labelled, intervals_over_categories, labelled
 from clipad.studies.inspection import Inspector, Look, conformal_threshold
 
 
@@ -66,10 +58,9 @@ def trials(
 ) -> pd.DataFrame:
     """n flawless images drawn at random set the rule, all other images are judged; again and again.
 
-    A row per category and draw: ``category``, ``false_alarms`` (share of the other flawless images that is called
-    bad), ``in_sample`` (the same by the tempting mistake: a threshold from flawless images scored on the scale that
-    they have set themselves) and ``found`` (share of the defective images called bad). Categories with no more than n
-    flawless images are left out.
+    A row per category (with more than n flawless images) and draw: ``category``, ``false_alarms`` (share of the other
+    flawless images that is called bad), ``in_sample`` (the same with flawless images scored on the scale that they
+    have set themselves) and ``found`` (share of the defective images called bad).
     """
     rows = []
     for c, product in enumerate(products):
@@ -101,29 +92,6 @@ def over_categories(
         return Interval(values.mean() if len(values) else np.nan, np.nan, np.nan)
     drawn = np.column_stack([values, values])  # a category's own number is no draw of images
     return intervals_over_categories(drawn)[1]
-
-
-def maps_compared(
-    products: Sequence[Product], n: int, rate: float, kinds: Mapping[str, str], seed: int = 0
-) -> tuple[Scores, Dataset]:
-    """Metrics of several maps (name -> ``neighbours``) of the images that are not among n flawless ones, drawn once
-    for all maps, and these images. In the image score the logit joins them.
-    """
-    rng, samples, logits = np.random.default_rng(seed), [], []
-    maps = {name: [] for name in kinds}
-    for product in products:
-        chosen, rest = product.split(n, rng)
-        for name, neighbours in kinds.items():
-            inspector = product.fitted(chosen, rate, neighbours)
-            maps[name].append(inspector.maps(product.look[rest]))
-        logits.append(product.look.logits[rest])
-        samples += [product.dataset[i] for i in rest]
-    names = tuple(product.name for product in products)
-    new = replace(products[0].dataset, samples=tuple(samples), categories=names)
-    logit = np.concatenate(logits)
-    pairs = {name: (np.concatenate(parts), logit) for name, parts in maps.items()}
-    size = products[0].detector.backbone.image_size
-    return score(pairs, labelled(new, size), seed=seed), new
 
 
 def trays(product: Product, side: int, count: int, piece: int, seed: int = 0) -> dict:
