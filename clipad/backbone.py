@@ -243,7 +243,7 @@ def find_device(device: str | None = None) -> torch.device:
     except RuntimeError:
         found = None
     seen = found and gpu and found.type == gpu.type and (found.index or 0) < count
-    if not found or not (found.type == "cpu" or seen):
+    if not seen and (found is None or found.type != "cpu"):
         sees = f"{count} of {gpu.type}, counted from {gpu.type}:0" if gpu else "no GPU"
         raise ValueError(
             f"unknown device {device!r}: torch sees {sees} on this machine; leave the device empty or use 'cpu'"
@@ -261,16 +261,14 @@ def require_model(
     """
     demo = data_dir() / "demo" / "model" if name == "demo" else None
     config = _beside(demo)["model_cfg"] if demo else _published_model(name)
-    side, patch = (
-        image_size or config["vision_cfg"]["image_size"],
-        config["vision_cfg"]["patch_size"],
-    )
+    vision = config["vision_cfg"]
+    side, patch = image_size or vision["image_size"], vision["patch_size"]
     if side < patch or side % patch:
         raise ValueError(
             f"image_size={side} is no multiple of the model's patches of {patch} pixels; "
             f"{max(1, round(side / patch)) * patch} is one"
         )
-    config["vision_cfg"]["image_size"] = side
+    vision["image_size"] = side
     if not pretrained and not demo:
         return config, None, {}
     tags = [] if demo else open_clip.list_pretrained_tags_by_model(name)
