@@ -210,7 +210,7 @@ def scan(root: Path, used: Iterable[Path | None] = (), without: Path | None = No
         paths = sorted(folder.iterdir())
         if folder == without or folder / RESULT_MARK in paths:
             reason = reason or "results of clipad"
-        found = {path: _no_image(path) or reason for path in paths}
+        found = {path: reason or _no_image(path) for path in paths}
         images = [path for path, why in found.items() if why in ("", BROKEN_LINK)]
         found |= dict.fromkeys(_masks_beside(images), BESIDE)
         for path in paths:
