@@ -178,7 +178,7 @@ def sweep(
     (output_dir / "runs").mkdir(parents=True, exist_ok=True)
     todo = [run for run in runs if not read_record(run, output_dir)]
     gpus = [] if scheduler else gpus_for(todo)
-    workers = workers or len(gpus) or min(CPU_COUNT, 4)
+    workers = min(workers or len(gpus) or min(CPU_COUNT, 4), len(todo))
     failed = {}
     try:
         if todo:
