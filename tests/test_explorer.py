@@ -487,3 +487,14 @@ def test_the_page_of_make_app_is_the_panel():
     exec("".join(cell["source"]), names)
     assert isinstance(names["controls"], panel.Controls)
     assert names["first"].image != names["controls"].explorer.beside(names["first"]).image
+
+
+def test_a_folder_of_one_s_own(controls, tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(picture())
+    controls.controls["folder"].value = str(tmp_path)
+    assert "2 images" in message(controls, "folder")
+    controls.controls["image"].value = str((tmp_path / "b.png").resolve())
+    assert controls.asked[0].image.endswith("b.png")
+    controls.controls["folder"].value = "nowhere"
+    assert "no folder" in message(controls, "folder")

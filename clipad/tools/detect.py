@@ -77,7 +77,7 @@ def detect(
     notes = list(images.notes)
     if images.flawless:
         looks = work.looks(images.flawless, "flawless images", copy=False)
-        inspector.fit([look for _, look in looks], false_alarms)
+        inspector.fit((look for _, look in looks), false_alarms)
         unread, work.unread = work.unread, {}
         notes += [f"flawless, but not used: {printable(p.name)}: {w}" for p, w in unread.items()]
     if before := work.keep_maps(list(images.labels)):

@@ -20,7 +20,7 @@ from clipad.datasets import read_image
 from clipad.files import write_atomically
 from clipad.studies.experiments import DETECTORS
 from clipad.studies.explorer import widget
-from clipad.studies.explorer.model import Explorer, Settings
+from clipad.studies.explorer.model import Explorer, Settings, list_images
 from clipad.text import METHODS
 
 _VECTORS = {"mean_shift": "mean shift", "dbscan": "DBSCAN", "pca": "PCA", "kde": "KDE"}
@@ -31,7 +31,7 @@ _INDENT = "6.5em"
 def show_still() -> None:
     """A picture of the panel, for readers without a kernel and without scripts."""
     alt = (
-        "Screenshot of the explorer. At the top fields for category, image, upload, flawless images, object, words, "
+        "Screenshot of the explorer. At the top fields for category, image, upload, folders, object, words, "
         "method and text vector. Below, A and B side by side: the image under its map with the threshold line and the "
         "chosen patch; q-k and v-v attention and the cosines of that patch; a histogram of the flawless images' maxima "
         "with threshold and this image as lines. At the bottom the phrases with the highest cosines and a command to "
@@ -77,6 +77,7 @@ def _make_controls(explorer: Explorer) -> dict[str, w.Widget]:
         "category": menu(description="category", options=explorer.dataset.categories),
         "image": menu(description="image"),
         "upload": upload,
+        "folder": text(description="own folder", placeholder="path of a folder of images"),
         "flawless": text(description="flawless", placeholder="folder; else those of the category"),
         "object_name": text(description="object"),
         "normal_words": text(description="normal", placeholder="flawless, {} without scratch"),
@@ -129,8 +130,8 @@ class Controls(w.VBox):
 
     def _layout(self) -> list:
         rows = [w.VBox([self.controls[name], self.messages[name]]) for name in self.controls]
-        image = [w.HTML("<b>Image (of A, unless B is chosen)</b>"), *rows[:4]]
-        question = [w.HTML("<b>Question</b>"), *rows[4:], self.notes]
+        image = [w.HTML("<b>Image (of A, unless B is chosen)</b>"), *rows[:5]]
+        question = [w.HTML("<b>Question</b>"), *rows[5:], self.notes]
         column = w.Layout(flex="1 1 280px", min_width="0")
         wrap = w.Layout(display="flex", flex_flow="row wrap", grid_gap="0 24px")
         columns = w.Box([w.VBox(part, layout=column) for part in (image, question)], layout=wrap)
@@ -168,10 +169,11 @@ class Controls(w.VBox):
             if name == "category":  # A its first anomalous image, B its first flawless one
                 images = [self.explorer.example(label, category=value) for label in (1, 0)]
                 self._ask({n: {"image": images[n], "object_name": value} for n in self.sides.value})
-            elif name not in ("upload", "image"):
+            elif name not in ("upload", "folder", "image"):
                 self._ask({side: {name: value} for side in self.sides.value})
             elif value:  # two images side by side, not one twice
-                self._ask({first: {"image": self._upload(value) if name == "upload" else value}})
+                find = {"upload": self._upload, "folder": self._folder, "image": str}
+                self._ask({first: {"image": find[name](value)}})
         except (ValueError, OSError) as error:
             self._say(name, f"{error}. What was shown stays.")
 
@@ -207,6 +209,13 @@ class Controls(w.VBox):
         told = f"asked about as {named}: type under object what it shows"
         self._say("upload", told, wrong=False)
         return str(path)
+
+    def _folder(self, name: str) -> str:
+        """Put a folder's images into the list; the path of the first."""
+        found = list_images(name)
+        self._own += found
+        self._say("folder", f"{len(found)} images, now in the list above", wrong=False)
+        return found[0]
 
     def _say(self, name: str, text: str, wrong: bool = True) -> None:
         """A message below a control; an empty text removes it."""

@@ -11,7 +11,7 @@ R = T S side of a map.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -287,16 +287,28 @@ class Inspector:
         features = Features(found.image_embedding, found.surgery, found.ordinary)
         return features.apply(torch.Tensor.float)
 
-    def fit(self, looks: Sequence[Look], false_alarms: float = 0.05) -> Inspector:
+    def fit(self, looks: Iterable[Look], false_alarms: float = 0.05) -> Inspector:
         """Learn from flawless images (batches of ``look``): the patches to remember, the scales, the rule."""
-        require_enough(sum(map(len, looks)), false_alarms)
-        look = Look.cat(looks)
-        self.bank = [stage[:BANK] for stage in look.tokens]
-        maps = self._maps(look, same=True)
+        looks, known = iter(looks), []
+        for look in looks:
+            known.append(look)
+            if sum(map(len, known)) >= BANK:
+                break
+        if not known:
+            require_enough(0, false_alarms)
+        first = Look.cat(known)
+        self.bank = first.tokens
+        logits, maps = [first.logits], [self._maps(first, same=True)]
+        for look in looks:  # beyond the bank, as new images; their tokens are not kept
+            logits.append(look.logits)
+            maps.append(self._maps(look))
+        logits = np.concatenate(logits)
+        require_enough(len(logits), false_alarms)
+        maps = [np.concatenate(kind) for kind in zip(*maps, strict=True)]
         if len(maps) > 1:
             self._scales = [robust_scale(m[:, ::2, ::2], "map value") for m in maps]
         self.flawless_maps = self._added(maps)
-        self.rule = Rule(look.logits, self.flawless_maps.max(axis=(1, 2)), false_alarms)
+        self.rule = Rule(logits, self.flawless_maps.max(axis=(1, 2)), false_alarms)
         return self
 
     def maps(self, look: Look) -> np.ndarray:
