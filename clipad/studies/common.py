@@ -5,8 +5,6 @@ category and label, so it speaks of other images of these categories. *Wide*: ca
 too, and within each its images, so it speaks of other categories as well. Methods see the same draws (paired).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -45,29 +43,20 @@ class Interval:
     """two-sided bootstrap p-value against 0, for the correction of many comparisons"""
 
     def verdict(self, level: float = 0.0) -> str:
-        """``higher`` or ``lower`` where the interval leaves the level out, else ``no significant difference``.
-
-        >>> Interval(0.031, 0.012, 0.05).verdict(), Interval(0.58, 0.49, 0.66).verdict(level=0.5)
-        ('higher', 'no significant difference')
-        """
+        """``higher`` or ``lower`` where the interval leaves the level out, else ``no significant difference``."""
         if np.isnan([self.estimate, self.low, self.high]).any():
             return "not measured"
         higher, lower = self.low > level, self.high < level
         return "higher" if higher else "lower" if lower else "no significant difference"
 
     def __format__(self, spec: str) -> str:
-        """Percent or points, with a sign for ``+``; a bound that would be printed as 0.0 gets a further digit.
+        """Percent or points, with a sign for ``+``; what would be printed as 0.0 gets a further digit.
 
-        Where there is no interval the estimate stands alone.
-
-        >>> f"{Interval(0.009, 0.0004, 0.018):+}", f"{Interval(0.755, 0.68, 0.82)}"
-        ('+0.9 [+0.04, +1.8]', '75.5 [68.0, 82.0]')
-        >>> f"{Interval(0.6, np.nan, np.nan)}"
-        '60.0'
+        >>> f"{Interval(0.009, 0.0004, 0.018):+}", f"{Interval(0.6, np.nan, np.nan)}"
+        ('+0.9 [+0.04, +1.8]', '60.0')
         """
-        if np.isnan([self.low, self.high]).any():
-            return _percent(self.estimate, spec)
-        return f"{_percent(self.estimate, spec)} [{_percent(self.low, spec)}, {_percent(self.high, spec)}]"
+        estimate, low, high = (_percent(v, spec) for v in (self.estimate, self.low, self.high))
+        return estimate if np.isnan([self.low, self.high]).any() else f"{estimate} [{low}, {high}]"
 
 
 def _percent(value: float, sign: str) -> str:
@@ -97,14 +86,11 @@ def exact_share(count: int, of: int) -> Interval:
 
 
 def groups(categories: Sequence[str]) -> dict[str, list[str]]:
-    """The categories that are textures and those that are objects; a group without members is left out.
-
-    >>> groups(["leather", "screw", "tile"])
-    {'textures': ['leather', 'tile'], 'objects': ['screw']}
-    """
-    found = {}
-    for kind, texture in (("textures", True), ("objects", False)):
-        found[kind] = [c for c in categories if (c in TEXTURES) == texture]
+    """The categories that are ``textures`` and those that are ``objects``; a group without members is left out."""
+    found = {
+        "textures": [c for c in categories if c in TEXTURES],
+        "objects": [c for c in categories if c not in TEXTURES],
+    }
     return {kind: members for kind, members in found.items() if members}
 
 
@@ -133,8 +119,7 @@ class Scores:
     def interval(
         self, metric: str, method: str, minus: str | None = None, categories=None
     ) -> tuple[Interval, Interval]:
-        """(images, wide) for the mean over categories (names; None for all) of a metric, or of a paired difference of
-        two methods."""
+        """(images, wide) of a metric's mean over categories (None: all), or of a paired difference of two methods."""
         m = self.metrics.index(metric)
         values = self.values[self.methods.index(method), :, m]
         if minus is not None:
@@ -144,15 +129,15 @@ class Scores:
         return intervals_over_categories(values, self.seed)
 
     def differences(self, baseline: str, metrics: Sequence[str]) -> pd.DataFrame:
-        """A row per metric and method: ``method``, ``metric``, ``estimate`` of method - baseline, ``low`` and ``high``
+        """Method - baseline, a row per metric and method: ``method``, ``metric``, ``estimate``, ``low`` and ``high``
         (images), ``low_wide`` and ``high_wide``, ``verdict`` (by the wide interval)."""
-        rows, others = [], [method for method in self.methods if method != baseline]
-        for metric, method in product(metrics, others):
-            images, wide = self.interval(metric, method, baseline)
-            row = (method, metric, wide.estimate, images.low, images.high)
-            rows.append((*row, wide.low, wide.high, wide.verdict()))
-        ends = ["low", "high", "low_wide", "high_wide"]
-        return pd.DataFrame(rows, columns=["method", "metric", "estimate", *ends, "verdict"])
+        rows = []
+        for metric, method in product(metrics, self.methods):
+            if method != baseline:
+                images, wide = self.interval(metric, method, baseline)
+                row = {"method": method, "metric": metric} | both_ends(images, wide)
+                rows.append(row | {"verdict": wide.verdict()})
+        return pd.DataFrame(rows)
 
     def by_category(self, metric: str, method: str, minus: str | None = None) -> pd.DataFrame:
         """A row per category: ``category``, ``group`` (textures or objects), ``estimate``, ``low``, ``high``."""
@@ -164,11 +149,14 @@ class Scores:
         return pd.DataFrame(rows, columns=["category", "group", "estimate", "low", "high"])
 
 
-def intervals_over_categories(values: np.ndarray, seed: int = 0) -> tuple[Interval, Interval]:
-    """(images, wide) of the mean over categories, from values K x (1 + R) with the estimate first.
+def both_ends(images: Interval, wide: Interval) -> dict[str, float]:
+    """As tables and records have them."""
+    ends = {"estimate": wide.estimate, "low": images.low, "high": images.high}
+    return ends | {"low_wide": wide.low, "high_wide": wide.high}
 
-    A category without an estimate (no such labels there) is left out.
-    """
+
+def intervals_over_categories(values: np.ndarray, seed: int = 0) -> tuple[Interval, Interval]:
+    """(images, wide) of the mean over categories, from K x (1 + R), the estimate first; NaN estimates are left out."""
     values = values[~np.isnan(values[:, 0])]
     if not len(values):
         return (Interval(np.nan, np.nan, np.nan),) * 2
@@ -181,12 +169,9 @@ def intervals_over_categories(values: np.ndarray, seed: int = 0) -> tuple[Interv
 
 
 def scores_of(
-    found: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    metrics: Sequence[str],
-    resamples: int,
-    seed: int = 0,
+    found: Mapping[str, Mapping], metrics: Sequence[str], resamples: int, seed: int = 0
 ) -> Scores:
-    """Scores from what was measured: method -> category -> metric -> the estimate, then draws; NaN where missing."""
+    """From what was measured: method -> category -> metric -> the estimate, then draws; NaN where missing."""
     methods, categories = tuple(found), tuple(next(iter(found.values())))
     values = np.full((len(methods), len(categories), len(metrics), 1 + resamples), np.nan)
     for m, c, k in np.ndindex(values.shape[:3]):
@@ -199,8 +184,8 @@ def scores_of_images(
 ) -> Scores:
     """Means per category of numbers that each image has, such as whether its map is the wrong way round.
 
-    ``frames``: per method a row per image, the same images in the same order, with ``category`` and ``columns``; an
-    image with NaN is left out of that mean.
+    ``frames``: per method a row per image, the same images in the same order, with ``category`` and ``columns``; NaN
+    is left out.
     """
     first = next(iter(frames.values()))
     found = {name: {} for name in frames}
@@ -219,10 +204,7 @@ def scores_of_images(
 
 @dataclass
 class Labelled:
-    """The images of a data set, in its order, with what is known of them.
-
-    ``labels`` (N; 0 normal, 1 anomalous, -1 not known) and ``categories`` (N) are read from its samples.
-    """
+    """The images of a data set, in its order: ``labels`` (N; 0 normal, 1 anomalous, -1 not known), ``categories``."""
 
     dataset: Dataset
     masks: np.ndarray | None
@@ -237,12 +219,7 @@ class Labelled:
         return np.flatnonzero(self.categories == category)
 
     def metrics_by_category(
-        self,
-        maps: np.ndarray,
-        probabilities: np.ndarray,
-        with_map=True,
-        resamples: int | None = None,
-        seed: int = 0,
+        self, maps: np.ndarray, probabilities: np.ndarray, with_map=True, resamples=0, seed: int = 0
     ) -> dict[str, dict[str, Any]]:
         """Category -> ``METRICS`` that can be taken of maps N x S x S and class probabilities N.
 
@@ -253,7 +230,7 @@ class Labelled:
         for c, category in enumerate(self.dataset.categories):
             at = self.where(category)
             masks = None if self.masks is None else self.masks[at]
-            if resamples is not None:
+            if resamples:
                 rng = np.random.default_rng([seed, c])
                 counts = draw_counts(self.labels[at], resamples, rng)
             known = maps[at], masks, probabilities[at], self.labels[at]
@@ -282,7 +259,7 @@ class Kept(Labelled):
     def predict_all(
         self, detector: Detector, texts: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Maps N x S x S and class probabilities N of all images; ``texts``: other text vectors C x 2 per category.
+        """Maps N x S x S and class probabilities N; ``texts``: other text vectors C x 2 per category.
 
         ValueError for a detector that reads other features.
         """
@@ -383,52 +360,47 @@ def claim(
     source: str = "ours",
     level: float | None = None,
     then: Mapping[str, str] | str = "",
-    scope: str = "",
+    scope: str = "other images and categories",
 ) -> None:
     """State a finding in the notebook (*Found here:*) and keep it for the record of the run.
 
-    ``sentence``: what is compared or measured. ``found``: (images, wide) as :meth:`Scores.interval` gives them; the
-    verdict is the wide one's, or, for one interval alone, that one's: name its ``scope`` then ("these categories").
-    ``level``: None for a difference (against 0, signed points); a number for a rate or metric that is held against
-    it, such as .5. ``source``: where the statement comes from: "paper 3.2", "released program", "ours". ``then``: what
-    follows, one text or one per verdict.
+    ``sentence``: what is compared or measured. ``found``: (images, wide) of :meth:`Scores.interval`, the verdict is the
+    wide one's, or one interval and its ``scope`` ("these categories"). ``level``: None for a difference (against 0,
+    signed points), a number for a rate or metric held against it. ``source``: who says so: "paper 3.2", "released
+    program", "ours". ``then``: what follows, one text or one per verdict.
     """
-    images, wide = found if isinstance(found, tuple) else (None, found)
-    scope = scope or ("other images and categories" if images else "other images")
-    sign, p, against = "+", wide.p, ""
+    images, wide = found if isinstance(found, tuple) else (found, found)
+    sign, against = "+", ""
     if level is not None:
-        sign, p, against = "", float("nan"), f", against {100 * level:g}"
-    verdict, narrow = wide.verdict(level or 0.0), (images or wide).verdict(level or 0.0)
+        sign, against, wide = "", f", against {100 * level:g}", replace(wide, p=np.nan)
+    verdict, narrow = wide.verdict(level or 0.0), images.verdict(level or 0.0)
     told = f"{METRIC_NAMES.get(metric, metric)} {wide:{sign}}{against}".strip()
     about = scope if verdict == "not measured" else f"95 %, {scope}"
-    text = f"**Found here:** {sentence}: **{verdict}**, {told} ({about})."
+    text = f"{sentence}: **{verdict}**, {told} ({about})."
     if narrow != verdict:
         text += f" For other images of these categories alone: {images:{sign}}, {narrow}."
     follows = then if isinstance(then, str) else then.get(verdict, "")
-    display(Markdown(f"{text} {follows}".strip()))
-    told = {"id": id, "sentence": sentence, "source": source, "metric": metric, "scope": scope}
-    told |= {"verdict": verdict, "level": level or 0.0}
-    _keep_claim(run, told, images or wide, replace(wide, p=p))
+    kept = {"id": id, "sentence": sentence, "source": source, "metric": metric, "scope": scope}
+    kept |= {"verdict": verdict, "level": level or 0.0, "p": wide.p} | both_ends(images, wide)
+    _state(run, kept, text, follows)
 
 
 def fact(run, id: str, sentence: str, holds: bool, *, source: str = "ours", then: str = "") -> None:
     """The same for what is exact and needs no interval, such as an identity: ``holds`` or ``does not hold``."""
-    verdict = "holds" if holds else "does not hold"
-    display(Markdown(f"**Found here:** {sentence}: **{verdict}**. {then}".strip()))
-    told = {"id": id, "sentence": sentence, "source": source, "metric": "", "scope": "as computed"}
-    unmeasured = Interval(np.nan, np.nan, np.nan)
-    _keep_claim(run, told | {"verdict": verdict, "level": 0.0}, unmeasured, unmeasured)
+    verdict, unmeasured = "holds" if holds else "does not hold", Interval(np.nan, np.nan, np.nan)
+    kept = {"id": id, "sentence": sentence, "source": source, "metric": "", "scope": "as computed"}
+    kept |= {"verdict": verdict, "level": 0.0, "p": np.nan} | both_ends(unmeasured, unmeasured)
+    _state(run, kept, f"{sentence}: **{verdict}**.", then)
 
 
-def _keep_claim(run, told: dict, images: Interval, wide: Interval) -> None:
-    others = [c for c in run.results.get("claims", []) if c["id"] != told["id"]]
-    told |= {"estimate": wide.estimate, "low": images.low, "high": images.high}
-    told |= {"low_wide": wide.low, "high_wide": wide.high, "p": wide.p}
-    run.record("claims", [*others, told])
+def _state(run, kept: dict, text: str, follows: str) -> None:
+    display(Markdown(f"**Found here:** {text} {follows}".strip()))
+    others = [c for c in run.results.get("claims", []) if c["id"] != kept["id"]]
+    run.record("claims", [*others, kept])
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-    """Holm's step-down correction: p-values adjusted for how many there are; NaN stays NaN.
+    """Holm's step-down correction for many p-values; NaN stays NaN.
 
     >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
     [0.03, 0.06, 0.06]
@@ -459,10 +431,9 @@ def show_claims(run) -> None:
         holds = "" if np.isnan(p) else "significant" if p < 0.05 else "not significant"
         cells = (entry["sentence"] + source, entry["verdict"], measured(entry), entry["scope"])
         rows.append(f"| {' | '.join(cells)} | {holds} |")
-    tested = int((~np.isnan(adjusted)).sum())
     rows.append(
-        f"\n*After Holm*: still significant at 95 % when the {tested} differences of this notebook are tested "
-        "together (Holm 1979); a blank was not tested against 0. A fact *holds* or not for what was computed; "
-        "nothing is tested."
+        f"\n*After Holm*: still significant at 95 % when the {(~np.isnan(adjusted)).sum()} differences of this "
+        "notebook are tested together (Holm 1979); a blank was not tested against 0. A fact *holds* or not for what "
+        "was computed; nothing is tested."
     )
     display(Markdown("\n".join(rows)))

@@ -1,10 +1,7 @@
 """Figures: functions from data to a matplotlib Figure, and ``show``, which displays one with its alt text.
 
-Importing this module sets the look of all figures. Heat maps share their limits over all panels of a method; ground
-truth is a white-on-black contour.
+Importing this module sets the look of all figures.
 """
-
-from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
@@ -23,9 +20,8 @@ from seaborn.utils import relative_luminance
 from clipad.files import REPOSITORY
 from clipad.studies.common import METRIC_NAMES, Interval
 
-_PALETTE = sns.color_palette("colorblind")
 _PLACES = {"blue": 0, "orange": 1, "green": 2, "red": 3, "purple": 4, "grey": 7}
-COLOURS = {name: _PALETTE[i] for name, i in _PLACES.items()}
+COLOURS = {name: sns.color_palette("colorblind")[i] for name, i in _PLACES.items()}
 NORMAL, ANOMALOUS = COLOURS["blue"], COLOURS["orange"]
 LOOKS = tuple(zip(COLOURS, "os^Dv*", strict=True))
 """colour and marker of the first, second, ... series of a chart"""
@@ -50,8 +46,7 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 def show(figure: Figure, caption: str) -> None:
     """Display a figure with its caption below it, and close it. Charts are SVG, images and maps PNG at twice the size.
 
-    ``caption``: what is to be seen, with numbers, the rule by which images were chosen, what lines and contours mean;
-    it is the alt text, too.
+    ``caption``: what is to be seen, with numbers; the alt text, too.
     """
     if any(ax.images for ax in figure.axes):
         width = round(figure.get_size_inches()[0] * 100)
@@ -92,7 +87,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def subplots(rows: int, columns: int, size: tuple[float, float], title: str = "", **options):
-    """A figure with a title over all of it, and its axes, always rows x columns."""
+    """A figure with a title over all of it, and its axes, rows x columns."""
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
     if title:
         figure.suptitle(title)
@@ -151,13 +146,12 @@ def gallery(
     regions: Mapping[str, np.ndarray] | None = None,
     below: Mapping[str, Sequence[str]] | None = None,
 ) -> Figure:
-    """Images in the first column, one column of heat maps per method, one row per image; ``landscape``: transposed.
+    """Images in the first column, a column of heat maps per method, a row per image; ``landscape``: transposed.
 
-    ``images``: S x S x 3; ``maps``: per method N x S x S. The limits of a method are shared by its maps (given, or 1st
-    to 99.8th percentile of what is shown) and stand in its colour bar; with (None, None) every map has a scale of its
-    own. ``colours``: another colour map than ``MAP``. ``below``: per method a text under each map. Contours are those
-    of ``masks`` (N x S x S, or None), on the "maps", the "images" or "both", and on the maps those of ``regions`` (what
-    each method marks, N x S x S).
+    ``images``: S x S x 3; ``maps``: per method N x S x S. ``limits``: of a method's colours, shown in its bar; 1st to
+    99.8th percentile if not given, each map's own if (None, None). ``colours``: another colour map than ``MAP``.
+    Contours: ``masks`` (N x S x S) on the "maps", the "images" or "both", and per method ``regions`` (N x S x S) on its
+    maps. ``below``: per method a text under each map.
     """
     titles, lines = titles or [""] * len(images), ["image", *maps]
     rows, columns = (lines, titles) if landscape else (titles, lines)
@@ -182,9 +176,10 @@ def gallery(
             shown = ax.imshow(picture, **look)
             if masks is not None and masks_on in ("images" if name == "image" else "maps", "both"):
                 contour(ax, masks[i])
-            if name != "image":
-                contour(ax, regions[name][i] if regions else None)
-                ax.set_xlabel(below[name][i] if below else "")
+            if regions and name in regions:
+                contour(ax, regions[name][i])
+            if below and name in below:
+                ax.set_xlabel(below[name][i])
         bar = figure.colorbar(shown, ax=list(line), ticks=plt.MaxNLocator(3), **place)
         bar.ax.tick_params(labelsize=8)
         bar.ax.set_visible(low is not None)  # an empty bar keeps all pictures at one size
@@ -210,10 +205,10 @@ def dots(
     looks: Mapping[str, tuple[str, str]] | None = None,
     rows: Sequence[str] | None = None,
 ) -> None:
-    """Fractions as dots in percent, with their intervals as lines: a row per compared thing, a look per series.
+    """Fractions as dots in percent, with their intervals as lines; the series of a row stand below one another.
 
-    ``table``: columns ``row``, ``series``, ``estimate`` and, where there are intervals, ``low`` and ``high``. Series of
-    a row stand below one another. ``looks``: series -> colour and marker. ``rows``: their order, from the top.
+    ``table``: columns ``row``, ``series``, ``estimate`` and perhaps ``low`` and ``high``. ``looks``: series -> colour
+    and marker. ``rows``: their order, from the top.
     """
     rows = list(table["row"].unique() if rows is None else rows)
     looks = looks or dict(zip(table["series"].unique(), cycle(LOOKS), strict=False))
@@ -246,10 +241,7 @@ def dot_panels(
     looks: Mapping[str, tuple[str, str]] | None = None,
     rows: Sequence[str] | None = None,
 ) -> Figure:
-    """A panel of :func:`dots` per table, with the same rows (as in the first table, or as given).
-
-    A table without the columns of :func:`dots` has rows x series.
-    """
+    """A panel of :func:`dots` per table (or rows x series), with the same rows, as in the first one or as given."""
     tables = {n: t if "series" in t else rows_and_series(t) for n, t in panels.items()}
     first = next(iter(tables.values()))
     rows = list(first["row"].unique() if rows is None else rows)
@@ -267,19 +259,25 @@ def forest(table: pd.DataFrame, title: str, baseline: str) -> Figure:
     """Paired differences with both intervals, a panel per metric; the numbers stand beside the marks, in points.
 
     ``table``: :meth:`clipad.studies.common.Scores.differences`. Thick: other images; thin: other categories as well;
-    filled where the thin one leaves out 0. Rows far outside the others are cut off at the edge (arrow), so that they
-    do not set the axis.
+    filled where the thin one leaves out 0. Rows far outside the others are cut off at the edge (arrow).
     """
     metrics, names = table["metric"].unique(), list(table["method"].unique())
     size = (1.8 + 3.1 * len(metrics), 0.36 * len(names) + 1.4)
     figure, axes = subplots(1, len(metrics), size, title, sharey=True)
+    right = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
     for ax, metric in zip(axes[0], metrics, strict=True):
         rows = table[table["metric"] == metric].set_index("method").loc[names]
-        limit, at = _limit_of_most(rows), range(len(rows))
+        limit = _limit_of_most(rows)
+        edge = 0.93 * limit  # a cut-off row's arrow stays in the panel
         for low, high, width in (("low_wide", "high_wide", 1.2), ("low", "high", 4)):
-            ax.hlines(at, 100 * rows[low], 100 * rows[high], color=NORMAL, linewidth=width)
+            ends = 100 * rows[low], 100 * rows[high]
+            ax.hlines(range(len(rows)), *ends, color=NORMAL, linewidth=width)
         for place, row in enumerate(rows.itertuples()):
-            _forest_mark(ax, place, Interval(row.estimate, row.low_wide, row.high_wide), limit)
+            wide, at = Interval(row.estimate, row.low_wide, row.high_wide), 100 * row.estimate
+            ax.annotate(f"{wide:+}", (0.99, place - 0.36), fontsize=7.5, color="0.3", **right)
+            marker = "o" if abs(at) <= edge else ">" if at > 0 else "<"
+            fill = NORMAL if wide.verdict() in ("higher", "lower") else "white"
+            ax.plot(np.clip(at, -edge, edge), place, marker, color=NORMAL, ms=6, mfc=fill)
         ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
         ax.set(xlim=(-limit, limit), title=METRIC_NAMES.get(metric, metric))
         ax.set(xlabel=f"points against {baseline}")
@@ -296,19 +294,10 @@ def _limit_of_most(rows: pd.DataFrame) -> float:
     return 115 * float(np.nanmax(ends)) if np.isfinite(ends).any() else 1.0
 
 
-def _forest_mark(ax, place: int, wide: Interval, limit: float) -> None:
-    at = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
-    ax.annotate(f"{wide:+}", (0.99, place - 0.36), fontsize=7.5, color="0.3", **at)
-    estimate, edge = 100 * wide.estimate, 0.93 * limit  # a cut-off row's arrow stays in the panel
-    marker = "o" if abs(estimate) <= edge else ">" if estimate > 0 else "<"
-    fill = NORMAL if wide.verdict() in ("higher", "lower") else "white"
-    ax.plot(np.clip(estimate, -edge, edge), place, marker, color=NORMAL, ms=6, mfc=fill)
-
-
 def category_dots(table: pd.DataFrame, title: str, before: str, after: str) -> Figure:
-    """Difference of two methods per category with its interval over images, textures and objects apart.
+    """Difference of two methods per category, textures and objects apart, a panel per metric.
 
-    ``table``: :meth:`clipad.studies.common.Scores.by_category` with a column ``metric``: a panel per metric.
+    ``table``: :meth:`clipad.studies.common.Scores.by_category` with a column ``metric``.
     """
     row = table["category"] + " (" + table["group"].str[:-1] + ")"
     table = table.assign(row=row, series=table["group"])
@@ -328,26 +317,26 @@ def growth(
     looks: Mapping[str, tuple[str, str]] | None = None,
     unit: str = "percent",
 ) -> Figure:
-    """Metrics over a size, a column per frame and a row per metric: a dot per row, a line through their means.
+    """Metrics (x 100) over a size, a column per frame, a row per metric: a dot per row, a line through their means.
 
     ``frames``: name of the axis -> rows, with the size as index; a "number of" something has a logarithmic axis.
     Columns ``low`` and ``high`` are the ends of intervals. ``base``: metric -> what the dashed line shows. ``looks``:
-    series -> colour and marker; the frames' column ``series`` then says which a row belongs to. Drawn is 100 x.
+    series -> colour and marker; the frames' column ``series`` then says which a row belongs to.
     """
     size = (max(4 * len(frames), 5) + (1.6 if looks else 0), 2.1 * len(metrics) + 0.5)
     figure, axes = subplots(len(metrics), len(frames), size, title, sharey="row", sharex="col")
     looks = looks or {"": ("blue", "o")}
     for column, (name, frame) in enumerate(frames.items()):
-        apart = 1.04 if name.startswith("number of") else 1
+        counted = name.startswith("number of")
         for ax, metric in zip(axes[:, column], metrics, strict=True):
             for place, (series, look) in enumerate(looks.items()):
                 own = frame[frame["series"] == series] if series else frame
-                beside = apart ** (place - (len(looks) - 1) / 2)
+                beside = 1.04 ** (place - (len(looks) - 1) / 2) if counted else 1
                 _grow(ax, own.set_axis(own.index * beside), metric, *look, label=series)
             if base is not None and metric in base:
                 ax.axhline(100 * base[metric], color="0.4", linestyle="--", linewidth=1)
         ax.set_xlabel(name)
-        if name.startswith("number of"):
+        if counted:
             sizes = sorted(set(frame.index))
             ax.set_xscale("log", base=2)
             ax.set_xticks(sizes, sizes)
@@ -359,7 +348,7 @@ def growth(
     return figure
 
 
-def _grow(ax, rows: pd.DataFrame, metric: str, colour: str, marker: str, label: str = "") -> None:
+def _grow(ax, rows: pd.DataFrame, metric: str, colour: str, marker: str, label: str) -> None:
     colour, means = COLOURS[colour], 100 * rows.groupby(level=0)[metric].mean()
     ax.plot(rows.index, 100 * rows[metric], marker, color=colour, alpha=0.4, markersize=4)
     ax.plot(means.index, means, color=colour, marker=marker if label else "", label=label)
@@ -367,10 +356,10 @@ def _grow(ax, rows: pd.DataFrame, metric: str, colour: str, marker: str, label: 
         ax.vlines(rows.index, 100 * rows["low"], 100 * rows["high"], color=colour, alpha=0.6)
 
 
-def styled(table: pd.DataFrame, caption: str, name: str) -> pd.io.formats.style.Styler:
+def styled(table: pd.DataFrame, caption: str, name: str):
     """A results table for people: percent with one decimal, the mean row set off, identical in every run."""
-    shown = (100 * table).rename(columns=METRIC_NAMES).style.format("{:.1f}", na_rep="–")
     last = {"selector": "tbody tr:last-child", "props": "border-top: 1px solid; font-weight: bold"}
     above = {"selector": "caption", "props": "text-align: left; padding: 4px 0"}
-    shown.set_caption(f"{caption} (percent)").set_table_styles([last, above])
+    shown = (100 * table).rename(columns=METRIC_NAMES).style.format("{:.1f}", na_rep="–")
+    shown = shown.set_caption(f"{caption} (percent)").set_table_styles([last, above])
     return shown.set_uuid(name)
