@@ -2,8 +2,6 @@
 run. A parameter left empty ("" or 0 or []) means what the preset says; a given one wins.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import random
@@ -64,7 +62,7 @@ class Experiment:
         return 0.02 if half else 1e-4
 
     def has_masks(self) -> bool:
-        """Whether the data set has masks; where not, says so: the guard of a cell that needs them."""
+        """Whether there are masks; where not, says so: the guard of a cell that needs them."""
         if not self.dataset.has_masks:
             print("Skipped: no masks.")
         return self.dataset.has_masks
@@ -76,7 +74,7 @@ class Experiment:
             self.leave(f"{what}. Metrics need normal and anomalous images, {name} has not both.")
 
     def leave(self, why: str) -> None:
-        """End a notebook with a word and without an error where its data has nothing to say; keeps the record."""
+        """End a notebook without an error where its data has nothing to say; keeps the record."""
         print(f"Skipped: {why}")
         self.finish()
         raise SystemExit(0)
@@ -86,15 +84,15 @@ class Experiment:
         self.results[name] = _plain(value)
 
     def finish(self) -> None:
-        """Last cell of a notebook: show what it ran with, and write the record of the run.
-
-        The record goes beside the executed notebook as JSON and into the notebook itself as a private MIME bundle.
-        """
-        record = {"notebook": self.notebook, "parameters": self.parameters}
-        record |= {"provenance": self.provenance(), "results": self.results}
-        text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False)
+        """Last cell of a notebook: show what it ran with, and write the record of the run, JSON beside the executed
+        notebook and a private MIME bundle in it."""
+        about = self.provenance()
+        record = {"notebook": self.notebook, "parameters": self.parameters, "provenance": about}
+        text = json.dumps(
+            record | {"results": self.results}, indent=1, sort_keys=True, allow_nan=False
+        )
         write_atomically(self.output_dir / f"{self.notebook}.json", text + "\n")
-        rows = "\n".join(f"| {key} | {value} |" for key, value in record["provenance"].items())
+        rows = "\n".join(f"| {key} | {value} |" for key, value in about.items())
         table = f"| this run | |\n|---|---|\n{rows}"
         shown = {"text/markdown": table, "text/plain": table, RESULT_MIME: json.loads(text)}
         display(shown, raw=True)
@@ -123,22 +121,19 @@ class Experiment:
         kinds = {"image labels": data.has_image_labels, "pixel masks": data.has_masks}
         known = ", ".join(kind for kind, there in kinds.items() if there) or "no labels"
         many = "1 category" if len(data.categories) == 1 else f"{len(data.categories)} categories"
-        return (
+        told = (
             f"model **{model.name}** ({model.pretrained}, {model.image_size} px, {model.device}) on **{data.name}**: "
-            f"{len(data)} images in {many} ({known}){self._unknown_words()}"
+            f"{len(data)} images in {many} ({known})"
         )
+        states = [state for c in data.categories for state in self.prompts.sentences(c)]
+        unknown = set().union(*map(model.unknown_words, states))
+        model.expect_words(unknown)  # said here once, so that no cell has to warn of it
+        if unknown:
+            words = ", ".join(sorted(unknown))
+            told += f". The model never saw the words *{words}* in training: what it makes of them is noise"
+        return told
 
     __repr__ = _repr_markdown_ = __str__  # no path of the machine in a stored notebook
-
-    def _unknown_words(self) -> str:
-        """Said here once, so that no cell has to warn of it."""
-        states = [state for c in self.dataset.categories for state in self.prompts.sentences(c)]
-        unknown = set().union(*map(self.backbone.unknown_words, states))
-        self.backbone.expect_words(unknown)
-        if not unknown:
-            return ""
-        named = f"the words *{', '.join(sorted(unknown))}*"
-        return f". The model never saw {named} in training: what it makes of them is noise"
 
 
 def resolve(
@@ -146,7 +141,7 @@ def resolve(
 ) -> dict[str, str]:
     """model, pretrained and dataset: what the preset says, and what was given instead.
 
-    Raises ValueError for what does not go together, and for models and weights that do not exist.
+    ValueError for what does not go together, and for models and weights that do not exist.
     """
     chosen = dict(_known("preset", preset, PRESETS))
     if data_root and not dataset and chosen["dataset"] == "demo":
@@ -163,13 +158,12 @@ def resolve(
             f"model={chosen['model']!r} needs pretrained: an open_clip tag, a checkpoint file, or 'random'; the demo "
             f"model its own weights or a file; found {chosen['pretrained']!r}"
         )
-    require_model(chosen["model"], _weights(chosen["pretrained"]), image_size)
+    require_model(chosen["model"], _weights(chosen), image_size)
     return chosen
 
 
-def _weights(pretrained: str) -> str | None:
-    """What `load_backbone` calls it."""
-    return None if pretrained in ("", "random") else pretrained
+def _weights(chosen: dict[str, str]) -> str | None:
+    return None if chosen["pretrained"] in ("", "random") else chosen["pretrained"]
 
 
 def _known(what: str, name: str, table: dict[str, Any]) -> Any:
@@ -203,10 +197,10 @@ def experiment(
     """Resolve a notebook's parameters, load model and data, and seed every generator.
 
     ``preset``: ``demo`` (shipped model and images, offline) or ``paper`` (published protocol). ``pretrained``: an
-    open_clip tag, a checkpoint file, or ``random``. ``image_size``: side in pixels. ``output_dir``: empty for
-    ``outputs/<preset>-<dataset>`` of the checkout. ``normal_folder``: see :func:`clipad.load_dataset`.
+    open_clip tag, a checkpoint file, or ``random``. ``image_size``: side in pixels. ``normal_folder``: see
+    :func:`clipad.load_dataset`. ``output_dir``: empty for ``outputs/<preset>-<dataset>`` of the checkout.
 
-    Raises ValueError or OSError for anything that cannot work, before anything long starts.
+    ValueError or OSError for anything that cannot work, before anything long starts.
     """
     chosen = resolve(preset, model, pretrained, dataset, data_root, image_size)
     # The data and the folder first: a wrong path shall not wait for a model to load.
@@ -217,8 +211,9 @@ def experiment(
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (libraries that notebooks call draw from the global generator)
     random.seed(seed)
-    weights = _weights(chosen["pretrained"])
-    backbone = load_backbone(chosen["model"], weights, device or None, image_size or None, seed)
+    size = image_size or None
+    backbone = load_backbone(chosen["model"], _weights(chosen), device or None, size, seed)
+    # Names only: no path of the machine in a stored notebook.
     parameters = {"preset": preset, **chosen, "pretrained": Path(chosen["pretrained"]).name}
     parameters |= {"categories": list(data.categories), "prompts": Path(prompts).name}
     parameters |= {"normal_folder": normal_folder} if normal_folder else {}
@@ -227,13 +222,8 @@ def experiment(
     return Experiment(notebook, parameters, backbone, data, rules, own_prompts, folder, seed)
 
 
-DETECTORS = {
-    "direct": Direct,
-    "clip_surgery": ClipSurgery,
-    "sdp": SDP,
-    "sdp_plus": SDPPlus,
-    "winclip": WinCLIP,
-}
+DETECTORS = {"direct": Direct, "clip_surgery": ClipSurgery, "sdp": SDP}
+DETECTORS |= {"sdp_plus": SDPPlus, "winclip": WinCLIP}
 
 
 def make_detector(
@@ -241,13 +231,11 @@ def make_detector(
 ) -> Detector:
     """A detector by its short name; ``sdp_plus`` needs ``layers``, a checkpoint of its linear layers.
 
-    Raises ValueError for an unknown name, missing layers, or layers that another detector would ignore.
+    ValueError for an unknown name, missing layers, or layers that another detector would ignore.
     """
     kind = _known("detector", name, DETECTORS)
     if (kind is SDPPlus) != bool(layers):
-        raise ValueError(
-            "sdp_plus needs its linear layers, a checkpoint; other detectors take none"
-        )
+        raise ValueError("sdp_plus needs its linear layers, a checkpoint; others take none")
     return kind(backbone, *([load_layers(layers)] if layers else []), **options)
 
 

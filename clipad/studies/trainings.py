@@ -1,9 +1,4 @@
-"""Which findings hold for other trainings of the demo model, read from ``data/demo/trainings.csv``.
-
-``python -m demo_world.trainings`` measured every method and the main ablations on each of them; nothing runs here.
-"""
-
-from __future__ import annotations
+"""Which findings hold for other trainings of the demo model, as ``python -m demo_world.trainings`` measured them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,20 +52,18 @@ def after_file() -> Path:
 
 
 def read_trainings(file: str | Path | None = None) -> pd.DataFrame:
-    """The stored table; columns: seed and steps of the training, hash of the weights, method, category, and fractions:
-    metrics, and for Direct and SDP the rates of opposite predictions."""
+    """The stored table: seed and steps of the training, hash of the weights, method, category, and fractions: metrics,
+    and for Direct and SDP the rates of opposite predictions."""
     return pd.read_csv(file or trainings_file(), dtype={"weights": str})
 
 
 def findings(table: pd.DataFrame, chosen: Sequence[Finding] = FINDINGS) -> pd.DataFrame:
-    """Finding x training: differences of means over the categories of the finding's group (all, textures, objects), and
-    ``turns round``: not all of one sign. A column is called "seed 1, 8,000 steps".
-    """
-    rows = {}
+    """Finding x training ("seed 1, 8,000 steps"): differences of means over the categories of the finding's group, and
+    ``turns round``: not all of one sign."""
+    categories, rows = table["category"].unique(), {}
+    of_group = {"all": categories} | groups(categories)
     for sentence, metric, a, b, group in chosen:
-        own = table
-        if group != "all":
-            own = table[table["category"].isin(groups(table["category"].unique())[group])]
+        own = table[table["category"].isin(of_group[group])]
         means = own.pivot_table(metric, ["seed", "steps"], "method")
         found = (means[a] - (means[b] if isinstance(b, str) else b)).dropna()
         found.index = [f"seed {seed}, {steps:,} steps" for seed, steps in found.index]
@@ -81,10 +74,8 @@ def findings(table: pd.DataFrame, chosen: Sequence[Finding] = FINDINGS) -> pd.Da
 
 
 def plot_findings(frame: pd.DataFrame) -> Figure:
-    """Dots in points, a row per finding and a colour per training; ``frame``: what :func:`findings` returns.
-
-    Large and small differences have an axis each, so that the large ones do not hide the signs of the others.
-    """
+    """Dots in points, a row per finding (:func:`findings`), a colour per training; large and small differences have an
+    axis each, so that the large ones do not hide the signs of the others."""
     turning = frame["turns round"]
     same, many = (~turning).sum(), frame.shape[1] - 1
     title = f"{same} of {len(frame)} findings point the same way in all {many} sets of weights"
