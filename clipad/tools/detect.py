@@ -1,8 +1,7 @@
 """``clipad detect``: from a folder of photographs, and a few flawless ones, to a verdict and a region per image.
 
-What the numbers mean stands in :mod:`clipad.studies.inspection`; here are files: what is kept of each image, and how a
-stopped run continues. First every image is looked at by the model and its map is kept; then maps become pictures and
-rows of the table, each once. Memory does not grow with the number of photographs.
+The numbers are :mod:`clipad.studies.inspection`'s. First the model looks at every image and its map is kept, so that a
+stopped run continues; then maps become pictures and rows of the table. Memory does not grow with the photographs.
 """
 
 from __future__ import annotations
@@ -56,15 +55,14 @@ def detect(
     neighbours: str = "no",
     tiles: int = 1,
 ) -> report.Report:
-    """Score photographs, and write report.html, scores.csv, scores.json and pictures.
+    """Score photographs, and write report.html, scores.csv, scores.json and pictures; a stopped call continues.
 
-    ``images``: see :func:`clipad.tools.photographs.collect`. Its flawless images set the scale and the threshold, so
-    that every image gets a verdict at about the false-alarm rate asked for; without them a score (the logit) but none.
-    ``neighbours`` and ``tiles``: see :class:`clipad.studies.inspection.Inspector`.
+    ``images``: of :func:`clipad.tools.photographs.collect`. With flawless images every image gets a verdict at about
+    this false-alarm rate; without them a score (the logit) but none. ``neighbours``, ``tiles``: see
+    :class:`clipad.studies.inspection.Inspector`. EXIF orientation is applied.
 
-    EXIF orientation is applied, so that boxes and outlines lie on the picture as a viewer shows it. A stopped call
-    continues: images are finished by their content. Raises ValueError or OSError, before the first image is scored,
-    for anything that cannot work: too few flawless images, an output folder with other settings or other files.
+    Raises ValueError or OSError, before the first image is scored, for too few flawless images and for an output
+    folder with other settings or other files.
     """
     inspector = Inspector(detector, object_name, neighbours, tiles)
     detector.text_vectors(object_name)  # an empty name is refused before anything is written
@@ -94,7 +92,7 @@ def detect(
         warning=demo_warning(detector, images.labels),
         observed=_observed(scores),
     )
-    report.write_report(found, work.folder, inspector)
+    report.write_report(found, work.folder, detector.backbone)
     work.remove_others(scores)
     return found
 
@@ -221,12 +219,13 @@ class _Work:
         threshold = rule.map_threshold if rule else np.inf
         above = without_specks(heat, threshold)
         boxes, outlines = report.find_regions(above, threshold, size)
-        overlay = report.draw(self.file("images", path), heat, scale, outlines, size)
-        report.write_picture(self.file("overlays", path), overlay)
-        report.write_picture(self.file("heat", path), report.heat_layer(heat, scale))
+        layer = report.heat_layer(heat, scale)
+        overlay = report.draw(self.file("images", path), layer, outlines)
+        pictures = {"overlays": overlay, "heat": layer}
         if boxes:
-            mask = report.region_mask(above, threshold, size)
-            report.write_picture(self.file("masks", path), mask)
+            pictures["masks"] = report.region_mask(above, threshold, size)
+        for kind, picture in pictures.items():
+            report.write_picture(self.file(kind, path), picture)
         return {
             "image": printable(self.name(path)),
             "verdict": verdict,
@@ -248,10 +247,12 @@ class _Work:
 
     def remove_others(self, scores: pd.DataFrame) -> None:
         """Remove what is left of images that are gone, and of regions that are none any more."""
-        present, with_regions = set(scores["file"]), set(scores["file"][scores["regions"] > 0])
         for kind in ENDINGS:
+            present = set(
+                scores["file"][scores["regions"] > 0] if kind == "masks" else scores["file"]
+            )
             for path in self.folder.glob(f"{kind}/*"):
-                if path.stem not in (with_regions if kind == "masks" else present):
+                if path.stem not in present:
                     path.unlink()
 
 

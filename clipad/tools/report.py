@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 
 from clipad.files import write_atomically
@@ -89,20 +89,17 @@ def heat_layer(heat: np.ndarray, scale: tuple[float, float]) -> Image.Image:
     return Image.fromarray((255 * colours).round().astype(np.uint8), "RGBA")
 
 
-def draw(picture: Path, heat, scale, outlines, size: tuple[int, int]) -> Image.Image:
-    """The image in a file with its map and outlines, 384 to 768 pixels along its longer side."""
+def draw(picture: Path, layer: Image.Image, outlines) -> Image.Image:
+    """The image in a file under its map and outlines, 768 pixels along its longer side."""
     with Image.open(picture) as image:
-        image.thumbnail((768, 768))
-        factor = max(1.0, 384 / max(image.size))
-        width, height = (max(1, round(side * factor)) for side in image.size)
-        shown = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    layer = heat_layer(heat, scale).resize((width, height), Image.Resampling.BILINEAR)
-    layer.putalpha(layer.getchannel("A").point(lambda value: round(0.6 * value)))
-    shown.paste(layer, mask=layer.getchannel("A"))
-    pen = ImageDraw.Draw(shown)
-    factors = (width / size[0], height / size[1])
+        native = image.size
+        image.draft("RGB", (768, 768))
+        shown = ImageOps.contain(image.convert("RGB"), (768, 768))
+    layer = layer.resize(shown.size, Image.Resampling.BILINEAR)
+    shown.paste(layer, mask=layer.getchannel("A").point(lambda value: round(0.6 * value)))
+    pen, factors = ImageDraw.Draw(shown), np.divide(shown.size, native)
     for line in outlines:
-        points = [(x * factors[0], y * factors[1]) for x, y in line]
+        points = [tuple(point) for point in np.multiply(line, factors)]
         pen.line(points, fill="black", width=4)
         pen.line(points, fill="white", width=2)
     return shown
@@ -115,7 +112,7 @@ def write_picture(path: Path, picture: Image.Image) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def write_report(report: Report, folder: Path, inspector) -> None:
+def write_report(report: Report, folder: Path, backbone) -> None:
     """report.html, scores.csv and scores.json; the report opens offline and can be moved with its folder."""
     rule, rows = report.rule, report.scores.drop(columns=ONLY_DRAWN)
     content = {
@@ -133,7 +130,7 @@ def write_report(report: Report, folder: Path, inspector) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     write_atomically(folder / "scores.csv", _csv(rows.drop(columns="file"), report.warning))
     write_atomically(folder / "scores.json", text)
-    write_atomically(folder / "report.html", _html(report, inspector))
+    write_atomically(folder / "report.html", _html(report, backbone))
 
 
 def _csv(rows: pd.DataFrame, warning: str) -> str:
@@ -144,28 +141,24 @@ def _csv(rows: pd.DataFrame, warning: str) -> str:
     return (rows.assign(warning=warning) if warning else rows).to_csv(index=False)
 
 
-def _html(report: Report, inspector) -> str:
+def _html(report: Report, backbone) -> str:
     """The page, from ``report.html.j2``."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
-    )
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True)
     colours = matplotlib.colormaps[MAP](np.linspace(0, 1, 9))
     low, high = report.scores["score"].min(), report.scores["score"].max()
     if rule := report.rule:  # the threshold can be seen; what is far above it lies at the end
         low = min(low, rule.scores.min())
         below = rule.threshold - low
         high = rule.threshold + np.clip(high - rule.threshold, 0.05 * below, 4 * below)
-    high = high if high > low else low + 1
     ticks = MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(low, high)
     return environment.get_template("report.html.j2").render(
         report=report,
+        backbone=backbone,
         rule=rule,
         scale=report.scale,
         rows=report.scores.to_dict(orient="records"),
-        low=low,
-        high=high,
-        ticks=[tick for tick in ticks if low <= tick <= high],
-        inspector=inspector,
+        ticks=ticks,
         colours=[matplotlib.colors.to_hex(colour) for colour in colours],
         score_name="score" if rule else "logit",
     )

@@ -1,8 +1,6 @@
 """From a few flawless images to a decision per image: notebook 07, and what ``clipad detect`` computes with.
 
-An image gives two numbers: the *logit* l = 100 (cos(f, t_a) - cos(f, t_n)) of the whole image, which does not
-saturate as the class probability does, and the *map maximum* m. Both are put on the robust scale of the flawless
-images and added. :class:`Inspector` turns images into l and m, :class:`Rule` into scores and verdicts.
+:class:`Inspector` turns images into two numbers, logit and map maximum, :class:`Rule` these into scores and verdicts.
 
 Shapes: B images, n flawless images, J stages, T x T tiles, K = T^2 N patches of an image, S image side,
 R = T S side of a map.
@@ -22,8 +20,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from scipy.stats import beta
 
-from clipad.detectors import CLIP_TEMPERATURE, SDP, Detector, Features
-from clipad.dual_path import staged_features
+from clipad.detectors import CLIP_TEMPERATURE, SDP, Detector, SDPPlus
 from clipad.evaluation import in_parts
 from clipad.surgery import similarity_map
 
@@ -53,11 +50,7 @@ def alarms_allowed(n: int, false_alarms: float) -> int:
 
 
 def conformal_threshold(scores: Sequence[float], false_alarms: float) -> float:
-    """The k-th highest of n flawless scores (conformal prediction, Vovk et al. 2005). ValueError if k would be 0.
-
-    If all n + 1 images are scored alike, the rank of a new flawless one is uniform, so it is *above* the k-th highest
-    with probability at most k / (n + 1), whatever the distribution.
-    """
+    """The k-th highest of n flawless scores (conformal prediction, Vovk et al. 2005). ValueError if k would be 0."""
     require_enough(len(scores), false_alarms)
     return float(np.sort(scores)[-alarms_allowed(len(scores), false_alarms)])
 
@@ -65,8 +58,7 @@ def conformal_threshold(scores: Sequence[float], false_alarms: float) -> float:
 def rate_interval(n: int, false_alarms: float) -> tuple[float, float]:
     """95 % interval of the true false-alarm rate of *this* threshold, over draws of the n flawless images.
 
-    The rate above the k-th highest of n independent continuous scores is Beta(k, n + 1 - k) distributed; approximate
-    for the leave-one-out scores of :class:`Rule`, whose rates are a little lower.
+    For n independent continuous scores it is Beta(k, n + 1 - k) distributed; approximate for those of :class:`Rule`.
     """
     k = alarms_allowed(n, false_alarms)
     low, high = beta.ppf([0.025, 0.975], k, n + 1 - k)
@@ -97,13 +89,9 @@ def combined_score(logits, maxima, flawless_logits, flawless_maxima):
 class Rule:
     """How scores become verdicts. ``logits`` and ``maxima`` are those of the n flawless images.
 
-    * Each flawless image is scored as if it were new: on the scale of the other n - 1.
-    * *bad*: the score is above ``threshold``, the k-th highest flawless score, k = floor(rate (n + 1)).
-    * *check*: it is not, but the map alone is above ``map_threshold``, found in the same way: a region stands out.
-    * *good*: neither.
-
-    On average a flawless image is called bad with probability of about ``false_alarms``, and bad or check with at most
-    about twice that: n - 1 images set a flawless image's scale and n a new one's (a jackknife).
+    *bad*: the score is above ``threshold``, the k-th highest flawless one, k = floor(rate (n + 1)); *check*: it is not,
+    but the map's maximum is above ``map_threshold``, found in the same way; *good*: neither. :meth:`words` says what is
+    promised.
     """
 
     logits: np.ndarray
@@ -112,7 +100,7 @@ class Rule:
 
     @cached_property
     def scores(self) -> np.ndarray:
-        """n scores of the flawless images, each from the others."""
+        """n scores of the flawless images, each as if it were new: on the scale of the other n - 1."""
         rest = ~np.eye(len(self.logits), dtype=bool)
         pairs = zip(self.logits, self.maxima, rest, strict=True)
         return np.array([combined_score(x, m, self.logits[r], self.maxima[r]) for x, m, r in pairs])
@@ -165,10 +153,7 @@ def without_specks(heat: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def standardised(tokens: torch.Tensor) -> torch.Tensor:
-    """B x K x D -> the same with mean 0 and deviation 1 over all K D numbers of an image, as MuSc has it.
-
-    The cosine of WinCLIP+ and AnomalyDINO loses how long tokens are, and 11 to 20 points of PRO (notebook 08).
-    """
+    """B x K x D -> the same with mean 0 and deviation 1 over all K D numbers of an image, as MuSc has it."""
     return F.layer_norm(tokens.float(), tokens.shape[1:])
 
 
@@ -215,15 +200,11 @@ class Look:
     words: np.ndarray
     tokens: list[torch.Tensor]
 
-    def __len__(self) -> int:
-        return len(self.logits)
-
     def __getitem__(self, index) -> Look:
         return Look(self.logits[index], self.words[index], [stage[index] for stage in self.tokens])
 
     @staticmethod
     def cat(parts: Sequence[Look]) -> Look:
-        """Batches put together, in their order."""
         return Look(
             np.concatenate([p.logits for p in parts]),
             np.concatenate([p.words for p in parts]),
@@ -264,47 +245,44 @@ class Inspector:
         return Look.cat(in_parts(self._look, images))
 
     def _look(self, images):
-        text, each = self.detector.text_vectors(self.name), images.shape[1]
-        seen = self._features(images.flatten(0, 1))
-        logits = class_logit(seen[::each].image_embedding, text)
-        if self.tiles > 1:  # the map comes from the tiles alone
-            seen = seen[torch.arange(len(images) * each) % each > 0]
-        words = stitch(self.detector.score_with(seen, text).maps, self.tiles).numpy()
-        if not (np.isfinite(words).all() and np.isfinite(logits).all()):
-            raise ValueError(f"{self.detector.name} gave a map or a logit that is not finite")
-        near = [] if self.neighbours == "no" else seen.ordinary
-        tokens = [stage[:, 1:].reshape(len(images), -1, stage.shape[-1]) for stage in near]
-        return Look(logits, words, tokens)
-
-    def _features(self, images) -> Features:
-        """The detector's, with the ordinary path's tokens where neighbours are asked for."""
+        detector, (count, each) = self.detector, images.shape[:2]
+        images, text, backbone = (
+            images.flatten(0, 1),
+            detector.text_vectors(self.name),
+            detector.backbone,
+        )
         if self.neighbours == "no":
-            return self.detector.features(images)
-        backbone, stages = self.detector.backbone, self.detector.stages
-        with torch.no_grad(), backbone.autocast():
-            images = images.to(backbone.device)
-            found = staged_features(backbone.tower, images, stages, self.detector.as_released)
-        features = Features(found.image_embedding, found.surgery, found.ordinary)
-        return features.apply(torch.Tensor.float)
+            seen = detector.features(images)
+        else:  # as SDP+ reads an image: also the ordinary path
+            with torch.no_grad(), backbone.autocast():
+                seen = SDPPlus.encode(detector, images.to(backbone.device)).apply(
+                    torch.Tensor.float
+                )
+        logits = class_logit(seen.image_embedding[::each], text)
+        if self.tiles > 1:  # the map comes from the tiles alone
+            seen = seen[torch.arange(count * each) % each > 0]
+        words = stitch(detector.score_with(seen, text).maps, self.tiles).numpy()
+        if not (np.isfinite(words).all() and np.isfinite(logits).all()):
+            raise ValueError(f"{detector.name} gave a map or a logit that is not finite")
+        near = [] if self.neighbours == "no" else seen.ordinary
+        return Look(logits, words, [x[:, 1:].reshape(count, -1, x.shape[-1]) for x in near])
 
     def fit(self, looks: Iterable[Look], false_alarms: float = 0.05) -> Inspector:
         """Learn from flawless images (batches of ``look``): the patches to remember, the scales, the rule."""
         looks, known = iter(looks), []
         for look in looks:
             known.append(look)
-            if sum(map(len, known)) >= BANK:
+            if sum(len(one.logits) for one in known) >= BANK:
                 break
         if not known:
             require_enough(0, false_alarms)
         first = Look.cat(known)
         self.bank = first.tokens
-        logits, maps = [first.logits], [self._maps(first, same=True)]
-        for look in looks:  # beyond the bank, as new images; their tokens are not kept
-            logits.append(look.logits)
-            maps.append(self._maps(look))
-        logits = np.concatenate(logits)
+        seen = [(first.logits, *self._maps(first, same=True))]
+        # Beyond the bank as new images; their tokens are not kept.
+        seen += [(look.logits, *self._maps(look)) for look in looks]
+        logits, *maps = map(np.concatenate, zip(*seen, strict=True))
         require_enough(len(logits), false_alarms)
-        maps = [np.concatenate(kind) for kind in zip(*maps, strict=True)]
         if len(maps) > 1:
             self._scales = [robust_scale(m[:, ::2, ::2], "map value") for m in maps]
         self.flawless_maps = self._added(maps)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from clipad.studies.figures import ANOMALOUS, COLOURS, NORMAL, name_rows
+from clipad.studies.figures import ANOMALOUS, COLOURS, NORMAL, dot_panels, name_rows
 
 KNOWN, FLAWLESS, DEFECTIVE = (COLOURS["grey"], "s"), (NORMAL, "o"), (ANOMALOUS, "^")
 
@@ -26,7 +26,6 @@ def _points(rows: Mapping[str, Sequence[tuple]], height: float, xlabel: str):
             ax.plot(values, spread, marker, color=colour, alpha=0.75, markersize=5)
     name_rows(ax, list(rows))
     ax.set_xlabel(xlabel)
-    ax.spines["left"].set_visible(False)
     return figure, ax
 
 
@@ -43,22 +42,22 @@ def decisions(frame: pd.DataFrame, rule) -> Figure:
     }
     figure, ax = _points(rows, 2.3, "score")
     ax.axvline(rule.threshold, color=COLOURS["red"])
-    ax.text(rule.threshold, -0.55, " bad", color=COLOURS["red"], va="top")
     return figure
 
 
 def names(table: pd.DataFrame, labels: np.ndarray) -> Figure:
-    """Class probability of each image for each name that was typed; the bar is the flawless images' median."""
+    """Class probability of each image for each name that was typed; the bar is the flawless images' median.
+
+    ``table``: a row per name: ``name``, ``median`` and ``probabilities`` (N); ``labels``: N.
+    """
+    looks = [FLAWLESS, DEFECTIVE]
     rows = {
-        f"“{row.name}”": [
-            (row.probabilities[labels == 0], FLAWLESS),
-            (row.probabilities[labels == 1], DEFECTIVE),
-        ]
+        f"“{row.name}”": [(row.probabilities[labels == i], looks[i]) for i in (0, 1)]
         for row in table.itertuples()
     }
     figure, ax = _points(rows, 0.7 * len(table) + 0.9, "class probability of “anomalous”")
-    for place, median in enumerate(table["median"]):
-        ax.plot([median] * 2, [place - 0.4, place + 0.4], color=NORMAL, linewidth=2)
+    places = np.arange(len(table))
+    ax.vlines(table["median"], places - 0.4, places + 0.4, color=NORMAL, linewidth=2)
     ax.axvline(0.5, color="0.4", linewidth=0.8, linestyle=":")
     ax.set_xlim(-0.02, 1.02)
     return figure
@@ -69,18 +68,10 @@ def rates(table: pd.DataFrame, promised: float) -> Figure:
 
     ``table``: of :func:`clipad.studies.inspection.trials.trials`.
     """
-    means = 100 * table.groupby("category")[["false_alarms", "in_sample"]].mean()
-    figure, ax = plt.subplots(figsize=(7.5, 0.32 * len(means) + 1.1))
-    places = range(len(means))
-    ax.hlines(places, means["false_alarms"], means["in_sample"], color="0.75", zorder=0)
-    ax.plot(means["false_alarms"], places, "o", color=NORMAL, label="scored as if new")
-    ax.plot(means["in_sample"], places, "D", color=ANOMALOUS, label="in sample")
-    ax.axvline(100 * promised, color=COLOURS["red"])
-    name_rows(ax, list(means.index))
-    ax.set_xlim(0, None)
-    ax.set_xlabel("false-alarm rate on other flawless images, percent (line: promised)")
-    ax.spines["left"].set_visible(False)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    means = table.groupby("category")[["false_alarms", "in_sample"]].mean()
+    means = means.set_axis(["scored as if new", "in sample"], axis=1)
+    figure = dot_panels({"": means}, "false-alarm rate on other flawless images, percent")
+    figure.axes[0].axvline(100 * promised, color=COLOURS["red"])
     return figure
 
 
@@ -93,7 +84,6 @@ def promise(table: pd.DataFrame) -> Figure:
     colours = [COLOURS[name] for name in ("orange", "blue", "green")]
     for colour, (rate, own) in zip(colours, table.groupby("rate", sort=False), strict=True):
         ax.fill_between(own["n"], 100 * own["low"], 100 * own["high"], color=colour, alpha=0.25)
-        ax.plot(own["n"], 100 * own[["low", "high"]], color=colour)
         ax.axhline(100 * rate, color=colour, linestyle=":", linewidth=1)
         ax.text(own["n"].iloc[-1], 100 * rate, f" {100 * rate:g} %", color=colour, va="center")
     numbers, ticks = (9, 20, 50, 100, 200, 500, 1000), (0.03, 0.1, 1, 5, 10, 30)
