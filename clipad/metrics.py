@@ -12,14 +12,14 @@ All metrics are NaN, without a warning, where nothing is anomalous or nothing is
 What makes it fast: false positives matter only at the scores of anomalous pixels, and those are few (2-3 % in the
 industrial data sets). So only the normal scores are sorted, in their own precision and in the one copy that is made,
 and each distinct anomalous score is looked up among them. A bootstrap resample is a count per image, and all that the
-metrics need is linear in the counts: the pixels are sorted once for all resamples.
+metrics need is linear in the counts: the pixels are sorted once for all resamples. One sample is one long "image",
+counted once.
 
 Shapes: N images, R resamples, K distinct scores of anomalous pixels.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -91,104 +91,133 @@ def pro_200_thresholds(scores: ArrayLike, masks: ArrayLike) -> float:
     return float(integrate.trapezoid(overlap[::-1], rate[::-1]) / (rate.max() - rate.min()))
 
 
-class _Curve(NamedTuple):
-    """What is detected at falling thresholds t: one above all scores, each distinct anomalous score, one below all.
+def draw_counts(labels: ArrayLike, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each image is in each bootstrap resample, (1 + R) x N: row 0 is the sample itself (all 1).
 
-    K + 2 thresholds, or consecutive ones of them; ... is nothing for one sample and R for resamples.
+    Drawn with replacement within each label, so that no resample loses a class. ``labels``: N values of any kind.
+
+    >>> draw_counts([0, 0, 1], 2, np.random.default_rng(0)).sum(axis=1)
+    array([3, 3, 3])
     """
-
-    tp: np.ndarray  # ... x (K + 2): anomalous scores >= t
-    fp: np.ndarray  # ... x (K + 2): normal scores >= t
-    tied: np.ndarray  # T: positions of the thresholds that equal a normal score
-    ties: np.ndarray  # ... x T: how many they equal
-    overlap: np.ndarray  # ... x (K + 2): sum of the weights of the anomalous scores >= t
-
-
-def _curve(scores: np.ndarray, anomalous: np.ndarray, weights: np.ndarray) -> _Curve:
-    """Sort, look up, count. Weights: one for each anomalous score, in the order of ``scores[anomalous]``."""
-    normal = scores[~anomalous]
-    normal.sort()  # a copy, so in place; of float32, where NumPy has a vectorised sort
-    found = scores[anomalous]
-    order = np.argsort(found)
-    found = found[order]
-    first = np.flatnonzero(np.append(True, found[1:] != found[:-1]))  # of each run of equal scores
-    thresholds = found[first]  # rising, because a search in the order of memory is faster
-    below = np.searchsorted(normal, thresholds, side="left")
-    tied = np.flatnonzero(normal[np.minimum(below, normal.size - 1)] == thresholds)
-    ties = np.searchsorted(normal, thresholds[tied], side="right") - below[tied]
-    tp = np.concatenate([[0], found.size - first[::-1], [found.size]])
-    fp = np.concatenate([[0], normal.size - below[::-1], [normal.size]])
-    overlap = np.append(0, np.cumsum(weights[order[::-1]]))[tp]
-    return _Curve(tp, fp, first.size - tied, ties, overlap)
+    labels = np.asarray(labels)
+    counts = np.ones((1 + n_resamples, len(labels)), dtype=np.int64)
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        shares = np.full(len(own), 1 / len(own))
+        counts[1:, own] = rng.multinomial(len(own), shares, size=n_resamples)
+    return counts
 
 
-def _sums(curve: _Curve, anomalous, limit) -> np.ndarray:
-    """4 x ...: pairs in the wrong order, F1-max, the sum of AP, the area of PRO; of a curve or of one of its pieces.
+def resampled_metrics(
+    scores: ArrayLike, truth: ArrayLike, counts: ArrayLike
+) -> dict[str, np.ndarray]:
+    """The metrics of many resamples of the images: R numbers for each.
 
-    ``anomalous``: how many there are; ``limit``: the false positives at which PRO ends. Numbers, or R of them.
+    ``scores``, ``truth``: as in ``pixel_metrics`` (N x H x W), or as in ``image_metrics`` (N; then without ``pro``);
+    ``counts``: R x N, how often each image was drawn (``draw_counts``). Raises ValueError as these, or for counts that
+    are not R x N numbers of 0 or more.
+
+    A resample with one class only is NaN; where others are not, a warning says how many: leave them out of an
+    interval, as ``np.nanquantile`` does. (Images are drawn by their label, and an anomalous image's mask can be empty.)
     """
-    tp, fp, tied, ties, overlap = curve
+    per_pixel = np.ndim(scores) == 3
+    scores, truth = _checked(scores, truth, "N x H x W" if per_pixel else "N")
+    counts = np.asarray(counts, dtype=np.float64)  # sums of them are whole numbers far below 2^53
+    if counts.ndim != 2 or counts.shape[1] != len(scores) or (counts < 0).any():
+        raise ValueError(f"counts must be R x {len(scores)}, 0 or more, found {counts.shape}.")
+    weights, regions = _region_weights(truth)
+    scores, truth = scores.reshape(len(scores), -1), truth.reshape(len(truth), -1)
+    found = _measure(scores, truth, weights, regions, counts)
+    undefined = np.isnan(found["auroc"]).sum()
+    if 0 < undefined < len(counts):
+        message = f"{undefined} of {len(counts)} resamples hold one class only and are NaN"
+        warnings.warn(message, stacklevel=2)
+    return {name: found[name] for name in (METRICS if per_pixel else METRICS[:3])}
+
+
+def _of_one(scores, truth, names: Sequence[str]) -> dict[str, float]:
+    weights, regions = _region_weights(truth)
+    regions, once = np.array([regions.sum()]), np.ones((1, 1))
+    found = _measure(scores.reshape(1, -1), truth.reshape(1, -1), weights, regions, once)
+    return {name: float(found[name][0]) for name in names}
+
+
+def _measure(scores, truth, weights, regions, counts) -> dict[str, np.ndarray]:
+    """The metrics of R samples: ``scores``, ``truth`` N x P; ``weights``, ``regions`` from :func:`_region_weights`;
+    ``counts`` R x N. (The PRO of labels means nothing.)"""
+    of_image = np.count_nonzero(truth, axis=1)
+    anomalous, normal = counts @ of_image, counts @ (truth.shape[1] - of_image)
+    undefined = (anomalous == 0) | (normal == 0)
+    anomalous[undefined] = normal[undefined] = np.nan  # and so are the metrics
+
+    images, own_weights = [], np.split(weights, np.cumsum(of_image)[:-1])
+    for image, mask, weight in zip(scores, truth, own_weights, strict=True):
+        below, found = image[~mask], image[mask]
+        below.sort()  # a copy, so in place; of float32, where NumPy has a vectorised sort
+        order = np.argsort(found)
+        images.append((below, found[order], np.append(0, np.cumsum(weight[order[::-1]]))))
+
+    sums = np.zeros((4, len(counts)))
+    for tied, *tallies in _tallies(images, np.unique(scores[truth])[::-1]):
+        step = max(1, _BLOCK // tallies[0].shape[1])
+        for start in range(0, len(counts), step):
+            rows = slice(start, start + step)
+            of_rows = (counts[rows] @ tally for tally in tallies)
+            new = _sums(tied, *of_rows, anomalous[rows], PRO_LIMIT * normal[rows])
+            sums[[0, 2, 3], rows] += new[[0, 2, 3]]
+            sums[1, rows] = np.maximum(sums[1, rows], new[1])
+    wrong, f1_max, precisions, area = sums
+    auroc = 1 - wrong / (anomalous * normal)
+    pro = area / (PRO_LIMIT * normal * (counts @ regions))
+    return {"auroc": auroc, "f1_max": f1_max, "ap": precisions / anomalous, "pro": pro}
+
+
+def _tallies(images: Sequence[tuple], thresholds: np.ndarray) -> Iterator[tuple]:
+    """What is detected in each of N images at falling thresholds t: one above all scores, ``thresholds``, one below.
+
+    ``images``: per image its normal scores and its anomalous scores, both rising, and the sum of the weights of the
+    highest 0, 1, 2, ... anomalous scores. Yields, for consecutive thresholds, the positions T of those that equal a
+    normal score, then N x ...: anomalous scores >= t, normal scores >= t, how many normal scores equal those T, and the
+    weights of the anomalous scores >= t.
+    """
+    thresholds = np.concatenate([[np.inf], thresholds, [-np.inf]]).astype(thresholds.dtype)
+    step = max(1, _TALLIES // max(10, len(images)))  # in pieces for one long image, too
+    for start in range(0, len(thresholds) - 1, step):
+        piece = thresholds[start : start + step + 1]
+        tp, fp, ties, overlap = np.empty((4, len(images), len(piece)))
+        for i, (normal, anomalous, weight) in enumerate(images):
+            fp[i] = normal.size - np.searchsorted(normal, piece, side="left")
+            ties[i] = fp[i] - normal.size + np.searchsorted(normal, piece, side="right")
+            found = anomalous.size - np.searchsorted(anomalous, piece, side="left")
+            tp[i], overlap[i] = found, weight[found]
+        tied = np.flatnonzero(ties[:, 1:].any(axis=0)) + 1
+        yield tied, tp, fp, ties[:, tied], overlap
+
+
+def _sums(tied, tp, fp, ties, overlap, anomalous, limit) -> np.ndarray:
+    """4 x R: pairs in the wrong order, F1-max, the sum of AP, the area of PRO; over consecutive thresholds.
+
+    ``anomalous``: how many there are; ``limit``: the false positives at which PRO ends; R each.
+    """
     new = np.diff(tp)  # anomalous scores equal to the threshold
     # A pair (anomalous, normal) is in the wrong order when the normal score is higher; a tie is half a pair.
-    wrong = _dot(new, fp[..., 1:]) - _dot(new[..., tied - 1], ties) / 2
-    detected = tp[..., 1:] + fp[..., 1:]
-    precisions = _dot(new, tp[..., 1:] / np.maximum(detected, 1))
+    wrong = _dot(new, fp[:, 1:]) - _dot(new[:, tied - 1], ties) / 2
+    detected = tp[:, 1:] + fp[:, 1:]
+    precisions = _dot(new, tp[:, 1:] / np.maximum(detected, 1))
     # F1 = 2 TP / (2 TP + FP + FN) can only fall between two anomalous scores: its maximum is at one.
-    f1_max = (tp[..., 1:] / (detected + np.asarray(anomalous)[..., None])).max(axis=-1) * 2
+    f1_max = (tp[:, 1:] / (detected + anomalous[:, None])).max(axis=1) * 2
     # The overlap stays while false positives are added, and rises along a line where they tie with a threshold.
-    limit = np.asarray(limit)[..., None]
+    limit = limit[:, None]
     rate = np.minimum(fp, limit)
-    inside = rate[..., tied] - np.minimum(fp[..., tied] - ties, limit)
-    rise = overlap[..., tied] - overlap[..., tied - 1]
-    area = _dot(overlap[..., :-1], np.diff(rate))
+    inside = rate[:, tied] - np.minimum(fp[:, tied] - ties, limit)
+    rise = overlap[:, tied] - overlap[:, tied - 1]
+    area = _dot(overlap[:, :-1], np.diff(rate))
     area = area + _dot(inside * inside / np.maximum(ties, 1), rise) / 2
     return np.stack([wrong, f1_max, precisions, area])
 
 
-def _metrics(sums: np.ndarray, anomalous, normal, regions) -> dict[str, np.ndarray]:
-    """The metrics from the sums over all thresholds."""
-    wrong, f1_max, precisions, area = sums
-    auroc = 1 - wrong / (anomalous * normal)
-    pro = area / (PRO_LIMIT * normal * regions)
-    return {"auroc": auroc, "f1_max": f1_max, "ap": precisions / anomalous, "pro": pro}
-
-
-def _of_one(scores, anomalous, names: Sequence[str]) -> dict[str, float]:
-    """These metrics of one sample, from valid input. (The PRO of labels means nothing and is not asked for.)"""
-    n_anomalous = np.count_nonzero(anomalous)
-    n_normal = anomalous.size - n_anomalous
-    if not n_anomalous or not n_normal:
-        return dict.fromkeys(names, float("nan"))
-    weights, regions = _region_weights(anomalous)
-    sums = _sums(_curve(scores, anomalous, weights), n_anomalous, PRO_LIMIT * n_normal)
-    found = _metrics(sums, n_anomalous, n_normal, regions.sum())
-    return {name: float(found[name]) for name in names}
-
-
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.einsum("...k,...k->...", a, b)
-
-
-def _pieces(images: Sequence[tuple], thresholds: np.ndarray) -> Iterator[_Curve]:
-    """The curve of each of N images at common thresholds (falling), in pieces; every array N x ...
-
-    ``images``: per image its normal scores and its anomalous scores, both rising, and the sum of the weights of the
-    highest 0, 1, 2, ... anomalous scores.
-    """
-    thresholds = np.concatenate([[np.inf], thresholds, [-np.inf]]).astype(thresholds.dtype)
-    step = max(1, _TALLIES // len(images))
-    for start in range(0, len(thresholds) - 1, step):
-        piece = thresholds[start : start + step + 1]
-        fp, above, tp = np.empty((3, len(images), len(piece)))
-        overlap = np.empty_like(tp)
-        for i, (normal, anomalous, weight) in enumerate(images):
-            fp[i] = normal.size - np.searchsorted(normal, piece, side="left")
-            above[i] = normal.size - np.searchsorted(normal, piece, side="right")
-            found = anomalous.size - np.searchsorted(anomalous, piece, side="left")
-            tp[i], overlap[i] = found, weight[found]
-        ties = fp - above
-        tied = np.flatnonzero(ties[:, 1:].any(axis=0)) + 1
-        yield _Curve(tp, fp, tied, ties[:, tied], overlap)
 
 
 def _region_weights(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -210,84 +239,6 @@ def _region_weights(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(weights), numbers
 
 
-def draw_counts(labels: ArrayLike, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each image is in each bootstrap resample, (1 + R) x N: row 0 is the sample itself (all 1).
-
-    Drawn with replacement within each label, so that no resample loses a class. ``labels``: N values of any kind.
-
-    >>> draw_counts([0, 0, 1], 2, np.random.default_rng(0)).sum(axis=1)
-    array([3, 3, 3])
-    """
-    labels = np.asarray(labels)
-    counts = np.ones((1 + n_resamples, len(labels)), dtype=np.int64)
-    for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
-        counts[1:, own] = rng.multinomial(
-            len(own), np.full(len(own), 1 / len(own)), size=n_resamples
-        )
-    return counts
-
-
-def resampled_metrics(
-    scores: ArrayLike, truth: ArrayLike, counts: ArrayLike
-) -> dict[str, np.ndarray]:
-    """The metrics of many resamples of the images: R numbers for each.
-
-    ``scores``, ``truth``: as in ``pixel_metrics`` (N x H x W), or as in ``image_metrics`` (N; then without ``pro``);
-    ``counts``: R x N, how often each image was drawn (``draw_counts``). Raises ValueError as these, or for counts that
-    are not R x N numbers of 0 or more.
-
-    A resample with one class only is NaN; where others are not, a warning says how many: leave them out of an
-    interval, as ``np.nanquantile`` does. (Images are drawn by their label, and an anomalous image's mask can be empty.)
-    """
-    per_pixel = np.ndim(scores) == 3
-    scores, truth = _checked(scores, truth, "N x H x W" if per_pixel else "N")
-    counts = np.asarray(counts, dtype=np.float64)  # sums of them are whole numbers far below 2^53
-    if counts.ndim != 2 or counts.shape[1] != len(scores) or (counts < 0).any():
-        raise ValueError(f"counts must be R x {len(scores)}, 0 or more, found {counts.shape}.")
-
-    weights, regions = _region_weights(truth)
-    scores, truth = scores.reshape(len(scores), -1), truth.reshape(len(truth), -1)
-    n_anomalous, n_normal = truth.sum(axis=1), (~truth).sum(axis=1)
-    images, own_weights = [], np.split(weights, np.cumsum(n_anomalous)[:-1])
-    for image, mask, weight in zip(scores, truth, own_weights, strict=True):
-        order = np.argsort(image[mask])
-        heights = np.append(0, np.cumsum(weight[order[::-1]]))
-        images.append((np.sort(image[~mask]), image[mask][order], heights))
-    pieces = _pieces(images, np.unique(scores[truth])[::-1])
-
-    defined = (counts @ n_anomalous > 0) & (counts @ n_normal > 0)
-    if 0 < defined.sum() < len(counts):
-        message = f"{(~defined).sum()} of {len(counts)} resamples hold one class only and are NaN"
-        warnings.warn(message, stacklevel=2)
-    names = METRICS if per_pixel else METRICS[:3]
-    found = {name: np.full(len(counts), np.nan) for name in names}
-    if defined.any():
-        counts = counts[defined]
-        totals = [counts @ each for each in (n_anomalous, n_normal)]
-        metrics = _metrics(_resampled_sums(pieces, counts, *totals), *totals, counts @ regions)
-        for name in names:
-            found[name][defined] = metrics[name]
-    return found
-
-
-def _resampled_sums(pieces: Iterable[_Curve], counts, anomalous, normal) -> np.ndarray:
-    """4 x R from the curves of the N images (:func:`_pieces`) and the counts R x N."""
-    sums = np.zeros((4, len(counts)))
-    for piece in pieces:
-        step = max(1, _BLOCK // piece.tp.shape[1])
-        for start in range(0, len(counts), step):
-            rows = slice(start, start + step)
-            tp, fp, ties, overlap = (
-                counts[rows] @ tally for tally in (piece.tp, piece.fp, piece.ties, piece.overlap)
-            )
-            curve = _Curve(tp, fp, piece.tied, ties, overlap)
-            new = _sums(curve, anomalous[rows], PRO_LIMIT * normal[rows])
-            sums[[0, 2, 3], rows] += new[[0, 2, 3]]
-            sums[1, rows] = np.maximum(sums[1, rows], new[1])
-    return sums
-
-
 def _checked(scores: ArrayLike, truth: ArrayLike, shape: str) -> tuple[np.ndarray, np.ndarray]:
     """Both as arrays, the caller's own memory where possible: float32 or float64, and bool."""
     scores, truth = _array(scores), _array(truth)
@@ -295,9 +246,8 @@ def _checked(scores: ArrayLike, truth: ArrayLike, shape: str) -> tuple[np.ndarra
         raise ValueError(
             f"scores and truth must both be {shape}, of one shape and not empty, found {scores.shape} and {truth.shape}"
         )
-    if scores.dtype not in (np.float32, np.float64):
-        # float16 fits into float32; integers and booleans into float64.
-        scores = scores.astype(np.float32 if scores.dtype == np.float16 else np.float64)
+    if scores.dtype != np.float32:
+        scores = scores.astype(np.float64, copy=False)
     # min and max need no memory, and both are NaN when any score is.
     if not (np.isfinite(scores.min()) and np.isfinite(scores.max())):
         raise ValueError("scores must be finite, found NaN or infinity")
