@@ -24,7 +24,7 @@ from PIL import Image
 
 from clipad.checkpoints import download, load_weights, read_checkpoint
 from clipad.datasets import image_tensor
-from clipad.files import address, cached, did_you_mean
+from clipad.files import address, cached, did_you_mean, require_writable
 from clipad.prompts import words
 from clipad.published import data_dir
 
@@ -133,8 +133,9 @@ class Backbone:
                 stacklevel=2,
             )
         key = address([self.weights_hash, self.device.type, "float32", texts])
-        path = cache_dir() / "text" / f"{key}.npz"
-        found = cached(path, lambda: {"embeddings": self._encode(texts)}, required=False)
+        folder = cache_dir()
+        path = folder and folder / "text" / f"{key}.npz"
+        found = cached(path, lambda: {"embeddings": self._encode(texts)})
         return torch.from_numpy(found["embeddings"])
 
     def _encode(self, sentences: list[str]) -> np.ndarray:
@@ -326,6 +327,10 @@ def _quick_gelu(name: str, config: dict, openai: bool) -> bool:
     return named or openai
 
 
-def cache_dir() -> Path:
-    """Where text embeddings are kept: ``$CLIPAD_CACHE``, else ``~/.cache/clipad``."""
-    return Path(os.environ.get("CLIPAD_CACHE") or Path.home() / ".cache" / "clipad")
+def cache_dir() -> Path | None:
+    """Where text embeddings are kept: ``$CLIPAD_CACHE``, else ``~/.cache/clipad``; None if it cannot be written."""
+    folder = Path(os.environ.get("CLIPAD_CACHE") or Path.home() / ".cache" / "clipad")
+    with contextlib.suppress(OSError):
+        require_writable(folder)
+        return folder
+    return None

@@ -6,19 +6,21 @@ images are listed: the method is zero-shot.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from clipad.files import BROKEN_LINK, IMAGE_SUFFIXES, did_you_mean, nfc, printable, scan
+from clipad.files import BROKEN_LINK, IMAGE_SUFFIXES, PHOTOGRAPH, did_you_mean, nfc, printable, scan
 from clipad.published import data_dir
 
 ORIENTATION = 0x0112  # EXIF tag
@@ -31,33 +33,7 @@ STATES = {
     "def", "defect", "defects", "defective", "anomaly", "anomalous", "abnormal",
     "nominal", "healthy", "clean", "free", "okay",
 }  # fmt: skip
-NO_TEST_IMAGES = ("train", "validation", "test_private", "test_private_mixed", "object")
-
-# Test images per category, (normal, anomalous), of the published data sets (data/README.md says where each is from).
-# fmt: off
-EXPECTED = {
-    "mvtec": {
-        "bottle": (20, 63), "cable": (58, 92), "capsule": (23, 109), "carpet": (28, 89),
-        "grid": (21, 57), "hazelnut": (40, 70), "leather": (32, 92), "metal_nut": (22, 93),
-        "pill": (26, 141), "screw": (41, 119), "tile": (33, 84), "toothbrush": (12, 30),
-        "transistor": (60, 40), "wood": (19, 60), "zipper": (32, 119),
-    },
-    "visa": {
-        "candle": (100, 100), "capsules": (60, 100), "cashew": (50, 100), "chewinggum": (50, 100),
-        "fryum": (50, 100), "macaroni1": (100, 100), "macaroni2": (100, 100), "pcb1": (100, 100),
-        "pcb2": (100, 100), "pcb3": (101, 100), "pcb4": (101, 100), "pipe_fryum": (50, 100),
-    },
-    # The medical sets have one category; its name is the object's name in the prompts (METHOD.md section 2).
-    "isic": {"skin": (0, 379)},
-    "clinicdb": {"colon": (0, 612)},
-    "headct": {"head ct": (100, 100)},
-    "brainmri": {"brain ct": (98, 155)},
-}
-# fmt: on
-DEMO = {
-    "demo": ("leather", "tile", "capsule", "screw", "button", "gear", "hazelnut", "washer"),
-    "demo_aux": ("carpet", "wood", "grid", "marble", "bottle", "nut", "cable", "pill"),
-}
+NO_TEST_IMAGES = {"train", "validation", "test_private", "test_private_mixed", "object"}
 
 
 class LayoutError(ValueError):
@@ -83,45 +59,41 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def read_photograph(path: str | Path) -> tuple[Image.Image, set[str]]:
-    """As `read_image`, but turned as the EXIF orientation says, as viewers do; and its `remarks`.
+    """As `read_image`, but turned as the EXIF orientation says, as viewers do: data sets have masks as stored.
 
-    Not for data sets: there masks lie on the pixels as stored.
+    Also what a reader has to know: "turned", "twelve bit" (a 16-bit file whose values stay below 4096).
     """
-    image = decode(path)
-    found = remarks(image)
-    return eight_bit(ImageOps.exif_transpose(image) if "turned" in found else image), found
+    image, remarks = decode(path), set()
+    if image.mode.startswith("I") and 255 < np.asarray(image).max() < 4096:
+        remarks.add("twelve bit")
+    if image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1:
+        remarks.add("turned")
+        image = ImageOps.exif_transpose(image)
+    return eight_bit(image), remarks
 
 
-def read_mask(path: str | Path, image_size: int) -> np.ndarray:
-    """Read a ground-truth mask as an S x S bool array, S = `image_size` (METHOD.md section 1).
+def read_mask(path: str | Path, image_size: int | None = None) -> np.ndarray:
+    """Read a ground-truth mask as an S x S bool array, S = `image_size`; None: H x W as stored (METHOD.md section 1).
 
     A pixel is anomalous where any colour channel is > 0 (of a palette the index; alpha is ignored), decided at native
-    size; then bilinear resize to S x S and threshold at 0.5. Errors as `read_image`.
+    size; then `resize_mask`. Errors as `read_image`.
     """
-    return resize_mask(native_mask(path), image_size)
-
-
-def native_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of an image as `read_image` would return it, from its header. Errors as `read_image`."""
-    return decode(path, header_only=True).size
+    image = decode(path)
+    if image.mode in ("1", "L", "F", "P") or image.mode.startswith("I"):
+        mask = np.asarray(image) > 0
+    else:
+        mask = np.asarray(eight_bit(image)).any(axis=-1)
+    return mask if image_size is None else resize_mask(mask, image_size)
 
 
 def require_mask_size(mask: Path, image: Path) -> None:
     """`MaskSizeError` unless a mask is as large as its image, by their headers. Other errors as `read_image`."""
-    found, wanted = native_size(mask), native_size(image)
+    found, wanted = (decode(path, header_only=True).size for path in (mask, image))
     if found != wanted:
         raise MaskSizeError(
             f"mask {mask} has {found[0]} x {found[1]} pixels, its image {image.name} {wanted[0]} x {wanted[1]}: "
             "both are taken as stored (EXIF orientation is ignored)"
         )
-
-
-def native_mask(path: str | Path) -> np.ndarray:
-    """The mask as H x W bool at its own size; see `read_mask`."""
-    image = decode(path)
-    if image.mode in ("1", "L", "F", "P") or image.mode.startswith("I"):
-        return np.asarray(image) > 0
-    return np.asarray(eight_bit(image)).any(axis=-1)
 
 
 def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
@@ -189,21 +161,6 @@ def eight_bit(image: Image.Image) -> Image.Image:
     if "transparency" in image.info:  # Pillow wants palettes with transparency to pass through RGBA
         image = image.convert("RGBA")
     return image.convert("RGB")
-
-
-def remarks(image: Image.Image) -> set[str]:
-    """What a reader of a decoded image has to know: "turned" (by EXIF), "twelve bit" (16-bit values below 4096)."""
-    found = set()
-    if image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1:
-        found.add("turned")
-    if image.mode.startswith("I") and 255 < np.asarray(image).max() < 4096:
-        found.add("twelve bit")
-    return found
-
-
-def two_levels(image: Image.Image) -> bool:
-    """Whether a decoded image has at most two colours: a mask or an empty picture, no photograph."""
-    return image.getcolors(2) is not None
 
 
 @dataclass(frozen=True)
@@ -290,7 +247,7 @@ def load_dataset(
     Labels are never guessed: normal are the images in ``normal_folder``, or, without it, in the one sub-folder called
     good, normal or ok. Where there is none, or two, the sub-folders are named and the answer is asked for.
 
-    Raises ValueError (unknown name or category, with the nearest one), FileNotFoundError (root, image, mask or list
+    Raises ValueError (unknown name or category, with the nearest one), FileNotFoundError (root, image or mask
     missing), `LayoutError`.
     """
     dataset = list_dataset(name, root, normal_folder)
@@ -309,21 +266,31 @@ def list_dataset(name: str, root: str | Path | None = None, normal_folder: str =
         )
     if normal_folder and name != "folder":
         raise ValueError(f"normal_folder is for data set 'folder'; {name!r} says what is normal")
-    if not root and name not in DEMO:
+    if not root and name not in ("demo", "demo_aux"):
         raise ValueError(
             f"data set {name!r} is not shipped and needs root=<its folder> (data_root on the command line); "
             "data/README.md says where it comes from"
         )
     root = Path(root).expanduser() if root else data_dir() / "demo" / "collections" / name
-    root = _locate(name, root.resolve() if ".." in root.parts else root.absolute())
-    found = _folder(root, normal_folder) if name == "folder" else LAYOUTS[name].find(root)
-    samples = tuple(found)
+    root = root.resolve() if ".." in root.parts else root.absolute()
+    if not root.is_dir():
+        kind = "is no folder (unpack an archive first)" if root.exists() else "does not exist"
+        raise FileNotFoundError(f"the root of data set {name!r} {kind}: {root}")
+    listed = ((place, _find(name, place, normal_folder)) for place in (root, *_folders(root)))
+    root, samples = next((found for found in listed if found[1]), (root, ()))
     if not samples:
-        raise LayoutError(f"{root} holds no test images. {_expected(name, root)}")
+        raise LayoutError(f"{root} holds no test images of {name!r}. {_expected(name, root)}")
     categories = tuple(dict.fromkeys(s.category for s in samples))
     if "mean" in categories:
         raise ValueError("a category cannot be called 'mean', as a table's last row is")
     return Dataset(name, root, categories, samples)
+
+
+def expected_counts(name: str) -> dict[str, tuple[int, int]]:
+    """Category -> numbers of (normal, anomalous) test images that a data set has; empty for "folder"."""
+    with open(data_dir() / "test_images.csv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["dataset"] == name]
+    return {row["category"]: (int(row["normal"]), int(row["anomalous"])) for row in rows}
 
 
 def require_usable(path: Path, root: Path, of: str = "") -> None:
@@ -340,16 +307,27 @@ def require_usable(path: Path, root: Path, of: str = "") -> None:
         raise LayoutError(f"{path} leads to {real}, outside the root {root}: copy it into the root")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a data set lies on disk."""
+def _find(name: str, root: Path, normal_folder: str = "") -> tuple[Sample, ...]:
+    """The samples of a data set below a root; none where another layout is."""
+    layout, find = LAYOUTS[name]
+    try:
+        return tuple(find(root, normal_folder) if name == "folder" else find(root))
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise LayoutError(f"the list in {root} is not as expected, {layout} ({why})") from error
 
-    text: str  # for error messages
-    signs: Sequence[tuple[str, ...]]  # what a root has to hold: all the paths of one of these
-    find: Callable[[Path], Iterable[Sample]]  # what a root holds
 
-    def fits(self, root: Path) -> bool:
-        return any(all((root / path).exists() for path in sign) for sign in self.signs)
+def _expected(name: str, root: Path) -> str:
+    """What was expected at a root, what is there, and for which data set that would do."""
+    names = [path.name for path in _visible(root)]
+    found = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "an empty folder"
+    hint = "" if name == "folder" else " Images of your own are dataset='folder'."
+    with contextlib.suppress(LayoutError):
+        for other in LAYOUTS:
+            if other not in (name, "folder") and _find(other, root):
+                hint = f" This is a layout for dataset={other!r}."
+                break
+    return f"Expected {LAYOUTS[name][0]}; found {found}.{hint}"
 
 
 def _samples(
@@ -373,17 +351,17 @@ def _samples(
 
 
 def _by_stem(folder: Path | None, ending: str) -> dict[str, Path]:
-    """Masks by the stem of their image: masks pair by name, never by position."""
-    masks: dict[str, Path] = {}
-    for path in _images(folder) if folder else []:
-        first = masks.setdefault(nfc(path.stem).removesuffix(ending), path)
-        if first != path:
-            raise ValueError(f"two masks for one image: {first} and {path}. Remove one")
-    return masks
+    """Masks by the stem of their image: they pair by name, never by position."""
+    found = _images(folder) if folder else []
+    return {nfc(path.stem).removesuffix(ending): path for path in found}
 
 
 def _by_defect(
-    images: dict[Path, list[Path]], category: str, truth: Path, normal: str, masked: bool = True
+    images: dict[Path, list[Path]],
+    category: str,
+    truth: Path,
+    normal: str = "good",
+    masked: bool = True,
 ) -> Iterator[Sample]:
     """Images by the folder of their defect; masks in truth/ground_truth/<defect>/ if ``masked``, object masks in
     truth/object/<defect>/. ``normal``: the name of the normal folder, in lower case."""
@@ -395,21 +373,25 @@ def _by_defect(
         yield from _samples(found, category, label, defect, masks, objects=objects)
 
 
-def _in_categories(name: str, known: Iterable[str]) -> Layout:
-    """MVTec AD's layout, of known categories only."""
+def _mvtec(root: Path, name: str = "mvtec") -> Iterator[Sample]:
+    for category in sorted(expected_counts(name)):
+        images = {path: _images(path) for path in _folders(root / category / "test")}
+        yield from _by_defect(images, category, root / category)
 
-    def find(root: Path) -> Iterator[Sample]:
-        for folder in _folders(root):
-            category = nfc(folder.name)
-            if (folder / "test").is_dir():
-                if category not in known:
-                    hint = f"{did_you_mean(category, known)}. Use dataset='folder' for other data"
-                    raise LayoutError(f"{folder} is no category of {name!r}{hint}")
-                images = {path: _images(path) for path in _folders(folder / "test")}
-                yield from _by_defect(images, category, folder, "good")
 
-    text = "<category>/test/<defect>/NNN.png and <category>/ground_truth/<defect>/NNN_mask.png"
-    return Layout(text, [(f"{category}/test",) for category in known], find)
+def _visa(root: Path) -> Iterable[Sample]:
+    path = root / "split_csv" / "1cls.csv"
+    if not path.is_file():  # as the data set's own script converts it
+        return _mvtec(root, "visa")
+    samples = []
+    for row in _rows(path):
+        # A category whose folder is absent was not unpacked; one that is there must be complete.
+        if row["split"] == "test" and (root / row["object"]).is_dir():
+            label = {"normal": 0, "anomaly": 1}[row["label"]]
+            mask = root / row["mask"] if label else None
+            kind = "anomaly" if label else "good"
+            samples.append(Sample(root / row["image"], mask, nfc(row["object"]), label, kind))
+    return sorted(samples, key=lambda s: (s.category, s.label, s.image_path.name))
 
 
 def _isic(root: Path) -> Iterator[Sample]:
@@ -421,6 +403,17 @@ def _clinicdb(root: Path) -> Iterator[Sample]:
     return _samples(_images(root / "Original"), "colon", 1, "polyp", root / "Ground Truth", "")
 
 
+def _headct(root: Path) -> list[Sample]:
+    folder = root / "head_ct" / "head_ct"
+    folder = folder if folder.is_dir() else folder.parent
+    samples = []
+    for row in _rows(root / "labels.csv"):
+        label = {"0": 0, "1": 1}[row["hemorrhage"]]
+        kind = "hemorrhage" if label else "good"
+        samples.append(Sample(folder / f"{row['id'].zfill(3)}.png", None, "head ct", label, kind))
+    return sorted(samples, key=lambda s: s.image_path.name)
+
+
 def _brainmri(root: Path) -> Iterator[Sample]:
     # The archive holds every image twice: inside this folder and beside it.
     inside = root / "brain_tumor_dataset"
@@ -429,54 +422,31 @@ def _brainmri(root: Path) -> Iterator[Sample]:
     yield from _samples(_images(root / "yes"), "brain ct", 1, "tumour")
 
 
-def _visa(root: Path) -> Iterable[Sample]:
-    path = root / "split_csv" / "1cls.csv"
-    if not path.is_file():  # as the data set's own script converts it
-        return _in_categories("visa", EXPECTED["visa"]).find(root)
-    samples = []
-    columns = ("object", "split", "image", "mask", "label")
-    for row, label in _rows(path, root, columns, ("normal", "anomaly")):
-        # A category whose folder is absent was not unpacked; one that is there must be complete.
-        if row["split"] == "test" and (root / row["object"]).is_dir():
-            mask = root / row["mask"] if label else None
-            kind = "anomaly" if label else "good"
-            samples.append(Sample(root / row["image"], mask, nfc(row["object"]), label, kind))
-    return sorted(samples, key=lambda s: (s.category, s.label, s.image_path.name))
-
-
-def _headct(root: Path) -> list[Sample]:
-    folder = root / "head_ct" / "head_ct"
-    folder = folder if folder.is_dir() else folder.parent
-    samples = []
-    for row, label in _rows(root / "labels.csv", root, ("id", "hemorrhage"), ("0", "1")):
-        image, kind = folder / f"{row['id'].zfill(3)}.png", "hemorrhage" if label else "good"
-        samples.append(Sample(image, None, "head ct", label, kind))
-    return sorted(samples, key=lambda s: s.image_path.name)
-
-
-def _rows(
-    path: Path, root: Path, columns: tuple[str, ...], labels: tuple[str, str]
-) -> Iterator[tuple[dict[str, str], int]]:
-    """Row and label (0 or 1) of a CSV file whose last of ``columns`` holds one of two ``labels``."""
-    require_usable(path, root)
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restval="", skipinitialspace=True)
-        for row in reader:
-            said = row.get(columns[-1], "").strip()
-            if said not in labels or not row.keys() >= set(columns):
-                raise LayoutError(
-                    f"{path}, line {reader.line_num}: expected the columns {', '.join(columns)}, the last of them "
-                    f"{' or '.join(labels)}; found {row}"
-                )
-            yield {column: row[column].strip() for column in columns}, labels.index(said)
+        return list(csv.DictReader(file, skipinitialspace=True))
+
+
+def _meta_json(path: Path) -> list[Sample]:
+    """The list that AdaCLIP, AnomalyCLIP and others write: {"test": {category: [{"img_path", "mask_path", ...}]}}."""
+    samples, root = [], path.parent
+    for category, rows in json.loads(path.read_text(encoding="utf-8"))["test"].items():
+        for row in rows:
+            label = int(row["anomaly"])
+            mask = root / row["mask_path"] if label and row.get("mask_path") else None
+            kind = str(row.get("specie_name") or "anomaly") if label else "good"
+            samples.append(Sample(root / row["img_path"], mask, nfc(category), label, kind))
+    return sorted(samples, key=lambda s: (s.category, s.image_path))
 
 
 def _folder(root: Path, normal_folder: str = "") -> list[Sample]:
     """Data set "folder", see `load_dataset`: one category, or else one in each sub-folder."""
     if (root / "meta.json").is_file():
-        return _meta_json(root)
-    listed = scan(root)
-    images = for_testing([*listed.photographs, *listed.skipped.get(BROKEN_LINK, [])], root)
+        return _meta_json(root / "meta.json")
+    found = scan(root)
+    images = for_testing([*found[PHOTOGRAPH], *found.get(BROKEN_LINK, [])], root)
     by_folder = defaultdict(list)
     for path in images:
         by_folder[path.parent].append(path)
@@ -500,8 +470,7 @@ def _folder(root: Path, normal_folder: str = "") -> list[Sample]:
 
 def for_testing(photographs: Iterable[Path], root: Path) -> list[Path]:
     """Those that lie in no folder of other images (for training, of objects, ...), sorted."""
-    other = set(NO_TEST_IMAGES)
-    return sorted(path for path in photographs if not other & set(path.relative_to(root).parts))
+    return sorted(p for p in photographs if not NO_TEST_IMAGES & set(p.relative_to(root).parts))
 
 
 def _folder_category(
@@ -544,85 +513,28 @@ def normal_name(names: Iterable[str], given: str) -> str | None:
     return known[0] if len(known) == 1 or wanted in known else None
 
 
-def _meta_json(root: Path) -> list[Sample]:
-    """The list that AdaCLIP, AnomalyCLIP and others write: {"test": {category: [{"img_path", "mask_path", ...}]}}."""
-    path = root / "meta.json"
-    samples = []
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["test"]
-        for category, row in ((name, row) for name, rows in listed.items() for row in rows):
-            label = int(row["anomaly"])
-            mask = root / row["mask_path"] if label and row.get("mask_path") else None
-            kind = str(row.get("specie_name") or "anomaly") if label else "good"
-            samples.append(Sample(root / row["img_path"], mask, nfc(category), label, kind))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LayoutError(
-            f"{path} is not the expected list, {{'test': {{category: [{{'img_path', 'mask_path', 'anomaly'}}]}}}} "
-            f"({type(error).__name__}: {error}): mend it or take it away"
-        ) from error
-    return sorted(samples, key=lambda s: (s.category, s.image_path))
-
-
-LAYOUTS = {
-    "mvtec": _in_categories("mvtec", EXPECTED["mvtec"]),
-    "visa": Layout(
+# Data set -> its layout in words, and a function that gives the samples below a root.
+_BY_DEFECT = "<category>/test/<defect>/NNN.png and <category>/ground_truth/<defect>/NNN_mask.png"
+LAYOUTS: dict[str, tuple[str, Callable[[Path], Iterable[Sample]]]] = {
+    "mvtec": (_BY_DEFECT, _mvtec),
+    "visa": (
         "split_csv/1cls.csv and <category>/Data/{Images/{Anomaly,Normal}/NNN.JPG,Masks/Anomaly/NNN.png}",
-        [("split_csv/1cls.csv",), *((f"{category}/test",) for category in EXPECTED["visa"])],
         _visa,
     ),
-    "isic": Layout(
+    "isic": (
         "ISBI2016_ISIC_Part1_Test_Data/ISIC_*.jpg and ISBI2016_ISIC_Part1_Test_GroundTruth/ISIC_*_Segmentation.png",
-        [("ISBI2016_ISIC_Part1_Test_Data", "ISBI2016_ISIC_Part1_Test_GroundTruth")],
         _isic,
     ),
-    "clinicdb": Layout(
-        "Original/N.tif and 'Ground Truth'/N.tif", [("Original", "Ground Truth")], _clinicdb
-    ),
-    "headct": Layout(
-        "labels.csv and head_ct/head_ct/NNN.png", [("labels.csv", "head_ct")], _headct
-    ),
-    "brainmri": Layout(
-        "brain_tumor_dataset/{no,yes}/",
-        [("brain_tumor_dataset/no", "brain_tumor_dataset/yes"), ("no", "yes")],
-        _brainmri,
-    ),
-    "demo": _in_categories("demo", DEMO["demo"]),
-    "demo_aux": _in_categories("demo_aux", DEMO["demo_aux"]),
-    "folder": Layout(
+    "clinicdb": ("Original/N.tif and 'Ground Truth'/N.tif", _clinicdb),
+    "headct": ("labels.csv (id, hemorrhage) and head_ct/head_ct/NNN.png", _headct),
+    "brainmri": ("brain_tumor_dataset/{no,yes}/", _brainmri),
+    "demo": (_BY_DEFECT, partial(_mvtec, name="demo")),
+    "demo_aux": (_BY_DEFECT, partial(_mvtec, name="demo_aux")),
+    "folder": (
         "images; or {good,<defect>}/ with images; or test/<defect>/; or sub-folders (categories) of these kinds",
-        [()],  # every folder: whether there are images is found by listing them
         _folder,
     ),
 }
-
-
-def _locate(name: str, root: Path) -> Path:
-    """The folder that has the layout: root itself, or one folder below it."""
-    if not root.is_dir():
-        kind = "is no folder (unpack an archive first)" if root.exists() else "does not exist"
-        raise FileNotFoundError(f"the root of data set {name!r} {kind}: {root}")
-    if LAYOUTS[name].fits(root):
-        return root
-    found = [folder for folder in _folders(root) if LAYOUTS[name].fits(folder)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        several = ", ".join(map(str, found))
-        raise LayoutError(f"{root} holds data set {name!r} more than once: {several}. Give one")
-    raise LayoutError(
-        f"{root} does not have the layout of data set {name!r}. {_expected(name, root)}"
-    )
-
-
-def _expected(name: str, root: Path) -> str:
-    """What was expected at a root, what is there, and for which data set that would do."""
-    names = [path.name for path in _visible(root)]
-    found = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "an empty folder"
-    fitting = [other for other in EXPECTED if other != name and LAYOUTS[other].fits(root)]
-    hint = "" if name == "folder" or not names else " Images of your own are dataset='folder'."
-    if fitting:
-        hint = f" This is a layout for dataset={fitting[0]!r}."
-    return f"Expected {LAYOUTS[name].text}; found {found}.{hint}"
 
 
 def _folders(folder: Path) -> list[Path]:

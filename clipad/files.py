@@ -8,13 +8,12 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 import unicodedata
 import zipfile
-from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write beside the target, flush to disk, then rename: a killed run or a full disk never leaves half a file.
 
-    Raises OSError (no space, not writable) that names the file, and leaves no partial file behind.
+    Raises OSError (no space, not writable) that names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -46,24 +45,18 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
 
 
-def cached(path: Path | None, compute: Callable[[], Arrays], required: bool = True) -> Arrays:
+def cached(path: Path | None, compute: Callable[[], Arrays]) -> Arrays:
     """The arrays in the file ``path``; where there is none, those that ``compute`` gives, which are written there.
 
     The name has to say all that decides the arrays (:func:`address`). A damaged file, which its checksums tell, is
-    computed again; one that may not be read or written raises OSError, unless it is not ``required``: then it costs
-    time only. Without a path nothing is kept.
+    computed again; one that may not be read or written raises OSError. Without a path nothing is kept.
     """
-    if path is None:
-        return compute()
-    tolerated = () if required else (OSError,)
-    damaged = (ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile)
-    with (
-        contextlib.suppress(FileNotFoundError, *damaged, *tolerated),
-        np.load(path, allow_pickle=False) as stored,
-    ):
-        return dict(stored)
+    if path and path.exists():
+        damaged = (ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile)
+        with contextlib.suppress(*damaged), np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
     arrays = compute()
-    with contextlib.suppress(*tolerated):
+    if path:
         write_arrays(path, arrays)
     return arrays
 
@@ -81,10 +74,7 @@ def address(key: Any) -> str:
 
 
 def require_writable(folder: Path) -> None:
-    """Make the folder and see that it takes files: before the work whose results shall go there.
-
-    Raises OSError that names the folder.
-    """
+    """Make the folder and see that it takes files, before the work; OSError that names it if not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -105,10 +95,9 @@ def claim(folder: Path, settings: dict, results: Iterable[str], option: str = "o
     text = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     if not path.is_file() and not any(list(folder.glob(pattern)) for pattern in results):
         write_atomically(path, text)
-        return
     try:
-        found, wanted = dict(json.loads(path.read_text(encoding="utf-8"))), json.loads(text)
-    except (FileNotFoundError, ValueError, TypeError):
+        found, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+    except (FileNotFoundError, ValueError):
         raise ValueError(
             f"{path}, which says how the results beside it were made, is missing or damaged: choose another {option} "
             f"or remove {folder}"
@@ -141,16 +130,14 @@ def content_hash(path: Path) -> str:
     return _content_hash(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-@lru_cache(maxsize=100_000)
+@cache
 def _content_hash(path: Path, *status: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_name(name: str) -> str:
-    """Any name, such as a category's or a path's, as one file name: unique, short, of printable characters.
-
-    A name that is no such file name already gets six digits of its hash.
+    """Any name as one file name: short, of printable characters, unique by six digits of the name's hash if need be.
 
     >>> file_name("a_b c.png"), file_name("a/b c.png")
     ('a_b c.png', 'a_b c.png-65036e')
@@ -165,100 +152,76 @@ def file_name(name: str) -> str:
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".png")
-"""the first ones are more surely photographs: see `_masks_beside`"""
-MASK_FOLDERS = ("mask", "masks", "gt", "groundtruth", "label", "labels")
-MASK_FOLDERS += ("annotation", "annotations", "segmentation", "segmentations")
-MASK_ENDINGS = ("_mask", "_masks", "_label", "_gt", "_seg", "_segmentation", "_annotation")
+"""of two images of one name that with the first of these is the photograph"""
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found")
-BROKEN_LINK = "broken link"
-BESIDE = "beside a photograph of the same name, so a mask or copy"
+MASK_FOLDER = re.compile("masks?|gt|groundtruth|labels?|annotations?|segmentations?")
+MASK_ENDING = re.compile("_(masks?|gt|label|seg|segmentation|annotation)$", re.IGNORECASE)
 RESULT_MARK = "clipad-results"
 """an empty file that `clipad` leaves in a folder of its own pictures: they are not scored again"""
+PHOTOGRAPH, HIDDEN, BROKEN_LINK = "", "hidden", "broken link"
 
 
-@dataclass(frozen=True)
-class Scan:
-    """What lies below a folder: photographs, sorted, and every other file under the reason why it is none."""
+def scan(root: Path, without: Path | None = None) -> dict[str, list[Path]]:
+    """Every file below a folder, at any depth, sorted, under `PHOTOGRAPH` or the reason why it is none.
 
-    photographs: tuple[Path, ...]
-    skipped: dict[str, list[Path]]
-
-    def skipped_lines(self, root: Path) -> list[str]:
-        """A line per reason: how many, and the first three of them."""
-        lines = []
-        for reason, paths in sorted(self.skipped.items()):
-            names = ", ".join(printable(os.path.relpath(path, root)) for path in paths[:3])
-            lines.append(f"{len(paths)} {reason} ({names}{', ...' if len(paths) > 3 else ''})")
-        return lines
-
-
-def scan(root: Path, used: Iterable[Path | None] = (), without: Path | None = None) -> Scan:
-    """Every file below a folder, at any depth; nothing is decoded, no file is opened.
-
-    Photographs are files with an image's suffix. None are: masks (in a folder called masks, gt, labels, ..., or
-    beside their photograph as ``x_mask.png`` or as ``x.png`` of ``x.jpg``), results of clipad (folders with its mark,
-    and ``without``), pipes and devices, broken links, other formats, and hidden files and folders, which are not
-    looked into. Files in ``used`` are neither.
+    Photographs are files with an image's suffix, but for masks (in a folder called masks, gt, labels, ..., or beside
+    their photograph as ``x_mask.png`` or as ``x.png`` of ``x.jpg``), results of clipad (folders with its mark, and
+    ``without``), pipes and broken links. Hidden folders are not looked into; no file is opened.
     """
-    reasons: dict[Path, str] = {}
+    found: dict[str, list[Path]] = {PHOTOGRAPH: []}
 
-    def visit(folder: Path, reason: str, above: frozenset) -> None:
-        """Why each file is no photograph, empty for one; ``reason``: that of the whole folder."""
-        here = folder.resolve()
-        if here in above:
-            return  # a link that leads back
+    def visit(folder: Path, reason: str) -> None:
         paths = sorted(folder.iterdir())
         if folder == without or folder / RESULT_MARK in paths:
             reason = reason or "results of clipad"
-        found = {path: reason or _no_image(path) for path in paths}
-        images = [path for path, why in found.items() if why in ("", BROKEN_LINK)]
-        found |= dict.fromkeys(_masks_beside(images), BESIDE)
+        images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+        images.sort(key=lambda path: IMAGE_SUFFIXES.index(path.suffix.lower()), reverse=True)
+        by_stem = {path.stem: path for path in images}
         for path in paths:
-            if path.is_dir() and found[path] != "hidden":
-                plain = "".join(c for c in path.name.lower() if c.isalnum())
-                masks = plain in MASK_FOLDERS and not (path / "test").is_dir()  # that is a product
-                visit(path, reason or ("in a folder of masks" if masks else ""), above | {here})
-            else:
-                reasons[path] = found[path]
+            why = reason or _no_photograph(path, by_stem)
+            if why == HIDDEN or not path.is_dir():
+                found.setdefault(why, []).append(path)
+            elif not folder.resolve().is_relative_to(path.resolve()):  # no link that leads back
+                visit(path, why)
 
-    visit(root, "", frozenset())
-    used, skipped = set(used), defaultdict(list)
-    for path, why in sorted(reasons.items()):
-        if path not in used:
-            skipped[why].append(path)
-    return Scan(tuple(skipped.pop("", ())), dict(skipped))
+    visit(root, PHOTOGRAPH)
+    return {why: sorted(paths) for why, paths in sorted(found.items())}
 
 
-def _masks_beside(images: Iterable[Path]) -> set[Path]:
-    """Of the images of one folder those that belong to another: ``x_mask.png`` to ``x.*``, ``x.png`` to ``x.jpg``.
+def _no_photograph(path: Path, by_stem: dict[str, Path]) -> str:
+    """Why this file, or what is below this folder, is no photograph; ``by_stem``: of its folder, masks or not."""
+    if path.name.startswith(".") or path.name.lower() in SYSTEM_FILES:
+        return HIDDEN
+    if path.is_dir():
+        plain = "".join(c for c in path.name.lower() if c.isalnum())
+        product = (path / "test").is_dir()
+        return "in a folder of masks" if MASK_FOLDER.fullmatch(plain) and not product else ""
+    suffix = path.suffix.lower() or "no suffix"
+    if suffix not in IMAGE_SUFFIXES:
+        return f"in a format that is not read ({suffix})"
+    if not path.is_file():
+        return "no file but a pipe or device" if path.exists() else BROKEN_LINK
+    owner = MASK_ENDING.sub("", path.stem)
+    if by_stem[path.stem] != path or (owner != path.stem and owner in by_stem):
+        return "beside a photograph of the same name, so a mask or copy"
+    return PHOTOGRAPH
 
-    Of equal stems the first suffix of `IMAGE_SUFFIXES` is the photograph.
-    """
-    of_stem: dict[str, list[Path]] = defaultdict(list)
-    for path in sorted(images, key=lambda path: IMAGE_SUFFIXES.index(path.suffix.lower())):
-        of_stem[path.stem].append(path)
-    found = set()
-    for stem, paths in of_stem.items():
-        owner = next((stem.removesuffix(e) for e in MASK_ENDINGS if stem.lower().endswith(e)), stem)
-        found.update(paths if owner != stem and owner in of_stem else paths[1:])
-    return found
+
+def skipped_lines(found: dict[str, list[Path]], root: Path) -> list[str]:
+    """A line for each reason in what :func:`scan` found below a folder."""
+    return [f"{why}: {named(paths, root)}" for why, paths in found.items() if why]
+
+
+def named(paths: Iterable[Path], root: Path) -> str:
+    """How many files, and the first three of them; empty if there are none."""
+    names = [printable(os.path.relpath(path, root)) for path in paths]
+    more = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} ({', '.join(names[:3])}{more})" if names else ""
 
 
 def printable(name: str) -> str:
     """A file name for people: bytes that are not UTF-8 become question marks."""
     return os.fsencode(name).decode("utf-8", "replace")
-
-
-def _no_image(path: Path) -> str:
-    """Why this file is no photograph, from its name and kind; empty if it may be one."""
-    if path.name.startswith(".") or path.name.lower() in SYSTEM_FILES:
-        return "hidden"
-    suffix = path.suffix.lower() or "no suffix"
-    if suffix not in IMAGE_SUFFIXES:
-        return f"in a format that is not read ({suffix})"
-    if not path.exists():
-        return BROKEN_LINK
-    return "" if path.is_file() else "no file but a pipe or device"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

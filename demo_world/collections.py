@@ -13,13 +13,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from clipad.datasets import DEMO
+from clipad.datasets import expected_counts
 from clipad.published import data_dir
 from demo_world.renderer import CATEGORIES, DEFECTS, Rendering, draw_attribute, render
 
 # Two disjoint groups of 8 categories: the test collection holds all those that the model never saw defective
 # (`renderer.NEVER_DEFECTIVE`), so that every test on it is zero-shot; the auxiliary one those that it did.
-GROUPS = DEMO
+GROUPS = {name: tuple(expected_counts(name)) for name in ("demo", "demo_aux")}
 NORMAL_PER_CATEGORY = ANOMALOUS_PER_CATEGORY = 20
 
 # A picture's generator is seeded by (seed, category, number), so no picture depends on another.

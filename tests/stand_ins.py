@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipad.datasets import EXPECTED
+from clipad.datasets import expected_counts
 
 ASPECT = {
     "mvtec": 1.0,
@@ -48,7 +48,7 @@ def counts_of(name: str, fraction: float) -> dict[str, tuple[int, int]]:
     """(normal, anomalous) per category that `make_stand_in` writes."""
     return {
         category: tuple(max(1, round(fraction * n)) if n else 0 for n in pair)
-        for category, pair in EXPECTED[name].items()
+        for category, pair in expected_counts(name).items()
     }
 
 
@@ -169,7 +169,7 @@ def _brainmri(root: Path, counts: dict, picture: Pictures) -> None:
     folder = root / "brain_tumor_dataset"
     for label, (kind, count) in enumerate(zip(("no", "yes"), counts["brain ct"], strict=True)):
         stem = "{} no" if kind == "no" else "Y{}"
-        copies = round(BRAINMRI_COPIES * count / sum(EXPECTED["brainmri"]["brain ct"]))
+        copies = round(BRAINMRI_COPIES * count / sum(expected_counts("brainmri")["brain ct"]))
         written = []
         for i in range(count - copies):
             suffix, mode, content = kinds[i if i < len(kinds) else i % 2]

@@ -260,7 +260,7 @@ def test_nothing_to_do_is_said_first(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         collect(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "list.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"no images\. It holds 1 in a format .* \(list\.txt\)"):
+    with pytest.raises(ValueError, match=r"no images\. Left out: in a format .* \(list\.txt\)"):
         collect(tmp_path, tmp_path / "out")
 
 
@@ -331,13 +331,13 @@ def test_what_is_no_photograph_is_left_out_and_counted(detector, tmp_path):
     assert report.unread == {"blank.png": "at most two grey levels, so a mask or empty"}
     said = "\n".join(report.skipped)
     for part in (
-        "2 beside a photograph of the same name, so a mask or copy (a.png, deep/deeper/b_mask.png)",
-        "1 in a folder of masks (Ground Truth/c.png)",
-        "1 hidden (.hidden)",
-        "1 in a format that is not read (.heic) (f.heic)",
-        "1 in a format that is not read (.txt) (notes.txt)",
-        "1 broken link (gone.png)",
-        "1 no file but a pipe or device (pipe.png)",
+        "beside a photograph of the same name, so a mask or copy: 2 (a.png, deep/deeper/b_mask.png)",
+        "in a folder of masks: 1 (Ground Truth/c.png)",
+        "hidden: 1 (.hidden)",
+        "in a format that is not read (.heic): 1 (f.heic)",
+        "in a format that is not read (.txt): 1 (notes.txt)",
+        "broken link: 1 (gone.png)",
+        "no file but a pipe or device: 1 (pipe.png)",
     ):
         assert part in said
 

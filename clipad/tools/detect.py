@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from clipad.datasets import read_photograph, two_levels
+from clipad.datasets import read_photograph
 from clipad.files import (
     RESULT_MARK,
     claim,
@@ -159,7 +159,7 @@ class _Work:
         """What the model takes of an image, and facts. Writes the report's copy, if asked."""
         try:
             image, remarks = read_photograph(path)
-            if two_levels(image):
+            if image.getcolors(2):  # None if there are more
                 raise ValueError("at most two grey levels, so a mask or empty")
         except (OSError, ValueError, MemoryError) as error:
             self.unread[path] = str(error).replace(f"{self.root}/", "")

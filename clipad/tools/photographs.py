@@ -6,20 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipad.datasets import normal_name
-from clipad.files import Scan, content_hash, nfc, printable, scan
+from clipad.files import PHOTOGRAPH, content_hash, nfc, printable, scan, skipped_lines
 
 
 @dataclass(frozen=True)
 class Images:
-    """What `detect` is given. ``labels``: photograph -> 1, 0 (flawless), or -1 if not known; names count from
-    ``root``. ``flawless``: photographs that set scale and threshold. ``skipped``: lines on files that are no
-    photographs. ``notes``: lines on what was left out of the flawless ones."""
+    """What `detect` is given."""
 
-    root: Path
-    labels: dict[Path, int]
-    flawless: list[Path]
-    skipped: list[str]
-    notes: list[str]
+    root: Path  # from which names count
+    labels: dict[Path, int]  # photograph -> 1, 0 (flawless), or -1 if not known
+    flawless: list[Path]  # photographs that set scale and threshold
+    skipped: list[str]  # lines on files that are no photographs
+    notes: list[str]  # lines on what was left out of the flawless ones
 
 
 def collect(path, output_dir, normal=None, normal_folder: str = "") -> Images:
@@ -31,9 +29,9 @@ def collect(path, output_dir, normal=None, normal_folder: str = "") -> Images:
     Raises FileNotFoundError or ValueError for a folder without photographs, for images that are in both, and where it
     is not clear which are flawless.
     """
-    root, found = _photographs(path, output_dir)
+    root, photographs, skipped = _photographs(path, output_dir)
     flawless, notes = _flawless(normal, output_dir, normal_folder) if normal else ([], [])
-    labels = dict.fromkeys(found.photographs, -1)
+    labels = dict.fromkeys(photographs, -1)
     if normal_folder not in ("", "."):
         named = {path: int(not _below(path, normal_folder, root)) for path in labels}
         if 0 in named.values():
@@ -47,47 +45,47 @@ def collect(path, output_dir, normal=None, normal_folder: str = "") -> Images:
             f"{len(shared)} images are among the flawless ones as well ({printable(shared[0].name)}, ...): their "
             "scores would look better than those of new images. Take them out of one of the two folders"
         )
-    return Images(root, labels, flawless, found.skipped_lines(root), notes)
+    return Images(root, labels, flawless, skipped, notes)
 
 
-def _photographs(path, output_dir) -> tuple[Path, Scan]:
-    """The folder that names are relative to, and what lies in it (or the one image)."""
+def _photographs(path, output_dir) -> tuple[Path, list[Path], list[str]]:
+    """The folder that names are relative to, the photographs in it (or the one image), and lines on the rest."""
     path = Path(path).expanduser()
     path = path.resolve() if ".." in path.parts else path.absolute()
     out = Path(output_dir).expanduser().resolve()
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: expected an image or a folder of images")
     if path.is_file():
-        return path.parent, Scan((path,), {})
+        return path.parent, [path], []
     if out == path.resolve():
         raise ValueError(f"--out {out} is the folder of the images itself: choose another one")
     found = scan(path, without=out)
-    if not found.photographs:
-        skipped = "; ".join(found.skipped_lines(path))
-        raise ValueError(f"{path} holds no images. It holds {skipped or 'no file'}")
-    return path, found
+    skipped = skipped_lines(found, path)
+    if not found[PHOTOGRAPH]:
+        raise ValueError(f"{path} holds no images. Left out: {'; '.join(skipped) or 'nothing'}")
+    return path, found[PHOTOGRAPH], skipped
 
 
 def _flawless(folder, output_dir, normal_folder: str) -> tuple[list[Path], list[str]]:
     """The flawless images of a folder, each content once, and notes on what was left out.
 
     Images directly in the folder all count. With sub-folders those do that :func:`clipad.datasets.normal_name` names;
-    "." for all. ValueError if that is not known.
+    "." for all.
     """
-    root, found = _photographs(folder, output_dir)
-    chosen = found.photographs
-    folders = {name for path in chosen for name in path.relative_to(root).parts[:-1]}
+    root, photographs, skipped = _photographs(folder, output_dir)
+    chosen, name = photographs, normal_folder
+    folders = {part for path in photographs for part in path.relative_to(root).parts[:-1]}
     if folders and normal_folder != ".":
         name = normal_name(folders, normal_folder)
-        chosen = [path for path in chosen if name and _below(path, name, root)]
+        chosen = [path for path in photographs if name and _below(path, name, root)]
     if not chosen:
         raise ValueError(
-            f"{root} has images in the sub-folders {_folders(found.photographs)}: which of them are flawless? "
+            f"{root} has images in the sub-folders {_folders(photographs)}: which of them are flawless? "
             "Give the folder that holds only these, or its name (--normal-folder NAME; . for all)"
         )
     once = list({content_hash(path): path for path in reversed(chosen)}.values())[::-1]
-    notes = [f"beside the flawless images: {line}" for line in found.skipped_lines(root)]
-    if others := len(found.photographs) - len(chosen):
+    notes = [f"beside the flawless images: {line}" for line in skipped]
+    if others := len(photographs) - len(chosen):
         notes.append(f"flawless: the {len(chosen)} images in {name}; {others} others not")
     if copies := len(chosen) - len(once):
         notes.append(f"flawless: {copies} copies of another flawless image count once")
@@ -95,8 +93,8 @@ def _flawless(folder, output_dir, normal_folder: str) -> tuple[list[Path], list[
 
 
 def _below(path: Path, name: str, root: Path = Path("/")) -> bool:
-    folders = path.relative_to(root).parts[:-1]
-    return nfc(name).lower() in [nfc(folder).lower() for folder in folders]
+    """Whether a folder of this name lies between a root and a file."""
+    return nfc(name).lower() in nfc(str(path.relative_to(root).parent)).lower().split("/")
 
 
 def _folders(paths) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from clipad.datasets import EXPECTED, Dataset, Sample
+from clipad.datasets import Dataset, Sample, expected_counts
 from clipad.detectors import Detector
 from clipad.evaluation import batches, category_metrics, fingerprint, predict
 from clipad.files import address, cached, code_version
@@ -143,7 +143,7 @@ def beside_published(scores: Scores, dataset: Dataset) -> pd.DataFrame:
     Published numbers of a category stand beside ours of that category, published means beside ours only if all
     categories of the data set took part. The interval is for other images of these categories.
     """
-    complete = set(dataset.categories) >= set(EXPECTED.get(dataset.name, dataset.categories))
+    complete = set(dataset.categories) >= expected_counts(dataset.name).keys()
     rows = []
     for row in published_results(dataset=dataset.name).itertuples():
         metric = f"{row.level}_{row.metric}"
