@@ -76,7 +76,7 @@ def test_empty_settings_are_the_published_choice(explorer, start):
     assert start.object_name == "capsule"
     assert (start.detector, start.rvs, start.stages) == ("sdp", "dbscan", (1, 2, 3, 4))
     assert start.smoothing == pytest.approx(8 / 240 * 32, abs=0.05)
-    assert start.look[2] == explorer.depth == 4
+    assert start.look[2] == 4
     assert explorer.settings(**asdict(start)) == start
     assert explorer.settings(smoothing=0.0, false_alarms=0.0).smoothing == 0
 
@@ -325,8 +325,10 @@ def test_the_command_brings_the_settings_back(explorer, start):
 
 
 def test_defaults_need_no_words(explorer, start):
-    text = command(explorer, start, explorer.beside(start))
-    assert text == f"clipad run 06 -p image {start.image}"
+    other = explorer.beside(start)
+    text = command(explorer, start, other)
+    assert shlex.split(text)[:6] == ["clipad", "run", "06", "-p", "image", start.image]
+    assert shlex.split(text)[7:] == [json.dumps({"compare_with": {"image": other.image}})]
 
 
 def test_parameters_and_settings_have_the_same_names():

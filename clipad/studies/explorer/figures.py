@@ -29,28 +29,24 @@ def panels(shown: Sequence[Shown]) -> Figure:
     figure, axes = subplots(len(shown), 5, (10.5, 2.6 * len(shown)), width_ratios=widths)
     for name, (picture, heat, *attention, bars), one in zip("AB", axes, shown, strict=False):
         size, grid = len(one.map), round((len(one.attention["q-k"]) - 1) ** 0.5)
-        low, high = one.limits
         picture.imshow(image_array(one.image, size))
         picture.set_title(f"{name}: {one.settings.object_name}")
-        drawn = heat.imshow(one.map, cmap=MAP, vmin=low, vmax=high)
+        drawn = heat.imshow(one.map, MAP, vmin=one.limits[0], vmax=one.limits[1])
         figure.colorbar(drawn, ax=heat, fraction=0.05, pad=0.03)
         heat.set_title(f"{DETECTORS[one.settings.detector].name} map")
         for ax in (picture, heat):
             contour(ax, one.mask)
-            if one.map.min() < one.threshold < one.map.max():
-                ax.contour(one.map, levels=[one.threshold], colors=[CUT], linewidths=1)
+            contour(ax, one.map > one.threshold, CUT)
         top = max(np.delete(weights[1:], one.patch).max() for weights in one.attention.values())
         look = {"extent": (0, size, size, 0), "cmap": MAP, "vmin": 0, "vmax": top**0.5}
         for ax, (kind, weights) in zip(attention, one.attention.items(), strict=True):
             ax.imshow(np.sqrt(weights[1:].reshape(grid, grid)), **look)
             ax.set_title(f"{kind} attention")
-            ax.set_xlabel(f"to itself {100 * weights[1 + one.patch]:.1f} %")
         for ax in (picture, heat, *attention):
             mark_patch(ax, one.patch, grid, size, PATCH)
             bare(ax)
         one.cosines.plot.barh(ax=bars, color=[NORMAL, ANOMALOUS], width=0.8, legend=False)
         bars.invert_yaxis()
-        bars.axvline(0, color="0.4", linewidth=0.8)
         bars.set_title("cosines of the patch")
     axes[0, -1].legend()
     return figure
@@ -60,15 +56,13 @@ def describe(shown: Sequence[Shown]) -> str:
     """The figure in words, with its numbers."""
     said = [
         f"{name}, {DETECTORS[one.settings.detector].name} asked about {one.settings.object_name!r}: class "
-        f"probability {100 * one.answer.probability:.0f} %; highest value of the map {one.map.max():.2f}, "
-        f"{'above' if one.flagged else 'not above'} the threshold {one.threshold:.2f} (cyan line), which "
-        f"{(one.maxima > one.threshold).sum()} of {len(one.maxima)} flawless images pass."
+        f"probability {100 * one.answer.probability:.0f} %; highest value of the map {one.map.max():.2f}, threshold "
+        f"{one.threshold:.2f} (cyan), which {(one.maxima > one.threshold).sum()} of {len(one.maxima)} flawless images "
+        "pass."
         for name, one in zip("AB", shown, strict=False)
     ]
-    if any(one.mask is not None for one in shown):
-        said.append("White line: true defect.")
     row, column, block = shown[0].settings.look
     return (
-        f"{' '.join(said)} Green square: the patch in row {row}, column {column}; attention of block {block}. Colours "
-        "start at the median of the flawless images' maps and have their maximum in the middle."
+        f"{' '.join(said)} White: true defect, where known. Green: the patch in row {row}, column {column}; attention "
+        f"of block {block}. Colours start at the median of the flawless images' maps; the middle is their maximum."
     )

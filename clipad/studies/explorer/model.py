@@ -3,7 +3,7 @@
 What the network makes of images and of sentences is kept, so that most questions cost milliseconds. The browser
 (``numbers.js``) computes the same map from an :class:`Answer`; a test holds the two together.
 
-Shapes: S pixels a side, N = G x G patches, T = 1 + N tokens (class token first), J stages, R reference images.
+Shapes: S pixels a side, N = G x G patches, T = 1 + N tokens (class token first), J stages, R flawless images.
 """
 
 from __future__ import annotations
@@ -40,11 +40,7 @@ STATES = ["normal", "anomalous"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What one side of the explorer shows: parameters of notebook 06, which says what each of them means.
-
-    :meth:`Explorer.settings` fills empty ones. ``look``: row and column of a patch and the block of its attention,
-    all from 1.
-    """
+    """What one side of the explorer shows: parameters of notebook 06, which says what each of them means."""
 
     image: str = ""
     object_name: str = ""
@@ -64,17 +60,15 @@ class Settings:
 class Answer:
     """What the model says to a question, before everything that needs no model (stages, smoothing, threshold).
 
-    ``rows``: what the first dimension of ``z`` counts, stages or sizes of WinCLIP's windows. ``z``: J x T x 2, cosines
-    of the tokens with the vectors normal and anomalous. ``maps``: S x S, not smoothed; None for SDP and CLIP Surgery,
-    whose map follows from ``z``. ``references``: the same of the flawless images, R x J x T x 2 or R x S x S.
-    ``whole``: cosines of the image embedding. ``probability``: class probability of "anomalous" (METHOD.md section 3).
-    ``notes``: what a reader has to know of words and scale.
+    ``rows``: what ``z`` counts first, stages or sizes of WinCLIP's windows. ``z``: J x T x 2, cosines of the tokens
+    with the vectors normal and anomalous. ``values``: what maps follow from, of the image and of R flawless ones:
+    cosines (1 + R) x J x T x 2 for SDP and CLIP Surgery, else maps (1 + R) x S x S, not smoothed. ``whole``: cosines of
+    the image embedding. ``probability``: of the class. ``notes``: what a reader has to know of words and scale.
     """
 
     rows: tuple[str, ...]
     z: np.ndarray
-    maps: np.ndarray | None
-    references: np.ndarray
+    values: np.ndarray
     whole: tuple[float, float]
     probability: float
     notes: tuple[str, ...]
@@ -84,11 +78,10 @@ class Answer:
 class Shown:
     """What there is to see with some settings.
 
-    ``image``: as it is, RGB. ``mask``: S x S bool, None where no ground truth is known. ``map``: S x S, higher = more
-    anomalous. ``maxima``: R, the highest value of each flawless image's map; ``threshold``: their quantile that
-    ``false_alarms`` names. ``limits``: ends of the colour scale, from the median of the flawless maps; their maximum
-    is its middle. ``patch``: position of the chosen one among the N. ``cosines``: of this patch, and of the whole
-    image, with both vectors. ``attention``: ``q-k`` and ``v-v`` weights of the patch over all T tokens.
+    ``mask``: S x S bool, None where not known. ``map``: S x S, higher = more anomalous. ``maxima``: R, of the flawless
+    images' maps; ``threshold``: their quantile that ``false_alarms`` names. ``limits``: of the colour scale, from the
+    median of the flawless maps; their maximum is its middle. ``patch``: its position among the N. ``cosines``: of
+    this patch, and of the whole image, with both vectors. ``attention``: ``q-k`` and ``v-v`` of the patch, T each.
     """
 
     settings: Settings
@@ -110,23 +103,13 @@ class Shown:
 
 
 def patch_values(z: np.ndarray, surgery: bool = True) -> np.ndarray:
-    """Stage cosines ... x J x T x 2 -> patch values ... x N, summed over the stages.
-
-    With feature surgery (:func:`clipad.feature_surgery`) the anomalous column, (z_1 w_1 - z_0 w_0) / 2 with
-    w = 2 softmax(z of the class token); without it the cosine with the anomalous vector, z_1.
-    """
+    """Stage cosines ... x J x T x 2 -> patch values ... x N, summed over the stages: the anomalous column of
+    :func:`clipad.feature_surgery`, or without surgery the cosine with the anomalous vector."""
     if not surgery:
         return z[..., 1:, 1].sum(axis=-2)
     p = np.exp(z[..., :1, :])
     z = z * (2 * p / p.sum(axis=-1, keepdims=True))
     return ((z[..., 1:, 1] - z[..., 1:, 0]) / 2).sum(axis=-2)
-
-
-def smooth_maps(values: np.ndarray, size: int, sigma: float) -> np.ndarray:
-    """Patch values B x N, or maps B x S x S, to smoothed maps B x S x S."""
-    values = torch.from_numpy(np.ascontiguousarray(values)).float()
-    found = smooth(values, sigma) if values.ndim == 3 else similarity_map(values, size, sigma)
-    return found.numpy()
 
 
 def phrases(text: str) -> tuple[str, ...]:
@@ -139,16 +122,15 @@ def phrases(text: str) -> tuple[str, ...]:
     found = [part if re.search("[{}]", part) else part + " {}" for part in found]
     if not found or any(re.findall("{}|[{}]", part) != ["{}"] for part in found):
         raise ValueError(
-            "state words are phrases with commas between them, with one {} for the object and no other braces; "
-            f"found {text!r}"
+            f"state words are phrases with one {{}} each and no other braces; found {text!r}"
         )
     return tuple(found)
 
 
 def list_images(folder: str) -> list[str]:
     """Paths of the images in a folder (not below), by name. ValueError where there are none."""
-    place = Path(folder).expanduser().resolve()
-    found = [str(p) for p in sorted(place.glob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+    files = sorted(Path(folder).expanduser().resolve().glob("*"))
+    found = [str(path) for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not found:
         raise ValueError(f"{folder!r} is no folder with images in it")
     return found
@@ -161,16 +143,13 @@ class Explorer:
     """
 
     def __init__(self, run: Experiment, layers: LinearLayers | None = None):
-        self.backbone, self.dataset = run.backbone, run.dataset
-        self.protocol, self.prompts = run.protocol, run.prompts
-        self.layers = layers
+        self.run, self.backbone, self.layers = run, run.backbone, layers
         root = run.dataset.root
         paths = [Path(os.path.relpath(s.image_path, root)).as_posix() for s in run.dataset]
         self.samples = dict(zip(paths, run.dataset, strict=True))
-        self.size = self.backbone.image_size
-        self.grid = self.backbone.visual.grid_size[0]
-        self.depth = len(self.backbone.visual.transformer.resblocks)
-        self.stages = default_stages(self.depth)
+        visual = self.backbone.visual
+        self.size, self.grid = self.backbone.image_size, visual.grid_size[0]
+        self.stages = default_stages(len(visual.transformer.resblocks))
         self.detectors = [name for name in DETECTORS if layers is not None or name != "sdp_plus"]
         self.picture = lru_cache(64)(self.picture)
         self.attention = lru_cache(8)(self.attention)
@@ -183,7 +162,7 @@ class Explorer:
         Without ``image`` the first anomalous one; without ``object_name`` the image's category; without ``look`` the
         highest patch of SDP's map and the last block. Raises ValueError for what is no value of a setting.
         """
-        s, rule = Settings(**values), self.protocol
+        s, rule = Settings(**values), self.run.protocol
         image = s.image or self.example(label=1)
         s = replace(
             s,
@@ -198,22 +177,25 @@ class Explorer:
             side = rule.smoothing_240_sdp_plus if plus else rule.smoothing_240
             s = replace(s, smoothing=round(side / 240 * self.size, 1))
         self._check(s)
-        return s if s.look else replace(s, look=(*self.highest_patch(s), self.depth))
+        return s if s.look else replace(s, look=(*self.highest_patch(s), self.stages[-1]))
 
     def _check(self, s: Settings) -> None:
         """ValueError for what no later step would refuse."""
         if s.image not in self.samples and not Path(s.image).is_file():
-            place = f"neither an image of {self.dataset.name} nor a file"
-            raise ValueError(f"{s.image!r} is {place}{did_you_mean(s.image, self.samples)}")
+            hint = did_you_mean(s.image, self.samples)
+            raise ValueError(
+                f"{s.image!r} is no image of {self.run.dataset.name}, nor a file{hint}"
+            )
         if s.detector not in self.detectors:
             known = ", ".join(self.detectors)
             raise ValueError(f"{s.detector!r} is none of {known}; sdp_plus needs trained layers")
-        if not set(s.stages) <= set(self.stages):
-            raise ValueError(f"stages are some of {list(self.stages)}; found {list(s.stages)}")
-        row, column, block = s.look or (1, 1, self.depth)
-        if not (0 < row <= self.grid and 0 < column <= self.grid and block in self.stages):
-            expected = f"row and column of 1..{self.grid} and a block of {list(self.stages)}"
-            raise ValueError(f"look is {expected}; found {list(s.look)}")
+        row, column, block = s.look or (1, 1, self.stages[-1])
+        places = range(1, self.grid + 1)
+        if not {*s.stages, block} <= {*self.stages} or row not in places or column not in places:
+            raise ValueError(
+                f"stages are some of {list(self.stages)}, look is row and column of 1..{self.grid} and one of the "
+                f"stages; found {list(s.stages)} and {list(s.look)}"
+            )
 
     def beside(self, first: Settings, changes: Mapping | None = None) -> Settings:
         """Settings of B: those of A with some changed; without changes a flawless image of the same category."""
@@ -234,7 +216,7 @@ class Explorer:
     def category(self, image: str) -> str:
         """The category of an image of the data set; the first one for a file of the user's own."""
         known = self.samples.get(image)
-        return known.category if known else self.dataset.categories[0]
+        return known.category if known else self.run.dataset.categories[0]
 
     def example(self, label: int, category: str = "") -> str:
         """The first image with this label (of this category); the first one at all where no label is known."""
@@ -244,14 +226,17 @@ class Explorer:
     def show(self, s: Settings) -> Shown:
         """Raises what :meth:`answer` raises."""
         answer = self.answer(s)
-        own, flawless = answer.maps, answer.references
-        if own is None:
+        values = answer.values
+        if values.ndim == 4:
             used = [self.stages.index(block) for block in s.stages] if s.detector == "sdp" else [0]
-            own = patch_values(answer.z[used], s.surgery)
-            flawless = patch_values(flawless[:, used], s.surgery)
+            values = patch_values(values[:, used], s.surgery)
         sigma = 0.0 if s.detector == "winclip" else s.smoothing
-        own, flawless = (smooth_maps(values, self.size, sigma) for values in (own[None], flawless))
-        maxima, low = flawless.max(axis=(1, 2)), float(np.median(flawless))
+        values = torch.from_numpy(values).float()
+        maps = (
+            smooth(values, sigma) if values.ndim == 3 else similarity_map(values, self.size, sigma)
+        )
+        own, *flawless = maps.numpy()
+        maxima, low = np.max(flawless, axis=(1, 2)), float(np.median(flawless))
         picture, mask = self.picture(s.image)
         patch = self.patch(s)
         cosines = np.array([*answer.z[:, 1 + patch], answer.whole])
@@ -261,7 +246,7 @@ class Explorer:
             answer=answer,
             image=picture,
             mask=mask,
-            map=own[0],
+            map=own,
             maxima=maxima,
             threshold=float(np.quantile(maxima, 1 - s.false_alarms / 100)),
             limits=(low, float(2 * maxima.max() - low)),
@@ -280,36 +265,32 @@ class Explorer:
         rows, z = self._cosines(s.detector, seen, text)
         from_cosines = s.detector in ("sdp", "clip_surgery")
         prediction = self._detector(s.detector).score_with(seen[:1] if from_cosines else seen, text)
-        maps = prediction.maps.numpy()
         return Answer(
             rows=rows,
             z=z[0],
-            maps=None if from_cosines else maps[0],
-            references=z[1:] if from_cosines else maps[1:],
+            values=z if from_cosines else prediction.maps.numpy(),
             whole=tuple(cosine(seen.image_embedding[:1, None], text)[0, 0].tolist()),
             probability=float(prediction.probabilities[0]),
             notes=(*said, *notes),
         )
 
-    def references(self, s: Settings) -> tuple[list[str], tuple[str, ...]]:
+    def references(self, s: Settings) -> tuple[list[str], list[str]]:
         """Names of flawless images, evenly spread, without the shown one; and what is to be said of them."""
-        sample, note = self.samples.get(s.image), ""
+        sample, notes = self.samples.get(s.image), []
         if s.flawless:
             names = list_images(s.flawless)
         else:
             category = sample.category if sample else s.object_name
             own = [name for name, x in self.samples.items() if x.category == category]
             if not own:
-                note, own = (
-                    "flawless images of other objects: name a folder of your own",
-                    list(self.samples),
-                )
+                notes = ["flawless images of other objects: name a folder of your own"]
+            own = own or list(self.samples)
             names = [name for name in own if self.samples[name].label == 0]
             if not names:
-                note, names = "images of which none is known to be flawless", own
+                names, notes = own, ["images of which none is known to be flawless"]
         names = [name for name in names if name != s.image] or names
         places = np.linspace(0, len(names) - 1, min(REFERENCES, len(names))).round().astype(int)
-        said = (f"threshold and colours come from {note}",) if note else ()
+        said = [f"threshold and colours come from {note}" for note in notes]
         return [names[i] for i in places], said
 
     def picture(self, image: str) -> tuple[Image.Image, np.ndarray | None]:
@@ -351,7 +332,7 @@ class Explorer:
         if name == "winclip":
             return WinCLIP(self.backbone, prompts)
         layers = [self.layers] if name == "sdp_plus" else []
-        options = self.protocol.rvs_options if rvs == self.protocol.rvs else {}
+        options = self.run.protocol.rvs_options if rvs == self.run.protocol.rvs else {}
         return DETECTORS[name](self.backbone, *layers, prompts, rvs, options, smoothing=0)
 
     def _features(self, image: str, detector: str) -> Features:
@@ -361,7 +342,7 @@ class Explorer:
     def _cosines(self, detector: str, features: Features, text: torch.Tensor):
         """Names of the rows (a tuple), and B x J x T x 2."""
         found = [cosine(tokens, text) for tokens in features.tokens]
-        rows = tuple(f"block {b}" for b in (self.stages if len(found) > 1 else [self.depth]))
+        rows = tuple(f"block {b}" for b in (self.stages if len(found) > 1 else self.stages[-1:]))
         if detector == "winclip":  # a patch has no feature of its own: mean over its windows
             rows = tuple(f"{k} × {k} windows" for k in SIZES)
             whole = cosine(features.image_embedding[:, None], text)
@@ -371,8 +352,8 @@ class Explorer:
         return rows, torch.stack(found, dim=1).float().cpu().numpy()
 
     def _words(self, detector: str, normal: str, anomalous: str) -> Prompts:
-        """The detector's ensemble with the user's states in place of its own."""
-        prompts = WINCLIP if detector == "winclip" else self.prompts
+        """The detector's, with the user's states in place of its own."""
+        prompts = WINCLIP if detector == "winclip" else self.run.prompts
         typed = zip(STATES, (normal, anomalous), strict=True)
         return replace(prompts, **{state: phrases(text) for state, text in typed if text.strip()})
 

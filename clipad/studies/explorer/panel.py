@@ -31,11 +31,8 @@ _INDENT = "6.5em"
 def show_still() -> None:
     """A picture of the panel, for readers without a kernel and without scripts."""
     alt = (
-        "Screenshot of the explorer. At the top fields for category, image, upload, folders, object, words, "
-        "method and text vector. Below, A and B side by side: the image under its map with the threshold line and the "
-        "chosen patch; q-k and v-v attention and the cosines of that patch; a histogram of the flawless images' maxima "
-        "with threshold and this image as lines. At the bottom the phrases with the highest cosines and a command to "
-        "repeat the view."
+        "Screenshot of the explorer: controls for images and words; A and B side by side, each an image under its map, "
+        "attention and cosines of the chosen patch, a histogram of the flawless images' maxima; which phrases speak."
     )
     picture = Path(__file__).with_name("still.png").read_bytes()
     display(Image(picture, format="png", alt=alt), metadata={"image/png": {"alt": alt}})
@@ -55,13 +52,9 @@ def command(
 
     values = {k: v for k, v in (base or {}).items() if v and (k, v) != ("preset", "demo")}
     values |= changes(explorer.settings(image=first.image), first)
-    changed = changes(first, second)
-    if changed != changes(first, explorer.beside(first)):
-        values["compare_with"] = changed or {"image": second.image}
-    words = ["clipad", "run", "06", "-p", "image", first.image]
-    if values:
-        words += ["-y", json.dumps(values, ensure_ascii=False)]  # which is YAML, too
-    return shlex.join(words)
+    values["compare_with"] = changes(first, second) or {"image": second.image}
+    text = json.dumps(values, ensure_ascii=False)  # which is YAML, too
+    return shlex.join(["clipad", "run", "06", "-p", "image", first.image, "-y", text])
 
 
 def _make_controls(explorer: Explorer) -> dict[str, w.Widget]:
@@ -74,7 +67,7 @@ def _make_controls(explorer: Explorer) -> dict[str, w.Widget]:
     vectors = [(_VECTORS.get(name, name), name) for name in METHODS]
     upload = w.FileUpload(accept="image/*", description="Upload an image", layout={"width": "14em"})
     return {
-        "category": menu(description="category", options=explorer.dataset.categories),
+        "category": menu(description="category", options=explorer.run.dataset.categories),
         "image": menu(description="image"),
         "upload": upload,
         "folder": text(description="own folder", placeholder="path of a folder of images"),
@@ -92,8 +85,8 @@ class Controls(w.VBox):
 
     ``base``: see :func:`command`; ``uploads``: folder that keeps uploaded images, so that the command finds them.
 
-    What cannot be shown (an object without a name, an unreadable file) is said beside its control, and what was shown
-    stays. Where no kernel runs, the image widget alone stays alive, as HTML.
+    What cannot be shown is said beside its control, and what was shown stays. Without a kernel the image widget alone
+    stays alive, as HTML.
     """
 
     def __init__(
@@ -121,12 +114,8 @@ class Controls(w.VBox):
         self._show()
         for name, control in self.controls.items():
             control.observe(lambda _, name=name: self._changed(name), "value")
-        for control, trait in (
-            (self.sides, "value"),
-            (self.speaker, "value"),
-            (self.viewer, "view"),
-        ):
-            control.observe(lambda _: self._show(), trait)
+        for control in (self.sides, self.speaker, self.viewer):
+            control.observe(lambda _: self._show(), "view" if control is self.viewer else "value")
 
     def _layout(self) -> list:
         rows = [w.VBox([self.controls[name], self.messages[name]]) for name in self.controls]
@@ -206,22 +195,20 @@ class Controls(w.VBox):
             raise OSError(str(error).replace(str(path), file["name"])) from None
         self._own.append(str(path))
         named = repr(self.asked[self.sides.value[0]].object_name)
-        told = f"asked about as {named}: type under object what it shows"
-        self._say("upload", told, wrong=False)
+        self._say("upload", f"Asked about as {named}: type under object what it shows.")
         return str(path)
 
     def _folder(self, name: str) -> str:
         """Put a folder's images into the list; the path of the first."""
         found = list_images(name)
         self._own += found
-        self._say("folder", f"{len(found)} images, now in the list above", wrong=False)
+        self._say("folder", f"{len(found)} images, now in the list above.")
         return found[0]
 
-    def _say(self, name: str, text: str, wrong: bool = True) -> None:
+    def _say(self, name: str, text: str) -> None:
         """A message below a control; an empty text removes it."""
-        role, edge = ("alert", "#d9480f") if wrong else ("status", "#1971c2")
-        style = f"border-left: 4px solid {edge}; padding-left: 6px; line-height: 1.3; margin: 2px 0 4px {_INDENT}"
-        told = f'<div role="{role}" style="{style}">{html.escape(text)}</div>'
+        style = f"border-left: 4px solid #d9480f; padding-left: 6px; line-height: 1.3; margin: 2px 0 4px {_INDENT}"
+        told = f'<div role="alert" style="{style}">{html.escape(text)}</div>'
         self.messages[name].value = told if text else ""
 
     def _show(self) -> None:

@@ -1,7 +1,6 @@
 """The image widget: what the model said, as data for the browser (``numbers.js``, ``widget.js``), which does the rest.
 
-With a kernel it is an anywidget. Without one, in a stored notebook or on a page of the book, the same module runs on
-the same data inside a piece of HTML that stands on its own.
+With a kernel it is an anywidget; without one the same module runs on the same data inside HTML that stands on its own.
 """
 
 from __future__ import annotations
@@ -28,15 +27,13 @@ from clipad.studies.figures import ANOMALOUS, MAP, NORMAL
 _HERE = Path(__file__).parent
 MODULE = "".join((_HERE / n).read_text(encoding="utf-8") for n in ("numbers.js", "widget.js"))
 STYLE = (_HERE / "widget.css").read_text(encoding="utf-8")
-_SIDE = 480
-"""pixels, at most, of an image on its longer side"""
 
 
 class Viewer(anywidget.AnyWidget):
     """Two images side by side with map, threshold, and the cosines and attention of a patch that one clicks on.
 
-    ``pictures`` and ``answers``, one each for A and B, come from the model and can be set at any time; ``view`` holds
-    what the browser can change by itself, and is sent back.
+    ``setup`` never changes. ``pictures`` and ``answers``, one each for A and B, come from the model and can be set at
+    any time; ``view`` holds what the browser can change by itself, and is sent back.
     """
 
     _esm = MODULE
@@ -47,30 +44,37 @@ class Viewer(anywidget.AnyWidget):
     view = traitlets.Dict().tag(sync=True)
 
     def __init__(self, explorer: Explorer, sides: list[Settings]):
-        super().__init__(
-            setup=setup(explorer),
-            pictures=[picture(explorer, s.image) for s in sides],
-            answers=[answer(explorer.answer(s), s) for s in sides],
-            view=view(sides),
-        )
+        colours = (colormaps[MAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+        row, column, block = sides[0].look
+        setup = {
+            "size": explorer.size,
+            "grid": explorer.grid,
+            "stages": list(explorer.stages),
+            "colours": colours.tobytes(),
+            "normal": to_hex(NORMAL),
+            "anomalous": to_hex(ANOMALOUS),
+        }
+        view = {
+            "sides": [
+                {"shows": i, "stages": list(s.stages)}
+                | {"surgery": s.surgery, "smoothing": s.smoothing}
+                for i, s in enumerate(sides)
+            ],
+            "patch": [row - 1, column - 1],
+            "block": block,
+            "falseAlarms": sides[0].false_alarms,
+            "opacity": 0.55,
+            "contour": True,
+            "truth": True,
+        }
+        pictures = [picture(explorer, s.image) for s in sides]
+        answers = [answer(explorer.answer(s), s) for s in sides]
+        super().__init__(setup=setup, pictures=pictures, answers=answers, view=view)
 
     def html(self) -> str:
         """The figure as HTML that needs no kernel and no other file; the same data give the same text."""
         names = ("setup", "pictures", "answers", "view")
         return static_html({name: getattr(self, name) for name in names})
-
-
-def setup(explorer: Explorer) -> dict:
-    """What never changes: sizes, stages, colours."""
-    colours = (colormaps[MAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
-    return {
-        "size": explorer.size,
-        "grid": explorer.grid,
-        "stages": list(explorer.stages),
-        "colours": colours.tobytes(),
-        "normal": to_hex(NORMAL),
-        "anomalous": to_hex(ANOMALOUS),
-    }
 
 
 def picture(explorer: Explorer, name: str) -> dict:
@@ -79,7 +83,7 @@ def picture(explorer: Explorer, name: str) -> dict:
     image, mask = explorer.picture(name)
     attention = explorer.attention(name).astype("<f2").view(np.uint8).reshape(-1, 2)
     image = image.copy()
-    image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((480, 480), Image.Resampling.LANCZOS)
     png = io.BytesIO()
     image.save(png, "PNG", optimize=True)
     known = explorer.samples.get(name)
@@ -96,37 +100,21 @@ def picture(explorer: Explorer, name: str) -> dict:
 
 def answer(found: Answer, s: Settings) -> dict:
     """What depends on image and words. Cosines and maps as float32, those of the flawless images as 16-bit steps."""
-    low, high = float(found.references.min()), float(found.references.max())
+    own, others = found.values[0], found.values[1:]
+    low, high = float(others.min()), float(others.max())
     step = max(high - low, 1e-9) / 65535
     return {
         "title": f"{DETECTORS[s.detector].name} · {s.object_name}",
         "detector": s.detector,
         "rows": list(found.rows),
         "z": found.z.astype("<f4").tobytes(),
-        "maps": None if found.maps is None else found.maps.astype("<f4").tobytes(),
-        "references": np.round((found.references - low) / step).astype("<u2").tobytes(),
-        "count": len(found.references),
+        "maps": None if own.ndim == 3 else own.astype("<f4").tobytes(),
+        "references": np.round((others - low) / step).astype("<u2").tobytes(),
+        "count": len(others),
         "low": low,
         "step": step,
         "whole": list(found.whole),
         "probability": found.probability,
-    }
-
-
-def view(sides: list[Settings]) -> dict:
-    """What the browser can change: patch, threshold and layers of both sides, stages and smoothing of each."""
-    row, column, block = sides[0].look
-    return {
-        "sides": [
-            {"shows": i, "stages": list(s.stages), "surgery": s.surgery, "smoothing": s.smoothing}
-            for i, s in enumerate(sides)
-        ],
-        "patch": [row - 1, column - 1],
-        "block": block,
-        "falseAlarms": sides[0].false_alarms,
-        "opacity": 0.55,
-        "contour": True,
-        "truth": True,
     }
 
 
