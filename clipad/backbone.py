@@ -13,7 +13,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ import torch
 from open_clip.model import convert_weights_to_lp
 from PIL import Image
 
-from clipad.checkpoints import download, load_weights, read_checkpoint
+from clipad.checkpoints import download, load_weights
 from clipad.datasets import image_tensor
 from clipad.files import address, cached, did_you_mean, require_writable
 from clipad.prompts import words
@@ -50,7 +50,6 @@ class Backbone:
         self.mean, self.std = tuple(mean), tuple(std)
         self.known_words = known_words
         self._warned: set[str] = set()
-        self._cast: tuple = (None, None)
 
     @property
     def device(self) -> torch.device:
@@ -100,25 +99,13 @@ class Backbone:
 
     @property
     def tower(self):
-        """The image tower to use within ``autocast``: ``visual``, on a GPU a copy with weights that are cast once.
-
-        Autocast alone casts frozen weights again in every call; the numbers are the same.
-        """
+        """``visual``; within ``autocast`` on a GPU a copy with cast weights, which it else casts in every call."""
         kind = self.device.type
-        if not torch.is_autocast_enabled(kind):
-            return self.visual
-        if self._cast[0] is not self.visual:
-            tower = copy.deepcopy(self.visual)
-            convert_weights_to_lp(tower, torch.get_autocast_dtype(kind))
-            self._cast = (self.visual, tower)
-        return self._cast[1]
+        cast = torch.is_autocast_enabled(kind)
+        return _cast_once(self.visual, torch.get_autocast_dtype(kind)) if cast else self.visual
 
     def encode_text(self, sentences: Sequence[str]) -> torch.Tensor:
-        """Sentences -> M x C float32 embeddings on the CPU, not normalised.
-
-        They are kept on disk under the hash of the weights and of the sentences, so that a category is encoded
-        once per model; a damaged file is noticed and made again.
-        """
+        """Sentences -> M x C float32 embeddings on the CPU, not normalised; kept on disk once they are computed."""
         texts = [] if isinstance(sentences, str) else list(sentences)
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(
@@ -152,12 +139,10 @@ class Backbone:
         return torch.cat(parts).float().cpu().numpy()
 
     def _encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The text tower on no more positions than the longest sentence needs.
-
-        The text mask is causal, so what stands behind the end token cannot change it: 77 positions become about 18.
-        """
+        """The text tower on no more positions than the longest sentence needs: its mask is causal, so what stands
+        behind the end token cannot change it, and 77 positions become about 18."""
         model = self.model
-        if model.attn_mask is None or model.text_pool_type != "argmax":
+        if model.text_pool_type != "argmax":
             return model.encode_text(tokens)
         length = int(tokens.argmax(dim=-1).max()) + 1
         tokens = tokens[:, :length]
@@ -167,13 +152,19 @@ class Backbone:
 
     def unknown_words(self, sentences: Sequence[str]) -> set[str]:
         """Words that the model never saw in training; known for the small demo model only, else empty."""
-        if self.known_words is None:
-            return set()
-        return {word for sentence in sentences for word in words(sentence)} - self.known_words
+        seen = {word for sentence in sentences for word in words(sentence)}
+        return set() if self.known_words is None else seen - self.known_words
 
     def expect_words(self, unknown: set[str]) -> None:
         """Do not warn of these words again: whoever calls this has told the reader."""
         self._warned |= unknown
+
+
+@lru_cache(maxsize=2)
+def _cast_once(visual: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    tower = copy.deepcopy(visual)
+    convert_weights_to_lp(tower, dtype)
+    return tower
 
 
 def load_backbone(
@@ -190,8 +181,8 @@ def load_backbone(
     or None for random weights (drawn from ``seed``; the result says so). ``image_size``: None for the model's own;
     another multiple of the patch size interpolates the position embeddings. ``device``: see :func:`find_device`.
 
-    The activation belongs to the weights: a tag's own configuration decides it (OpenAI's were trained with QuickGELU,
-    also under the name ``ViT-B-32``), for a file the ``open_clip_config.json`` beside it, else the model's name.
+    The activation belongs to the weights: OpenAI's were trained with QuickGELU, also under the name ``ViT-B-32``. The
+    configuration of a tag decides it, or the ``open_clip_config.json`` beside a file, else the model's name.
 
     Raises ValueError for names that are not known, an image size that patches do not fill, a checkpoint that does not
     fit, or an image tower that is not a plain CLIP vision transformer; OSError where weights cannot be downloaded.
@@ -203,19 +194,17 @@ def load_backbone(
         said, path = f"open_clip tag {pretrained}", download(name, str(pretrained), source)
     elif source:
         said = f"checkpoint file {source.name}" if pretrained else "shipped weights"
-    try:
-        weights, openai = read_checkpoint(path) if path else (None, False)
-        if weights:
-            sure = own.get("quick_gelu")
-            config["quick_gelu"] = _quick_gelu(name, config, openai) if sure is None else sure
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = open_clip.CLIP(**config)
-        if weights:
-            load_weights(model, weights, resize=bool(image_size))
-    except ValueError as error:
-        which = repr(str(pretrained or path))
-        raise ValueError(f"the weights {which} cannot be loaded into {name}: {error}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = open_clip.CLIP(**config)
+    if path:
+        try:
+            load_weights(model, path, resize=bool(image_size))
+        except ValueError as error:
+            which = repr(str(pretrained or path))
+            raise ValueError(
+                f"the weights {which} cannot be loaded into {name}: {error}"
+            ) from error
     known_words, tokenizer = None, None
     if name == "demo":
         words_file = data_dir() / "demo" / "model" / "words.txt"
@@ -237,26 +226,26 @@ def find_device(device: str | None = None) -> torch.device:
 
     Raises ValueError for a device that torch does not know or does not see on this machine.
     """
-    gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    count = torch.accelerator.device_count() if gpu else 0
-    try:
-        found = torch.device(device or gpu or "cpu")
-    except RuntimeError:
-        found = None
-    seen = found and gpu and found.type == gpu.type and (found.index or 0) < count
-    if not seen and (found is None or found.type != "cpu"):
-        sees = f"{count} of {gpu.type}, counted from {gpu.type}:0" if gpu else "no GPU"
+    seen = ["cpu"]
+    if torch.accelerator.is_available():
+        gpu = torch.accelerator.current_accelerator().type
+        seen = [gpu, *(f"{gpu}:{i}" for i in range(torch.accelerator.device_count())), *seen]
+    if (device or seen[0]) not in seen:
         raise ValueError(
-            f"unknown device {device!r}: torch sees {sees} on this machine; leave the device empty or use 'cpu'"
+            f"unknown device {device!r}: torch sees {', '.join(seen)} on this machine; leave it empty for {seen[0]}"
         )
-    return found
+    return torch.device(device or seen[0])
+
+
+PLAIN = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "ls_init_value"}
+"""all that the configuration of a plain CLIP vision transformer says; anything else changes what its blocks compute"""
 
 
 def require_model(
     name: str, pretrained: str | Path | None = None, image_size: int | None = None
 ) -> tuple[dict, dict | Path | None, dict]:
     """What the names mean, before anything is loaded: the arguments of open_clip's CLIP; open_clip's entry of a tag, a
-    file, or None for random weights; and what belongs to these weights (``mean``, ``std``, ``quick_gelu``), if known.
+    file, or None for random weights; and ``mean`` and ``std`` of the weights' pre-processing, if known.
 
     Raises ValueError for a model, weights or an image size that :func:`load_backbone` refuses without looking inside.
     """
@@ -275,7 +264,8 @@ def require_model(
     tags = [] if demo else open_clip.list_pretrained_tags_by_model(name)
     if str(pretrained) in tags:
         entry = open_clip.get_pretrained_cfg(name, str(pretrained))
-        return config, entry, {"quick_gelu": False} | entry
+        config["quick_gelu"] = entry.get("quick_gelu", False)
+        return config, entry, entry
     path = Path(pretrained or demo / "model.safetensors").expanduser()
     if not path.is_file():
         raise ValueError(
@@ -283,14 +273,15 @@ def require_model(
             f"{', '.join(tags) or 'none'}"
         )
     beside = _beside(path.parent)
-    own = beside.get("preprocess_cfg", {})
     if "model_cfg" in beside:
-        own |= {"quick_gelu": beside["model_cfg"].get("quick_gelu", False)}
-    return config, path, own
-
-
-PLAIN = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "ls_init_value"}
-"""all that the configuration of a plain CLIP vision transformer says; anything else changes what its blocks compute"""
+        config["quick_gelu"] = beside["model_cfg"].get("quick_gelu", False)
+    elif f"{name}-quickgelu" in open_clip.list_models():
+        warnings.warn(
+            "the file is run with GELU; weights of OpenAI, MetaCLIP and DFN need QuickGELU, which is the model "
+            f"{name}-quickgelu",
+            stacklevel=3,
+        )
+    return config, path, beside.get("preprocess_cfg", {})
 
 
 def _published_model(name: str) -> dict:
@@ -313,18 +304,6 @@ def _beside(folder: Path) -> dict:
     """The configuration that open_clip keeps beside weights; empty where there is none."""
     path = folder / "open_clip_config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _quick_gelu(name: str, config: dict, openai: bool) -> bool:
-    """Whether weights of a file need QuickGELU; a word where the model's name does not say so and nothing is sure."""
-    named, twin = config.get("quick_gelu", False), f"{name}-quickgelu"
-    if not named and (openai or twin in open_clip.list_models()):
-        warnings.warn(
-            f"the file is run with {'QuickGELU' if openai else 'GELU'}: weights of OpenAI, MetaCLIP and DFN "
-            f"were trained with QuickGELU, and the model that has it is {twin}",
-            stacklevel=3,
-        )
-    return named or openai
 
 
 def cache_dir() -> Path | None:

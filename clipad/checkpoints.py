@@ -19,12 +19,10 @@ from clipad.files import content_hash
 
 FIRST = "visual.conv1.weight"
 """the weights every plain CLIP vision transformer starts with: what stands before this name is a wrapper's prefix"""
-OPENAI_ONLY = {"input_resolution", "context_length", "vocab_size"}
-"""three numbers that stand beside the weights in OpenAI's own files"""
 WRAPPERS = {"module", "_orig_mod"}
 """what DataParallel and torch.compile put into the names of weights"""
-UNUSED = ("attn_mask", "logit_bias", "text.transformer.embeddings.position_ids")
-"""what some versions store and no feature depends on"""
+UNUSED = {"attn_mask", "logit_bias", "input_resolution", "context_length", "vocab_size"}
+"""what some store beside the weights, and no feature depends on"""
 
 
 def download(name: str, tag: str, published: Mapping) -> Path:
@@ -57,14 +55,18 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
-    """The weights in a file, by open_clip's names as float32, and whether they are in OpenAI's own form.
+def load_weights(model, path: Path, resize: bool = False) -> None:
+    """Fill a CLIP with the weights in a file, by open_clip's names, as float32.
 
-    ValueError for a file that holds no CLIP with a vision transformer, or several.
+    ``resize`` interpolates the position embeddings to the model's image size. ValueError for a file that holds no CLIP
+    with a vision transformer, or several, and for weights that do not fit or are not finite.
     """
     flat = dict(_flat(read_content(path)))
-    found = (re.fullmatch(rf"(|.*[./]){re.escape(FIRST)}", name) for name in flat)
-    prefixes = [match[1] for match in found if match]
+    prefixes = [
+        name.removesuffix(FIRST)
+        for name in flat
+        if re.search(rf"(^|[./]){re.escape(FIRST)}$", name)
+    ]
     if len(prefixes) != 1:
         held = ", ".join(prefixes or list(flat)[:4]) or "nothing"
         raise ValueError(
@@ -72,16 +74,18 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
             f"{'holds several' if prefixes else 'holds'}: {held}. Save its weights alone, torch.save(state_dict, "
             "'weights.pt'); for a published model, name its tag"
         )
-    state = {k.removeprefix(prefixes[0]): v for k, v in flat.items() if k.startswith(prefixes[0])}
-    state = {k: v for k, v in state.items() if "/" not in k and isinstance(v, torch.Tensor)}
-    openai = bool(state.keys() & OPENAI_ONLY)
-    state = {key: value for key, value in state.items() if key not in OPENAI_ONLY}
-    for key, value in state.items():
-        if value.is_meta or not value.is_floating_point():
-            raise ValueError(
-                f"{key} holds no floating-point numbers but {value.dtype}, quantised or emptied"
-            )
-    return {key: value.float() for key, value in state.items()}, openai
+    state = {}
+    for key, value in flat.items():
+        name = key.removeprefix(prefixes[0])
+        of_model = key.startswith(prefixes[0]) and "/" not in name and name not in UNUSED
+        if of_model and isinstance(value, torch.Tensor):
+            name = name.removeprefix("text.")  # of towers apart
+            state[name] = value.float() if value.is_floating_point() else value
+    if "logit_scale" in state:
+        state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
+    if resize:
+        resize_pos_embed(state, model)
+    fill(model, state)
 
 
 def _flat(content: Mapping, place: str = "") -> Iterator[tuple[str, object]]:
@@ -94,25 +98,13 @@ def _flat(content: Mapping, place: str = "") -> Iterator[tuple[str, object]]:
             yield place + name, value
 
 
-def load_weights(model, state: dict[str, torch.Tensor], resize: bool = False) -> None:
-    """Fill a CLIP with weights; ``resize`` interpolates the position embeddings to the model's image size.
-
-    Raises ValueError for weights that do not fit or are not finite, see :func:`fill`.
-    """
-    state = {key: value for key, value in state.items() if key not in UNUSED}
-    state = {key.removeprefix("text."): value for key, value in state.items()}  # of towers apart
-    if "logit_scale" in state:
-        state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
-    if resize:
-        resize_pos_embed(state, model)
-    fill(model, state)
-
-
-def fill(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Load weights. ValueError for what is missing, unexpected, of another shape or not finite."""
+def fill(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Load weights. ValueError for what is missing, unexpected, of another shape or type, or not finite."""
     for key, value in state.items():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"non-finite values in {key}: the file is damaged")
+        if value.is_meta or not value.is_floating_point() or not torch.isfinite(value).all():
+            raise ValueError(
+                f"{key} holds no finite floating-point numbers (its type is {value.dtype})"
+            )
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
@@ -123,31 +115,23 @@ def read_content(path: Path) -> Mapping:
     """Tensors by name, maybe nested, of a file by what it is, not by its suffix. ValueError says why there are none."""
     with open(path, "rb") as file:
         head = file.read(40)
-        file.seek(0)
-        try:
-            if head[8:9] == b"{":
-                content = load_file(path)
-            elif head.startswith((b"PK", b"\x80")):  # a zip file, or the older form
+    try:
+        if head[8:9] != b"{" and head.startswith((b"PK", b"\x80")):  # a zip file, or the older form
+            with open(path, "rb") as file:
                 content = torch.load(file, map_location="cpu", weights_only=True)
-            else:
-                raise ValueError(
-                    f"it is neither safetensors nor a file of torch.save: it begins with {head!r}"
-                )
-        except ValueError:
-            raise
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                "beside weights it holds objects of Python, and pickled code is never executed. If you trust its "
-                "source, save the weights alone: found = torch.load(path, weights_only=False); "
-                "torch.save(found['state_dict'], 'weights.pt'), or found.state_dict() for a whole model"
-            ) from error
-        except (
-            Exception
-        ) as error:  # zip, torch and safetensors each have their own for a broken file
-            raise ValueError(
-                f"it is damaged, or no file of weights ({_first_line(error)}). Of a TorchScript archive, as OpenAI's, "
-                "save the weights: torch.save(torch.jit.load(path).state_dict(), 'weights.pt')"
-            ) from error
+        else:
+            content = load_file(path)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            "beside weights it holds objects of Python, and pickled code is never executed. If you trust its source, "
+            "save the weights alone: found = torch.load(path, weights_only=False); torch.save(found['state_dict'], "
+            "'weights.pt'), or found.state_dict() for a whole model"
+        ) from error
+    except Exception as error:  # zip, torch and safetensors each have their own for a broken file
+        raise ValueError(
+            f"it is damaged, or no file of weights ({_first_line(error)}): it begins with {head!r}. Of a TorchScript "
+            "archive, as OpenAI's, save the weights: torch.save(torch.jit.load(path).state_dict(), 'weights.pt')"
+        ) from error
     if not isinstance(content, Mapping):
         raise ValueError(
             f"it holds a {type(content).__name__}, not weights by name: save model.state_dict()"

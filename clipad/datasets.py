@@ -29,9 +29,8 @@ IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # others (EPS runs a pro
 NORMAL_NAMES = ("good", "normal", "ok")  # sub-folders of data set "folder" that hold normal images
 # Words that say a state, not a product, and not surely which one: labels are asked for.
 STATES = {
-    *NORMAL_NAMES, "yes", "no", "pass", "passed", "fail", "failed", "reject", "nok", "ng", "ko", "bad",
-    "def", "defect", "defects", "defective", "anomaly", "anomalous", "abnormal",
-    "nominal", "healthy", "clean", "free", "okay",
+    *NORMAL_NAMES, "yes", "no", "pass", "passed", "fail", "failed", "reject", "nok", "ng", "ko", "bad", "def", "defect",
+    "defects", "defective", "anomaly", "anomalous", "abnormal", "nominal", "healthy", "clean", "free", "okay",
 }  # fmt: skip
 NO_TEST_IMAGES = {"train", "validation", "test_private", "test_private_mixed", "object"}
 
@@ -200,9 +199,6 @@ class Dataset:
     def __getitem__(self, index: int) -> Sample:
         return self.samples[index]
 
-    def __iter__(self):
-        return iter(self.samples)
-
     def select(self, categories: str | Iterable[str]) -> Dataset:
         """The same data set with these categories only, in the order given. ValueError for an unknown one."""
         names = [categories] if isinstance(categories, str) else list(categories)
@@ -236,16 +232,13 @@ def load_dataset(
 ) -> Dataset:
     """List the test images of a data set. Nothing is decoded here.
 
-    name : "mvtec", "visa", "isic", "clinicdb", "headct", "brainmri", "folder", or, shipped with clipad and without
-        a root, "demo" and "demo_aux". The layout of each is in data/README.md and in the error for a wrong one.
-    root : the data set's folder, or the folder just above it.
-    categories : None or empty for all that are present.
-    normal_folder : for data set "folder", the name of the sub-folders that hold normal images, or "none".
+    ``name``: "mvtec", "visa", "isic", "clinicdb", "headct", "brainmri", "folder", or, shipped with clipad and without a
+    root, "demo" and "demo_aux". ``root``: its folder, or the one just above, in the layout of data/README.md.
+    ``categories``: None or empty for all that are present. ``normal_folder``: of data set "folder", the name of the
+    sub-folders that hold normal images, or "none".
 
-    Data set "folder" takes images of any origin: MVTec AD's layout with or without masks, sub-folders of which one
-    holds normal images, images alone (one category, label -1), sub-folders of these kinds, or a ``meta.json``.
-    Labels are never guessed: normal are the images in ``normal_folder``, or, without it, in the one sub-folder called
-    good, normal or ok. Where there is none, or two, the sub-folders are named and the answer is asked for.
+    Data set "folder" takes images of any origin. Labels are never guessed: normal are the images in ``normal_folder``,
+    or else in the one sub-folder called good, normal or ok; where there is none, or two, the answer is asked for.
 
     Raises ValueError (unknown name or category, with the nearest one), FileNotFoundError (root, image or mask
     missing), `LayoutError`.
@@ -330,46 +323,29 @@ def _expected(name: str, root: Path) -> str:
     return f"Expected {LAYOUTS[name][0]}; found {found}.{hint}"
 
 
-def _samples(
-    images: Iterable[Path],
-    category: str,
-    label: int,
-    defect: str,
-    masks: Path | None = None,
-    ending: str = "_mask",
-    objects: Path | None = None,
-) -> Iterator[Sample]:
-    """Images with one label. In ``masks`` each has one, called as it is, with or without ``ending``; in ``objects``
-    each may have one, ending in _object."""
+def _samples(images, category, label, defect, masks=None, ending="_mask", objects=None):
+    """Images of one label. In ``masks`` each has one, with or without ``ending``; in ``objects`` each may have one."""
     masks_of, objects_of = _by_stem(masks, ending), _by_stem(objects, "_object")
     for image in images:
         stem = nfc(image.stem)
-        mask = masks_of.get(stem)
-        if masks and not mask:
-            mask = masks / f"{image.stem}{ending}.png"  # which will be called missing
+        missing = masks and masks / f"{image.stem}{ending}.png"  # and will be called so
+        mask = masks_of.get(stem, missing)
         yield Sample(image, mask, category, label, defect, objects_of.get(stem))
 
 
 def _by_stem(folder: Path | None, ending: str) -> dict[str, Path]:
     """Masks by the stem of their image: they pair by name, never by position."""
-    found = _images(folder) if folder else []
-    return {nfc(path.stem).removesuffix(ending): path for path in found}
+    images = _images(folder) if folder else []
+    return {nfc(path.stem).removesuffix(ending): path for path in images}
 
 
-def _by_defect(
-    images: dict[Path, list[Path]],
-    category: str,
-    truth: Path,
-    normal: str = "good",
-    masked: bool = True,
-) -> Iterator[Sample]:
-    """Images by the folder of their defect; masks in truth/ground_truth/<defect>/ if ``masked``, object masks in
-    truth/object/<defect>/. ``normal``: the name of the normal folder, in lower case."""
+def _by_defect(images, category, truth, normal="good", masked=True) -> Iterator[Sample]:
+    """Images by their folder. ``normal``: that of normal ones in lower case; ``masked``: the others have masks."""
     for folder, found in images.items():
         label = int(nfc(folder.name).lower() != normal)
+        defect = folder.name if label else "good"
         masks = truth / "ground_truth" / folder.name if label and masked else None
         objects = truth / "object" / folder.name
-        defect = folder.name if label else "good"
         yield from _samples(found, category, label, defect, masks, objects=objects)
 
 
@@ -453,8 +429,8 @@ def _folder(root: Path, normal_folder: str = "") -> list[Sample]:
     samples = _folder_category(root, by_folder, normal_folder)
     if samples is None:
         folders = dict.fromkeys(root / path.relative_to(root).parts[0] for path in by_folder)
-        within = [_folder_category(path, by_folder, normal_folder) for path in folders]
-        samples = [sample for category in within for sample in category or []]
+        found = [_folder_category(path, by_folder, normal_folder) for path in folders]
+        samples = [sample for category in found if category for sample in category]
     if normal_folder.lower() not in ("", "none") and all(sample.label for sample in samples):
         names = ", ".join(sorted({folder.name for folder in by_folder})[:20])
         raise LayoutError(f"{root} has no folder {normal_folder!r}; found {names}")
@@ -473,15 +449,12 @@ def for_testing(photographs: Iterable[Path], root: Path) -> list[Path]:
     return sorted(p for p in photographs if not NO_TEST_IMAGES & set(p.relative_to(root).parts))
 
 
-def _folder_category(
-    folder: Path, photographs: dict[Path, list[Path]], normal_folder: str
-) -> list[Sample] | None:
+def _folder_category(folder: Path, photographs, normal_folder: str) -> list[Sample] | None:
     """One category, or None if `folder` is not one (see `load_dataset`); ``photographs`` by their folder."""
     tests = [folder / name for name in ("test_public", "test") if (folder / name).is_dir()]
     images = tests[0] if tests else folder
     truth = images if images.name == "test_public" else folder  # MVTec AD 2 has its masks there
-    category = nfc(folder.name)
-    flat = photographs.get(images, [])
+    category, flat = nfc(folder.name), photographs.get(images, [])
     classes = {path: found for path, found in photographs.items() if path.parent == images}
     names = [path.name for path in classes]
     if flat and classes:
@@ -505,7 +478,7 @@ def _folder_category(
 
 
 def normal_name(names: Iterable[str], given: str) -> str | None:
-    """Which of the sub-folders holds normal images, in lower case: "" for none of them, None if that is not known."""
+    """Which sub-folder holds normal images, in lower case: "" for none of them, None if that is not known."""
     lower, wanted = [nfc(name).lower() for name in names], nfc(given).lower()
     if wanted == "none" and lower:
         return ""
@@ -517,12 +490,9 @@ def normal_name(names: Iterable[str], given: str) -> str | None:
 _BY_DEFECT = "<category>/test/<defect>/NNN.png and <category>/ground_truth/<defect>/NNN_mask.png"
 LAYOUTS: dict[str, tuple[str, Callable[[Path], Iterable[Sample]]]] = {
     "mvtec": (_BY_DEFECT, _mvtec),
-    "visa": (
-        "split_csv/1cls.csv and <category>/Data/{Images/{Anomaly,Normal}/NNN.JPG,Masks/Anomaly/NNN.png}",
-        _visa,
-    ),
+    "visa": ("split_csv/1cls.csv and <category>/Data/{Images,Masks}/{Anomaly,Normal}/NNN.*", _visa),
     "isic": (
-        "ISBI2016_ISIC_Part1_Test_Data/ISIC_*.jpg and ISBI2016_ISIC_Part1_Test_GroundTruth/ISIC_*_Segmentation.png",
+        "ISBI2016_ISIC_Part1_Test_{Data/ISIC_*.jpg,GroundTruth/ISIC_*_Segmentation.png}",
         _isic,
     ),
     "clinicdb": ("Original/N.tif and 'Ground Truth'/N.tif", _clinicdb),
@@ -530,10 +500,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], Iterable[Sample]]]] = {
     "brainmri": ("brain_tumor_dataset/{no,yes}/", _brainmri),
     "demo": (_BY_DEFECT, partial(_mvtec, name="demo")),
     "demo_aux": (_BY_DEFECT, partial(_mvtec, name="demo_aux")),
-    "folder": (
-        "images; or {good,<defect>}/ with images; or test/<defect>/; or sub-folders (categories) of these kinds",
-        _folder,
-    ),
+    "folder": ("images, {good,<defect>}/, test/<defect>/, or sub-folders of these kinds", _folder),
 }
 
 

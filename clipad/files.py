@@ -85,7 +85,7 @@ def require_writable(folder: Path) -> None:
 
 
 def claim(folder: Path, settings: dict, results: Iterable[str], option: str = "output_dir") -> None:
-    """Make a folder for results of these settings, or see that it holds such: its ``settings.json`` says so.
+    """Make a folder for results of these settings, or see by its ``settings.json`` that it holds such.
 
     ``results``: patterns of their names. Raises ValueError that names the settings which are others, or for results
     whose settings are not known; OSError where the folder cannot be written.
@@ -112,10 +112,7 @@ def claim(folder: Path, settings: dict, results: Iterable[str], option: str = "o
 
 @cache
 def code_version() -> str:
-    """Twelve hex digits over every module of the package: results of other code are never taken for this one's.
-
-    All of them, because a list of those that decide numbers would go out of date without a word when a file moves.
-    """
+    """Twelve hex digits over every module of the package: results of other code are never taken for this one's."""
     root = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -164,9 +161,8 @@ PHOTOGRAPH, HIDDEN, BROKEN_LINK = "", "hidden", "broken link"
 def scan(root: Path, without: Path | None = None) -> dict[str, list[Path]]:
     """Every file below a folder, at any depth, sorted, under `PHOTOGRAPH` or the reason why it is none.
 
-    Photographs are files with an image's suffix, but for masks (in a folder called masks, gt, labels, ..., or beside
-    their photograph as ``x_mask.png`` or as ``x.png`` of ``x.jpg``), results of clipad (folders with its mark, and
-    ``without``), pipes and broken links. Hidden folders are not looked into; no file is opened.
+    No photographs are masks (in a folder called masks, gt, labels, ..., or beside their photograph as ``x_mask.png`` or
+    as ``x.png`` of ``x.jpg``) and results of clipad (folders with its mark, and ``without``). No file is opened.
     """
     found: dict[str, list[Path]] = {PHOTOGRAPH: []}
 

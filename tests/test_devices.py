@@ -54,11 +54,11 @@ def test_what_torch_sees_is_taken(machine, kind, count, asked, expected):
 @pytest.mark.parametrize(
     ("kind", "count", "asked", "said"),
     [
-        (None, 0, "cuda", "no GPU"),
-        (None, 0, "mps", "no GPU"),
-        ("cuda", 2, "cuda:2", "2 of cuda"),
-        ("mps", 1, "cuda", "1 of mps"),
-        ("cuda", 1, "meta", "1 of cuda"),
+        (None, 0, "cuda", "torch sees cpu"),
+        (None, 0, "mps", "torch sees cpu"),
+        ("cuda", 2, "cuda:2", "sees cuda, cuda:0, cuda:1, cpu"),
+        ("mps", 1, "cuda", "sees mps, mps:0, cpu"),
+        ("cuda", 1, "meta", "sees cuda, cuda:0, cpu"),
         ("cuda", 1, "gpu", "unknown device 'gpu'"),
         ("cuda", 1, "cuda:x", "unknown device 'cuda:x'"),
     ],
