@@ -25,28 +25,19 @@ from clipad.datasets import Dataset, Sample, read_image, read_mask, require_mask
 from clipad.files import Arrays, cached, claim, content_hash, file_name, write_atomically
 from clipad.metrics import METRICS, image_metrics, pixel_metrics, resampled_metrics
 
-COLUMNS = [
-    *(f"image_{metric}" for metric in METRICS[:3]),
-    *(f"class_{metric}" for metric in METRICS[:3]),
-    *(f"pixel_{metric}" for metric in METRICS),
-]
+COLUMNS = [f"{level}_{metric}" for level in ("image", "class") for metric in METRICS[:3]]
+COLUMNS += [f"pixel_{metric}" for metric in METRICS]
 PART = 64
 """images in one part on disk: what a killed run loses at most"""
-_AHEAD = 2
-"""batches that are read from disk while the device computes"""
 WORKERS = 4
 """threads that read"""
 
 
 @dataclass
 class Result:
-    """What an evaluation found.
-
-    ``table``: a row per category and a last row ``mean`` (unweighted), fractions; ``image_*`` uses the published
-    combination of class probability and map (for WinCLIP, whose image score knows no map, the class probability),
-    ``class_*`` the class probability alone, ``pixel_*`` the maps; NaN where a data set has no such labels.
-    ``images``: a row per image.
-    """
+    """``table``: a row per category and a last row ``mean`` (unweighted), fractions; ``image_*`` uses the published
+    combination of class probability and map (for WinCLIP the class probability), ``class_*`` the class probability
+    alone, ``pixel_*`` the maps; NaN where a data set has no such labels. ``images``: a row per image."""
 
     table: pd.DataFrame
     images: pd.DataFrame
@@ -54,11 +45,8 @@ class Result:
 
 
 def published_image_score(probabilities, map_maxima) -> np.ndarray:
-    """Min-max of the class probability plus min-max of the maximum of the smoothed map, over one category's test set.
-
-    So an image's score depends on the other images (METHOD.md section 5). Where all values are equal (one image, a
-    constant map) that part is 0: the released program divides 0 by 0 there.
-    """
+    """Min-max of the class probability plus min-max of the map's maximum, over one category's images (METHOD.md
+    section 5). Where all values are equal that part is 0: the released program divides 0 by 0 there."""
 
     def min_max(values):
         values = np.asarray(values, dtype=np.float64)
@@ -81,13 +69,11 @@ def evaluate(
     GPU runs out of memory.
 
     Raises ValueError for an empty data set, a mask of another size than its image, maps that are not finite, and an
-    ``output_dir`` that holds results of other settings; OSError if it cannot be written (noticed before the work
-    starts); what :func:`clipad.read_image` raises for a broken image, with everything finished so far kept.
+    ``output_dir`` that holds results of other settings; OSError if it cannot be written; what
+    :func:`clipad.read_image` raises for a broken image, with everything finished so far kept.
     """
-    if not len(dataset):
-        raise ValueError(f"the data set {dataset.name} has no images")
-    if batch_size < 1:
-        raise ValueError(f"batch_size has to be 1 or more, found {batch_size}")
+    if not len(dataset) or batch_size < 1:
+        raise ValueError(f"{dataset.name} has no images, or batch_size {batch_size} is below 1")
     with ThreadPoolExecutor(WORKERS) as pool:  # from the headers, so that no run stops at its end
         masked = [s for s in dataset if s.mask_path is not None]
         list(pool.map(lambda s: require_mask_size(s.mask_path, s.image_path), masked))
@@ -105,15 +91,11 @@ def evaluate(
             found = cached(place, lambda: _run_category(detector, samples, folder, batch_size, bar))
             if folder:
                 shutil.rmtree(folder / "parts", ignore_errors=True)
-            own = {
-                "category": category,
-                "path": [s.image_path.relative_to(dataset.root).as_posix() for s in samples],
-                "defect": [s.defect for s in samples],
-                "label": [s.label for s in samples],
-            }
-            own |= {name: found[name] for name in ("probability", "map_max", "image_score")}
-            frames.append(pd.DataFrame(own))
-            rows[category] = found["metrics"]
+            rows[category] = found.pop("metrics")
+            paths = [s.image_path.relative_to(dataset.root).as_posix() for s in samples]
+            own = {"category": category, "path": paths}
+            own |= {name: [getattr(s, name) for s in samples] for name in ("defect", "label")}
+            frames.append(pd.DataFrame(own | found))
             bar.update(sum(map(len, frames)) - bar.n)
 
     table = pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS)
@@ -127,10 +109,7 @@ def evaluate(
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """16 hex digits over the samples (relative paths, labels, content of images and masks).
-
-    The same data gives the same results; a mask that was corrected in place under its old name does not.
-    """
+    """16 hex digits over the samples: relative paths, labels, content of images and masks."""
     digest = hashlib.sha256()
     for s in dataset:
         files = (s.image_path, s.mask_path, s.object_mask_path)
@@ -143,7 +122,7 @@ def fingerprint(dataset: Dataset) -> str:
 def load_images(
     samples: list[Sample], preprocess, batch_size: int, workers: int = WORKERS, pin: bool = False
 ) -> Iterator[torch.Tensor]:
-    """Batches of pre-processed images, B x 3 x S x S, decoded by threads while the caller computes."""
+    """Batches of pre-processed images, B x 3 x S x S; threads decode two more while the caller computes."""
 
     def read(sample: Sample) -> torch.Tensor:
         return preprocess(read_image(sample.image_path))
@@ -153,15 +132,12 @@ def load_images(
         return images.pin_memory() if pin else images
 
     waiting: deque = deque()
-    pool = ThreadPoolExecutor(workers)
-    try:
+    with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(samples), batch_size):
             waiting.append([pool.submit(read, s) for s in samples[start : start + batch_size]])
-            if len(waiting) > _AHEAD:
+            if len(waiting) > 2:
                 yield stack(waiting.popleft())
         yield from map(stack, waiting)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def category_metrics(
@@ -174,11 +150,10 @@ def category_metrics(
 ) -> dict[str, float | np.ndarray]:
     """All metrics of one category that its labels allow: ``image_*``, ``class_*`` and, with masks, ``pixel_*``.
 
-    ``maps``, ``masks``: N x S x S (masks None where there are none; then N x 1 x 1 maxima of the maps do);
-    ``probabilities``, ``labels``: N, a label of -1 is not known. ``map_in_image_score``: images are ranked by
-    :func:`published_image_score`, else by the class probability alone. With ``counts`` (1 + R x N, from
-    :func:`clipad.metrics.draw_counts`) each metric is an array: the estimate, then R resamples, for which the image
-    score is not scaled anew.
+    ``maps``, ``masks``: N x S x S (without masks N x 1 x 1 maxima of the maps do); ``probabilities``, ``labels``: N, a
+    label of -1 is not known. ``map_in_image_score``: images are ranked by :func:`published_image_score`, else by the
+    class probability. With ``counts`` (1 + R x N, from :func:`clipad.metrics.draw_counts`) each metric is an array: the
+    estimate, then R resamples, for which the image score is not scaled anew.
     """
 
     def measured(level, scores, truth, plain):
@@ -190,7 +165,7 @@ def category_metrics(
         score = probabilities
         if map_in_image_score:
             score = published_image_score(probabilities, maps.max(axis=(1, 2)))
-        metrics |= measured("image", score, labels, image_metrics)
+        metrics = measured("image", score, labels, image_metrics)
         metrics |= measured("class", probabilities, labels, image_metrics)
     if masks is not None:
         metrics |= measured("pixel", maps, masks, pixel_metrics)
@@ -200,8 +175,7 @@ def category_metrics(
 def batches(
     backbone, samples: Iterable[Sample], batch_size: int = 16
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(category, images B x 3 x S x S on the backbone's device) in the order of the samples; a batch never mixes
-    categories."""
+    """(category, images B x 3 x S x S on the backbone's device), in order; a batch is of one category."""
     pin = backbone.device.type == "cuda"
     for category, group in groupby(samples, key=lambda sample: sample.category):
         for images in load_images(list(group), backbone.preprocess, batch_size, pin=pin):
@@ -209,10 +183,7 @@ def batches(
 
 
 def in_parts(compute: Callable[[torch.Tensor], Any], images: torch.Tensor) -> list:
-    """``compute(images)``, in a list of one; where GPU memory runs out, of both halves, or of parts that fit.
-
-    Raises what ``compute`` raises, and its error when one image is too much.
-    """
+    """``compute(images)``, in a list of one; where GPU memory runs out, of both halves, or of parts that fit."""
     try:
         return [compute(images)]
     except RuntimeError as error:  # also where cuBLAS or cuDNN could not allocate
@@ -228,16 +199,13 @@ def predict(
 ) -> Arrays:
     """``maps`` N x S x S (or only their maxima, N x 1 x 1) and class ``probabilities`` N of samples.
 
-    A batch that does not fit into GPU memory is halved until it does. Raises ValueError for maps or probabilities that
-    are not finite.
+    Raises ValueError for maps or probabilities that are not finite.
     """
     maps, probabilities = [], []
     for category, images in batches(detector.backbone, samples, batch_size):
         for part in in_parts(lambda some: detector.predict(some, category), images):
-            if not (torch.isfinite(part.maps).all() and torch.isfinite(part.probabilities).all()):
-                raise ValueError(
-                    f"{detector.name} gave maps or probabilities that are not finite for {category!r}"
-                )
+            if not all(torch.isfinite(x).all() for x in (part.maps, part.probabilities)):
+                raise ValueError(f"{detector.name}: not all numbers are finite for {category!r}")
             maps.append(part.maps if keep_maps else part.maps.amax(dim=(1, 2), keepdim=True))
             probabilities.append(part.probabilities)
         if bar:
@@ -246,7 +214,6 @@ def predict(
 
 
 def _run_category(detector, samples, folder, batch_size, bar) -> Arrays:
-    """``metrics`` in the order of ``COLUMNS``, and the numbers of each image."""
     masked = any(s.mask_path is not None for s in samples) and all(s.label >= 0 for s in samples)
     maps, probabilities = None, []
     for start in range(0, len(samples), PART):
@@ -267,16 +234,13 @@ def _run_category(detector, samples, folder, batch_size, bar) -> Arrays:
     with_map = detector.map_in_image_score
     metrics = category_metrics(maps, masks, probabilities, labels, with_map)
     score = published_image_score(probabilities, maxima) if with_map else probabilities
-    return {
-        "probability": probabilities.astype(np.float64),
-        "map_max": maxima.astype(np.float64),
-        "image_score": score.astype(np.float64),
-        "metrics": np.array([metrics.get(name, np.nan) for name in COLUMNS]),
-    }
+    found = {"probability": probabilities, "map_max": maxima, "image_score": score}
+    found["metrics"] = [metrics.get(name, np.nan) for name in COLUMNS]
+    return {name: np.array(values, dtype=np.float64) for name, values in found.items()}
 
 
 def read_masks(samples: list[Sample], image_size: int) -> np.ndarray:
-    """Ground truth of samples as bool, N x S x S; a sample without a mask (a normal image) is all False."""
+    """Ground truth of samples as bool, N x S x S; all False of a sample without a mask (a normal image)."""
     masks = np.zeros((len(samples), image_size, image_size), dtype=bool)
 
     def read(i: int) -> None:
