@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
@@ -58,9 +58,8 @@ def train(
 ) -> Training:
     """Train one linear layer per quarter of the network on the images and masks of ``dataset``; the backbone is frozen.
 
-    The defaults are the released program's, which does not shuffle; ``shuffle`` draws an order per epoch from ``seed``
-    and the number of the epoch. Text vectors are those of ``dataset`` (``prompts``, ``rvs``, ``rvs_options``).
-
+    The defaults are the released program's, which does not shuffle; ``shuffle`` draws an order per epoch. ``prompts``,
+    ``rvs`` and ``rvs_options`` are a detector's, for the text vectors of ``dataset``.
     ``output_dir``: a checkpoint per epoch (``epoch_001.safetensors``, with Adam's state) and ``log.csv``; None: nothing
     is kept. The same call, or one with more ``epochs``, continues after the last finished one; on a CPU it ends with
     the weights of an unbroken training. Frozen patch tokens are held in memory: 3 MB an image at 240 pixels.
@@ -73,7 +72,7 @@ def train(
     layers = LinearLayers(*backbone.visual.proj.shape, len(stages), seed).to(backbone.device)
     prompts, rvs_options = prompts or CLIP_AD, dict(rvs_options or {})
     layers.settings = _settings(
-        backbone, dataset, prompts, rvs=rvs, rvs_options=rvs_options, stages=stages, seed=seed,
+        backbone, dataset, prompts=asdict(prompts), rvs=rvs, rvs_options=rvs_options, stages=stages, seed=seed,
         as_released=as_released, learning_rate=learning_rate, batch_size=batch_size, shuffle=shuffle,
     )  # fmt: skip
     optimizer = torch.optim.Adam(layers.parameters(), lr=learning_rate)
@@ -108,7 +107,7 @@ def run_epoch(
     text: torch.Tensor,
     batches: Iterable[torch.Tensor],
 ) -> dict[str, float]:
-    """The training itself: one step for each batch of image numbers; returns the mean losses.
+    """One step for each batch of image numbers; returns the mean losses.
 
     ``tokens``: per stage M x N x D of all images; ``masks``: M x S x S; ``text``: M x C x 2, the unit text vectors of
     each image's category. Raises ValueError when a loss is not finite.
@@ -126,19 +125,12 @@ def run_epoch(
         losses.append(torch.stack([loss, focal, dice]).detach())
     mean = torch.stack(losses).mean(dim=0)
     if not torch.isfinite(mean).all():
-        raise ValueError(
-            "the loss is not finite: try a smaller learning_rate; the checkpoints of earlier epochs are unharmed"
-        )
+        raise ValueError("the loss is not finite: try a smaller learning_rate")
     return dict(zip(("loss", "focal", "dice"), mean.tolist(), strict=True))
 
 
 def frozen_tokens(
-    backbone: Backbone,
-    dataset: Dataset,
-    stages: Sequence[int],
-    as_released: bool,
-    batch_size: int,
-    progress: bool = False,
+    backbone: Backbone, dataset: Dataset, stages, as_released: bool, batch_size: int, progress=False
 ) -> list[torch.Tensor]:
     """The patch tokens x_j of a whole data set, computed once: per stage M x N x D float32, on the CPU."""
 
@@ -161,26 +153,22 @@ def frozen_tokens(
     return kept
 
 
-def _settings(backbone: Backbone, dataset: Dataset, prompts: Prompts, **options) -> dict[str, Any]:
+def _settings(backbone: Backbone, dataset: Dataset, **options) -> dict[str, Any]:
     """All that decides the weights, as it will be read back."""
     check_method(options["rvs"], options["rvs_options"])
-    of_data = {"dataset": dataset.name, "categories": dataset.categories}
-    of_data |= {"samples": fingerprint(dataset), "prompts": asdict(prompts)}
-    return json.loads(json.dumps(backbone.settings | of_data | options))
+    options |= {"dataset": dataset.name, "categories": dataset.categories}
+    options["samples"] = fingerprint(dataset)
+    return json.loads(json.dumps(backbone.settings | options))
 
 
-def _text_of(backbone, dataset, prompts, rvs, rvs_options) -> torch.Tensor:
+def _text_of(backbone, dataset, prompts, rvs, options) -> torch.Tensor:
     """M x C x 2 on the backbone's device: the text vectors of every image's category."""
-    vectors = {
-        category: representative_vectors(backbone, category, prompts, rvs, **rvs_options)
-        for category in dataset.categories
-    }
+    names = dataset.categories
+    vectors = {c: representative_vectors(backbone, c, prompts, rvs, **options) for c in names}
     return torch.stack([vectors[sample.category] for sample in dataset]).to(backbone.device)
 
 
-def _require_trainable(
-    dataset: Dataset, epochs: int, learning_rate: float, batch_size: int
-) -> None:
+def _require_trainable(dataset: Dataset, epochs, learning_rate, batch_size) -> None:
     if epochs < 1 or batch_size < 1 or not learning_rate > 0:
         raise ValueError("epochs and batch_size have to be 1 or more, and learning_rate positive")
     missing = [s for s in dataset if s.label < 0 or (s.label == 1 and s.mask_path is None)]
@@ -203,17 +191,14 @@ def load_layers(path: str | Path) -> LinearLayers:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
-        if path.suffix == ".safetensors":
-            state, settings, _ = _read(path)
-            state = {key: value for key, value in state.items() if not key.startswith("adam.")}
-        else:
-            content, settings = read_content(path), {}
-            state = content.get("linear_layers")
-        first = state.get("fc.0.weight") if isinstance(state, dict) else None
+        state, settings, _ = _read(path)
+        state = state.get("linear_layers", state)
+        state = {key: value for key, value in state.items() if not key.startswith("adam.")}
+        first = state.get("fc.0.weight")
         if first is None or first.ndim != 2:
-            found = ", ".join(state if isinstance(state, dict) else content) or "nothing"
             raise ValueError(
-                f"expected fc.0.weight (C x D), fc.0.bias, fc.1.weight, ... in 'linear_layers'; found {found}"
+                "expected fc.0.weight (C x D), fc.0.bias, fc.1.weight, ... in 'linear_layers'; "
+                f"found {', '.join(state) or 'nothing'}"
             )
         layers = LinearLayers(first.shape[1], first.shape[0], len(state) // 2)
         fill(layers, state)
@@ -223,16 +208,14 @@ def load_layers(path: str | Path) -> LinearLayers:
     return layers.eval().requires_grad_(False)
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict, list[dict]]:
-    """Tensors, settings and log rows of a checkpoint of ours."""
-    try:
+def _read(path: Path) -> tuple[dict, dict, list[dict]]:
+    """Tensors, settings and log rows of a checkpoint; the last two are empty where it is not ours."""
+    state, metadata = dict(read_content(path)), {}
+    if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-        settings, log = metadata.get("settings", "{}"), metadata.get("log", "[]")
-        return state, json.loads(settings), json.loads(log)
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"it is no safetensors file, or a damaged one: {error}") from error
+    settings, log = metadata.get("settings", "{}"), metadata.get("log", "[]")
+    return state, json.loads(settings), json.loads(log)
 
 
 def _checkpoint(folder: Path, epoch: int) -> Path:
@@ -257,10 +240,7 @@ def _resume(folder: Path, layers: LinearLayers, optimizer, epochs: int) -> list[
         try:
             state, _, rows = _read(path)
         except ValueError:
-            warnings.warn(
-                f"{path.name} is damaged: the training continues from an earlier epoch",
-                stacklevel=3,
-            )
+            warnings.warn(f"{path.name} is damaged: an earlier epoch is continued", stacklevel=3)
             continue
         adam = defaultdict(dict)
         for key in [key for key in state if key.startswith("adam.")]:
