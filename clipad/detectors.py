@@ -1,14 +1,13 @@
 """Zero-shot detectors behind one protocol: ``predict(images, category) -> Prediction``.
 
-Each is split in two, so that notebooks and the explorer can keep what is expensive: ``features(images)`` runs the
-backbone and does not depend on the text, ``score(features, category)`` is cheap and does.
+Each is split in two: ``features(images)`` runs the backbone, ``score(features, category)`` is cheap and reads the text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +18,14 @@ from clipad.prompts import CLIP_AD, Prompts
 from clipad.surgery import cosine, feature_surgery, similarity_map, smooth
 from clipad.text import check_method, representative_vectors
 
-if TYPE_CHECKING:
-    from clipad.backbone import Backbone
-
 CLIP_TEMPERATURE = 100.0
 """The factor before the softmax over states (METHOD.md section 3); CLIP's own logit scale ends there."""
 
 
 @dataclass
 class Prediction:
-    """What a detector says of B images: ``maps`` B x S x S (higher = more anomalous) and ``probabilities`` B.
-
-    A probability is the class probability of METHOD.md section 3: softmax over the two states of 100 * cosine.
-    Both are float32 on the CPU.
-    """
+    """What a detector says of B images: ``maps`` B x S x S (higher = more anomalous) and class ``probabilities`` B
+    (METHOD.md section 3), float32 on the CPU."""
 
     maps: torch.Tensor
     probabilities: torch.Tensor
@@ -48,14 +41,10 @@ class Features:
     """per stage B x (N+1) x D, for SDP+ only"""
 
     def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Features:
-        return Features(
-            change(self.image_embedding),
-            [change(tokens) for tokens in self.tokens],
-            [change(tokens) for tokens in self.ordinary],
-        )
+        tokens, ordinary = ([change(stage) for stage in x] for x in (self.tokens, self.ordinary))
+        return Features(change(self.image_embedding), tokens, ordinary)
 
     def to(self, device) -> Features:
-        """The same on another device: what is kept of a whole data set stays on the CPU."""
         return self.apply(lambda values: values.to(device))
 
     def __getitem__(self, index) -> Features:
@@ -75,8 +64,8 @@ class Features:
 class Detector:
     """Common to all: prompts, representative vectors per category, smoothing.
 
-    ``smoothing``: sigma of the Gaussian in pixels; None is 8/240 of the image side, 0 is none. ``rvs_options``: None
-    for the published ones of the method.
+    ``smoothing``: sigma of the Gaussian in pixels; None is 8/240 of the image side, 0 is none. ``prompts`` and
+    ``rvs_options``: None for the published ones.
 
     What makes a detector are ``encode(images) -> Features``, the backbone's part in its precision, and
     ``patch_values(features, text) -> B x N``, the anomalous column before up-sampling, or whole ``maps``.
@@ -88,7 +77,7 @@ class Detector:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone,
         prompts: Prompts | None = None,
         rvs: str = "dbscan",
         rvs_options: dict[str, Any] | None = None,
@@ -106,9 +95,9 @@ class Detector:
     def text_vectors(self, category: str) -> torch.Tensor:
         """C x 2 unit columns (normal, anomalous) on the CPU, computed once per category."""
         if category not in self._text:
-            self._text[category] = representative_vectors(
-                self.backbone, category, self.prompts, self.rvs, **self.rvs_options
-            )
+            how = self.prompts, self.rvs
+            found = representative_vectors(self.backbone, category, *how, **self.rvs_options)
+            self._text[category] = found
         return self._text[category]
 
     def predict(self, images: torch.Tensor, category: str) -> Prediction:
@@ -151,14 +140,8 @@ class Detector:
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers, JSON-able: a stopped run continues only if it is equal."""
-        return {
-            "detector": self.name,
-            **self.backbone.settings,
-            "prompts": asdict(self.prompts),
-            "rvs": self.rvs,
-            "rvs_options": self.rvs_options,
-            "smoothing": self.smoothing,
-        }
+        found = {"detector": self.name, **self.backbone.settings, "prompts": asdict(self.prompts)}
+        return found | {name: getattr(self, name) for name in ("rvs", "rvs_options", "smoothing")}
 
     def __repr__(self):
         return f"{self.name}({self.backbone.name}, rvs={self.rvs}, smoothing={self.smoothing:g} px)"
@@ -181,22 +164,14 @@ class Direct(Detector):
 class SDP(Detector):
     """Staged dual path: feature surgery on the surgery path's features, summed over stages (paper section 3.2).
 
-    ``stages``: 1-based blocks, None for the four quarters. ``as_released``: see :func:`clipad.staged_features`.
+    Beside a :class:`Detector`'s arguments ``stages`` (1-based blocks, None for the four quarters) and ``as_released``
+    (see :func:`clipad.staged_features`).
     """
 
     name = "SDP"
 
-    def __init__(
-        self,
-        backbone,
-        prompts=None,
-        rvs="dbscan",
-        rvs_options=None,
-        stages=None,
-        smoothing=None,
-        as_released=True,
-    ):
-        super().__init__(backbone, prompts, rvs, rvs_options, smoothing)
+    def __init__(self, backbone, *args, stages=None, as_released=True, **options):
+        super().__init__(backbone, *args, **options)
         blocks = len(backbone.visual.transformer.resblocks)
         self.stages = tuple(stages) if stages else default_stages(blocks)
         self.as_released = as_released
@@ -227,9 +202,7 @@ class SDPPlus(SDP):
 
     name = "SDP+"
 
-    def __init__(
-        self, backbone, layers: LinearLayers, *args, allow_overlap: bool = False, **options
-    ):
+    def __init__(self, backbone, layers: LinearLayers, *args, allow_overlap=False, **options):
         super().__init__(backbone, *args, **options)
         layers.require_fit(backbone, self.stages, self.as_released)
         self.layers = layers.to(backbone.device)
@@ -262,30 +235,21 @@ class SDPPlus(SDP):
 
     @property
     def settings(self):
-        return super().settings | {
-            "layers": self.layers.hash,
-            "trained_on": self.layers.settings.get("dataset"),
-            "allow_overlap": self.allow_overlap,
-        }
+        found = {"layers": self.layers.hash, "trained_on": self.layers.settings.get("dataset")}
+        return super().settings | found | {"allow_overlap": self.allow_overlap}
 
 
 class ClipSurgery(Detector):
     """CLIP Surgery (arXiv 2304.05653) as a baseline: v-v attention in the last half of the blocks on one path that
-    never restarts, the last block's feature only, then the two-state feature surgery (METHOD.md section 8, which also
-    says where its authors' program differs: its path starts from x)."""
+    never restarts, the last block's feature only, then the two-state feature surgery (METHOD.md section 8)."""
 
     name = "CLIP Surgery"
 
     def encode(self, images):
-        layers = len(self.backbone.visual.transformer.resblocks)
-        found = staged_features(
-            self.backbone.tower,
-            images,
-            [layers],
-            as_released=False,
-            first_block=layers // 2,
-            restart=False,
-        )
+        visual = self.backbone.tower
+        last = len(visual.transformer.resblocks)
+        path = {"as_released": False, "first_block": last // 2, "restart": False}
+        found = staged_features(visual, images, [last], **path)
         return Features(found.image_embedding, found.surgery)
 
     patch_values = SDP.patch_values

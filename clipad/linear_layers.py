@@ -10,16 +10,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from clipad.surgery import cosine
-
-if TYPE_CHECKING:
-    from clipad.backbone import Backbone
 
 TEMPERATURE = 100.0
 FOCAL_GAMMA = 2
@@ -51,24 +48,19 @@ class LinearLayers(nn.Module):
         """First 16 hex digits of the SHA-256 of the weights."""
         digest = hashlib.sha256()
         for key, value in sorted(self.state_dict().items()):
-            digest.update(
-                f"{key} {tuple(value.shape)}".encode() + value.cpu().contiguous().numpy().tobytes()
-            )
+            digest.update(f"{key} {tuple(value.shape)}".encode() + value.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def require_fit(self, backbone: Backbone, stages: Sequence[int], as_released: bool) -> None:
+    def require_fit(self, backbone, stages: Sequence[int], as_released: bool) -> None:
         """ValueError if these layers cannot belong to that backbone, those stages or that way of reading them."""
         found = (len(self.fc), self.fc[0].in_features, self.fc[0].out_features)
         needed = (len(stages), *backbone.visual.proj.shape)
         if found != needed:
             shown = ["{} of {} -> {}".format(*numbers) for numbers in (found, needed)]
             raise ValueError(f"the layers are {shown[0]}, {backbone.name} needs {shown[1]}")
-        used = {
-            "image_size": backbone.image_size,  # first: another size also has other position embeddings
-            "weights": backbone.weights_hash,
-            "stages": list(stages),
-            "as_released": as_released,
-        }
+        # The size first: another one also has other position embeddings, so other weights.
+        used = {"image_size": backbone.image_size, "weights": backbone.weights_hash}
+        used |= {"stages": list(stages), "as_released": as_released}
         for key, value in used.items():
             if self.settings.get(key, value) != value:
                 raise ValueError(
@@ -92,14 +84,11 @@ def linear_maps(
 ) -> torch.Tensor:
     """The anomalous probability of every pixel according to each stage's layer, B x J x S x S, not smoothed.
 
-    Arguments as for :func:`linear_logits`. As released, the logits 100 cos(f, t) of both states are interpolated to
-    S x S (bilinear, corners aligned) before the softmax. With two states the softmax is the sigmoid of the
-    difference, and interpolating the difference is enough.
+    Arguments as for :func:`linear_logits`. As released, logits are interpolated to S x S (bilinear, corners aligned)
+    before the softmax, which with two states is the sigmoid of their difference.
     """
     logits = linear_logits(layers, tokens, text)
     grid = math.isqrt(logits.shape[-1])
-    if grid * grid != logits.shape[-1]:
-        raise ValueError(f"{logits.shape[-1]} patch tokens are not a square grid")
     logits = logits.unflatten(-1, (grid, grid))
     return F.interpolate(logits, size=image_size, mode="bilinear", align_corners=True).sigmoid()
 
@@ -123,23 +112,17 @@ def dice_loss(probability: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def stage_losses(maps: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Focal and Dice loss per stage, J each, of maps B x J x S x S and masks B x S x S."""
-    stages = maps.unbind(dim=1)
-    return (
-        torch.stack([focal_loss(p, masks) for p in stages]),
-        torch.stack([dice_loss(p, masks) for p in stages]),
-    )
+    stages, losses = maps.unbind(dim=1), (focal_loss, dice_loss)
+    return tuple(torch.stack([loss(p, masks) for p in stages]) for loss in losses)
 
 
 def require_separate(
     trained_on: Iterable[str], tested_on: Iterable[str], allow_overlap: bool = False
 ) -> None:
-    """The cross-data-set protocol: no category that one tests on may have trained the layers.
-
-    Raises ValueError that names the categories in both, unless ``allow_overlap``.
-    """
+    """The cross-data-set protocol: ValueError that names the tested categories which trained the layers."""
     both = sorted(set(trained_on) & set(tested_on))
     if both and not allow_overlap:
         raise ValueError(
-            f"the layers were trained on {', '.join(both)}, which is also tested: SDP+ is tested on categories that "
-            "it was not trained on. Train on another data set, or say allow_overlap=True; the results then carry it"
+            f"the layers were trained on {', '.join(both)}, which is also tested: train on another data set, or say "
+            "allow_overlap=True; the results then carry it"
         )
