@@ -17,8 +17,6 @@ import yaml
 class Prompts:
     """States and templates, and how a category is called in them.
 
-    Sentences are ordered by state, then by template, as the released program orders them.
-
     >>> normal, anomalous = CLIP_AD.sentences("bottle")
     >>> len(normal), len(anomalous), normal[0]
     (198, 220, 'a cropped photo of the flawless bottle.')
@@ -31,10 +29,7 @@ class Prompts:
     """category -> words that stand for it in a sentence; a category without an entry stands for itself"""
 
     def sentences(self, category: str) -> tuple[list[str], list[str]]:
-        """The normal and the anomalous sentences of a category, state by state.
-
-        Raises ValueError if the name of the object is empty.
-        """
+        """The normal and the anomalous sentences of a category, state by state; ValueError without a name."""
         name = self.object_names.get(category, category)
         if not name.strip():
             raise ValueError("the object has no name: a prompt needs one, such as 'metal nut'")
@@ -99,8 +94,8 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
         templates: ["a photo of a {}."]
         object_names: {brain_mri: "brain scan"}
 
-    A list that is left out is the paper's. Raises ValueError (naming the file and what was expected) if an entry has
-    not exactly one ``{}``, stands twice, or if a key is unknown.
+    A list that is left out is the paper's. Raises ValueError for an entry without exactly one ``{}`` or that stands
+    twice, and for an unknown key.
     """
     if path is None:
         return CLIP_AD
@@ -108,16 +103,12 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: not a YAML file in UTF-8 ({str(error).splitlines()[0]})"
-        ) from None
+        raise ValueError(f"{path}: not a YAML file in UTF-8 ({error})") from None
     lists = {key: list(getattr(CLIP_AD, key)) for key in ("normal", "anomalous", "templates")}
     keys = [*lists, "object_names"]
-    if not isinstance(found, dict) or not found or not set(found) <= set(keys):
-        raise ValueError(
-            f"{path}: expected a mapping with the keys {', '.join(keys)}, found {found!r}"
-        )
-    names = found.pop("object_names", None) or {}
+    if not isinstance(found, dict) or not set(found) <= set(keys):
+        raise ValueError(f"{path}: expected keys out of {', '.join(keys)}, found {found!r}")
+    names = found.pop("object_names", {})
     lists |= found
     for key, entries in lists.items():
         texts = entries if isinstance(entries, list) else []
@@ -130,8 +121,7 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
     both = set(lists["normal"]) & set(lists["anomalous"])
     if both:
         raise ValueError(f"{path}: {min(both)!r} is listed as normal and as anomalous")
-    texts = [*names, *names.values()] if isinstance(names, dict) else [None]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise ValueError(f"{path}: 'object_names' has to map categories to words, found {names!r}")
     return Prompts(**{key: tuple(lists[key]) for key in lists}, object_names=names)
 

@@ -26,9 +26,8 @@ TRAINED_ON = {
     "folder": "visa",
 }
 
-# Nothing is published for the demo. Of 1e-4, 3e-4, 1e-3, 3e-3 and 1e-2, this one and 1e-2 have, with the released
-# program's 5 epochs in its fixed order, the highest pixel AUROC of SDP+ on the validation rendering (0.938). Without
-# these two bounds, 10 shuffled epochs at 1e-2 reach 0.944. ``python -m demo_world.sdp_plus`` repeats the search.
+# Nothing is published for the demo: with the released program's 5 epochs in its fixed order this and 1e-2 had the
+# highest pixel AUROC on the validation rendering. ``python -m demo_world.sdp_plus`` repeats the search.
 DEMO_LEARNING_RATE = 3e-3
 
 
@@ -37,16 +36,16 @@ class Protocol:
     """The hyper-parameters with which results on one data set were published (METHOD.md sections 1, 2, 5, 6)."""
 
     dataset: str
-    model: str  # open_clip's name, or "demo"
-    pretrained: str | None  # open_clip's tag; None for the demo, which brings its weights
-    image_size: int  # side in pixels
-    stages: tuple[int, ...]  # 1-based blocks after which a stage is read
-    rvs: str
     rvs_options: dict
-    smoothing_240: float  # sigma in pixels of a 240-pixel side; scale it with the side
     smoothing_240_sdp_plus: float
     trained_on: str  # the data set whose test split trained the layers of SDP+
     training_rvs_options: dict  # in training, the training set's own
+    model: str = "ViT-B-16-plus-240"  # open_clip's name, or "demo"
+    pretrained: str | None = "laion400m_e31"  # open_clip's tag; the demo brings its weights
+    image_size: int = 240  # side in pixels
+    stages: tuple[int, ...] = (3, 6, 9, 12)  # 1-based blocks after which a stage is read
+    rvs: str = "dbscan"
+    smoothing_240: float = 8.0  # sigma in pixels of a 240-pixel side; scale it with the side
     learning_rate: float = 1e-4
     batch_size: int = 8
     epochs: int = 5
@@ -55,8 +54,7 @@ class Protocol:
 
 def protocol(dataset: str) -> Protocol:
     """The published hyper-parameters for a data set; for ``demo``, ``demo_aux`` and ``folder`` what comes closest.
-
-    Raises ValueError for any other name.
+    ValueError for any other name.
 
     >>> protocol("visa").rvs_options, protocol("visa").trained_on
     ({'eps': 1.5, 'min_samples': 25}, 'mvtec')
@@ -64,30 +62,26 @@ def protocol(dataset: str) -> Protocol:
     if dataset not in TRAINED_ON:
         hint = did_you_mean(dataset, TRAINED_ON)
         raise ValueError(f"unknown data set {dataset!r}{hint}. Known: {', '.join(TRAINED_ON)}")
-    demo, trained_on = dataset in ("demo", "demo_aux"), TRAINED_ON[dataset]
+    demo = {"model": "demo", "pretrained": None, "image_size": 96}
+    demo["learning_rate"] = DEMO_LEARNING_RATE
+    both = dataset, TRAINED_ON[dataset]
+    rvs, training_rvs = (dict(DBSCAN_VISA if d == "visa" else DBSCAN_MVTEC) for d in both)
     return Protocol(
         dataset=dataset,
-        model="demo" if demo else "ViT-B-16-plus-240",
-        pretrained=None if demo else "laion400m_e31",
-        image_size=96 if demo else 240,
-        stages=(3, 6, 9, 12),
-        rvs="dbscan",
-        rvs_options=dict(DBSCAN_VISA if dataset == "visa" else DBSCAN_MVTEC),
-        smoothing_240=8.0,
+        rvs_options=rvs,
         smoothing_240_sdp_plus=2.0 if dataset == "visa" else 8.0,
-        trained_on=trained_on,
-        training_rvs_options=dict(DBSCAN_VISA if trained_on == "visa" else DBSCAN_MVTEC),
-        learning_rate=DEMO_LEARNING_RATE if demo else 1e-4,
+        trained_on=TRAINED_ON[dataset],
+        training_rvs_options=training_rvs,
+        **(demo if dataset in ("demo", "demo_aux") else {}),
     )
 
 
 def published_results(dataset: str | None = None) -> pd.DataFrame:
     """The published numbers that could be found, from ``data/published_results.csv``; one row for each number.
 
-    ``dataset``: only this one ("mvtec", "visa", ...). Columns: method, dataset, category (or "mean"), level ("image",
-    "pixel"), metric ("auroc", "f1_max", "ap", "pro"), value (a fraction), kind ("published" by the authors, "derived"
-    from what they state, "run by others") and source. No rows where nothing is known: the full tables of the paper
-    could not be obtained. Raises ValueError for an unknown data set, FileNotFoundError as ``data_dir``.
+    ``dataset``: only this one. Columns: method, dataset, category (or "mean"), level ("image", "pixel"), metric
+    ("auroc", "f1_max", "ap", "pro"), value (a fraction), kind ("published" by the authors, "derived" from what they
+    state, "run by others") and source. Raises ValueError for an unknown data set.
     """
     table = pd.read_csv(data_dir() / "published_results.csv")
     table["percent"] = (table["percent"] / 100).round(6)  # rounded: 0.918, not 0.9179999999999999
@@ -98,11 +92,8 @@ def published_results(dataset: str | None = None) -> pd.DataFrame:
 
 
 def data_dir() -> Path:
-    """The folder ``data/`` with the demo collections and the published results.
-
-    ``$CLIPAD_DATA`` wins when it is set; otherwise the folder beside the package, which an editable install
-    (``pip install -e .`` in a checkout) has. Raises FileNotFoundError with what to do.
-    """
+    """The folder ``data/`` with the demo collections and the published results: ``$CLIPAD_DATA``, else the folder
+    beside the package (an editable install has it). Raises FileNotFoundError with what to do."""
     named = os.environ.get("CLIPAD_DATA")
     folder = Path(named).expanduser() if named else Path(__file__).resolve().parents[1] / "data"
     # A folder that merely happens to be called data must not be taken for ours.

@@ -17,10 +17,6 @@ from sklearn.neighbors import KernelDensity
 from clipad.prompts import CLIP_AD, Prompts
 
 
-def _mean(e):
-    return e.mean(dim=0)
-
-
 def _pca(e):
     """Leading eigenvector u of the M x M scatter matrix of the e_i, each centred by its own scalar mean."""
     centred = e - e.mean(dim=1, keepdim=True)
@@ -39,9 +35,7 @@ def _kde(e, bandwidth: float = 0.3):
 def _largest_cluster(e, labels):
     labels = torch.as_tensor(labels)
     found = labels[labels >= 0]
-    if not len(found):
-        return None
-    return e[labels == found.bincount().argmax()].mean(dim=0)
+    return e[labels == found.bincount().argmax()].mean(dim=0) if len(found) else None
 
 
 def _dbscan(e, eps: float = 0.5, min_samples: int = 15):
@@ -52,7 +46,8 @@ def _mean_shift(e, bandwidth: float = 2.0):
     return _largest_cluster(e, MeanShift(bandwidth=bandwidth).fit_predict(e.numpy()))
 
 
-METHODS = {"mean": _mean, "pca": _pca, "kde": _kde, "dbscan": _dbscan, "mean_shift": _mean_shift}
+METHODS = {"mean": lambda e: e.mean(dim=0), "pca": _pca, "kde": _kde}
+METHODS |= {"dbscan": _dbscan, "mean_shift": _mean_shift}
 
 
 def check_method(method: str, options: dict) -> None:
@@ -60,10 +55,9 @@ def check_method(method: str, options: dict) -> None:
     if method not in METHODS:
         raise ValueError(f"unknown representative vector {method!r}: one of {', '.join(METHODS)}")
     known = list(inspect.signature(METHODS[method]).parameters)[1:]
-    if set(options) - set(known):
-        wrong = ", ".join(sorted(set(options) - set(known)))
-        raise ValueError(f"{method} has no option {wrong}; it has {', '.join(known) or 'none'}")
     for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"{method} has no option {name}; it has {', '.join(known) or 'none'}")
         if not value > 0:
             raise ValueError(f"{method}: {name} has to be positive, found {value}")
 
@@ -84,21 +78,16 @@ def representative_vector(
     tensor([0.7071, 0.7071])
     """
     check_method(method, options)
-    if embeddings.ndim != 2 or not len(embeddings):
+    if embeddings.ndim != 2 or not len(embeddings) or not torch.isfinite(embeddings).all():
         raise ValueError(
-            f"embeddings have to be M x C with M >= 1, found {tuple(embeddings.shape)}"
+            f"the embeddings of {what} have to be finite and M x C with M >= 1, found {tuple(embeddings.shape)}"
         )
-    if not torch.isfinite(embeddings).all():
-        raise ValueError(f"the embeddings of {what} are not finite")
     e = F.normalize(embeddings.detach().cpu().double(), dim=-1)
     vector = METHODS[method](e, **options)
     if vector is None:
-        warnings.warn(
-            f"{method}({', '.join(f'{k}={v}' for k, v in options.items())}) calls every sentence of {what} noise: "
-            "their mean is used instead",
-            stacklevel=2,
-        )
-        vector = _mean(e)
+        message = f"{method} calls every sentence of {what} noise: their mean is used instead"
+        warnings.warn(message, stacklevel=2)
+        vector = e.mean(dim=0)
     return F.normalize(vector, dim=0).to(embeddings.dtype)
 
 
