@@ -1,8 +1,7 @@
 """The staged dual path (paper section 3.2, METHOD.md section 4) over open_clip's own blocks.
 
 Every block runs two paths from the same weights. The *ordinary* path is plain CLIP. The *surgery* path adds up
-v-v attention, has no feed-forward part, and restarts at every quarter of the network. Nothing of open_clip is
-copied or patched: the loop below uses the parts of its blocks.
+v-v attention, has no feed-forward part, and restarts at every quarter of the network.
 
 Shapes: B images, T = 1 + N tokens (class token first), D vision width, C joint width, L blocks.
 """
@@ -21,16 +20,14 @@ from clipad.released import changed_in_place
 
 @dataclass
 class StagedFeatures:
-    """What the dual path hands on; nothing is normalised."""
+    """What the dual path hands on, not normalised. ``stages``: 1-based blocks that were read. Per stage ``ordinary``:
+    the ordinary path's tokens B x (N+1) x D (input of SDP+), and ``surgery``: the surgery path with the ordinary class
+    token, after ``ln_post`` and projection, B x (N+1) x C. ``image_embedding``: the ordinary one, B x C."""
 
     stages: tuple[int, ...]
-    """1-based blocks after which the features were read"""
     ordinary: list[torch.Tensor]
-    """per stage, B x (N+1) x D: tokens of the ordinary path, not projected (input of SDP+)"""
     surgery: list[torch.Tensor]
-    """per stage, B x (N+1) x C: surgery path with the ordinary class token, after ``ln_post`` and projection"""
     image_embedding: torch.Tensor
-    """B x C: the ordinary CLIP image embedding"""
 
 
 def default_stages(layers: int) -> tuple[int, ...]:
@@ -40,9 +37,7 @@ def default_stages(layers: int) -> tuple[int, ...]:
     (6, 12, 18, 24)
     """
     if layers % 4:
-        raise ValueError(
-            f"four stages need a number of blocks divisible by 4, this model has {layers}"
-        )
+        raise ValueError(f"four stages need blocks divisible by 4, this model has {layers}")
     return tuple(layers * quarter // 4 for quarter in (1, 2, 3, 4))
 
 
@@ -57,13 +52,13 @@ def staged_features(
 ) -> StagedFeatures:
     """Run both paths of ``visual`` (open_clip's VisionTransformer) on images, B x 3 x S x S.
 
-    ``stages``: 1-based blocks to read, None for the four quarters. ``as_released``: reproduce the released program,
-    whose stored tokens are changed in place by the next block (METHOD.md section 4); False computes what the paper
-    writes. ``first_block`` (0-based) is where the surgery path starts and ``restart`` whether it starts anew at each
-    quarter: CLIP Surgery is ``first_block=L // 2, restart=False`` read after block L.
+    ``stages``: 1-based blocks to read, None for the four quarters. ``as_released``: as the released program, whose
+    stored tokens are changed in place by the next block (METHOD.md section 4), else as the paper writes.
+    ``first_block`` (0-based) is where the surgery path starts and ``restart`` whether it starts anew at each quarter:
+    CLIP Surgery is ``first_block=L // 2, restart=False`` read after block L.
 
-    Raises ValueError for stages outside 1..L or in the wrong order, for images of another size, and for a network
-    whose depth has no quarters where these are needed.
+    Raises ValueError for stages that do not rise within 1..L, for images of another size, and for a network whose
+    depth has no quarters where these are needed.
     """
     blocks = visual.transformer.resblocks
     layers = len(blocks)
@@ -112,15 +107,11 @@ def join_heads(block, heads: torch.Tensor) -> torch.Tensor:
 
 
 def attention_weights(block, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The q-k and v-v attention of one block as weights, mean over heads: two tensors B x T x T, rows sum to 1.
-
-    For pictures only; the dual path itself never builds them.
-    """
+    """The q-k and v-v attention of one block as weights, mean over heads: two tensors B x T x T (for pictures only)."""
     q, k, v = queries_keys_values(block, x)
     scale = q.shape[-1] ** -0.5  # before the product, which float16 might not hold
-    return tuple(
-        ((left * scale) @ right.mT).softmax(dim=-1).mean(dim=1) for left, right in ((q, k), (v, v))
-    )
+    scores = ((left * scale) @ right.mT for left, right in ((q, k), (v, v)))
+    return tuple(each.softmax(dim=-1).mean(dim=1) for each in scores)
 
 
 def embed_patches(visual, images: torch.Tensor) -> torch.Tensor:
@@ -135,9 +126,8 @@ def require_images(visual, images: torch.Tensor) -> None:
     """ValueError unless images are B x 3 x S x S with B >= 1 and this network's S."""
     size = visual.image_size
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, *size) or not len(images):
-        raise ValueError(
-            f"images have to be B x 3 x {size[0]} x {size[1]} with B >= 1, found {tuple(images.shape)}"
-        )
+        wanted = f"B x 3 x {size[0]} x {size[1]} with B >= 1"
+        raise ValueError(f"images have to be {wanted}, found {tuple(images.shape)}")
 
 
 def project(visual, tokens: torch.Tensor) -> torch.Tensor:

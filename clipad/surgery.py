@@ -18,13 +18,10 @@ def feature_surgery(stage_features: Sequence[torch.Tensor], text: torch.Tensor) 
     (normal, anomalous), C x 2 or B x C x 2. Returns B x (N+1) x 2.
 
     Per stage z = F T; p = softmax(z of the class token); w = p / mean(p) = 2 p; z <- z w; z <- z - mean over the two
-    states. With two states this is (z_1 w_1 - z_0 w_0) / 2 for the anomalous column and its negative for the normal
-    one, so nothing of size B x N x 2 x C is ever built.
+    states, which is (z_1 w_1 - z_0 w_0) / 2 for the anomalous column and its negative for the normal one.
     """
     if text.shape[-1] != 2:
-        raise ValueError(
-            f"text has to hold two states in its last dimension, found {tuple(text.shape)}"
-        )
+        raise ValueError(f"text has to end with two states, found {tuple(text.shape)}")
     anomalous = 0
     for tokens in stage_features:
         z = cosine(tokens, text)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
-import warnings
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,9 +59,9 @@ def train(
 
     The defaults are the released program's, which does not shuffle; ``shuffle`` draws an order per epoch. ``prompts``,
     ``rvs`` and ``rvs_options`` are a detector's, for the text vectors of ``dataset``.
-    ``output_dir``: a checkpoint per epoch (``epoch_001.safetensors``, with Adam's state) and ``log.csv``; None: nothing
-    is kept. The same call, or one with more ``epochs``, continues after the last finished one; on a CPU it ends with
-    the weights of an unbroken training. Frozen patch tokens are held in memory: 3 MB an image at 240 pixels.
+    ``output_dir``: a checkpoint per epoch (``epoch_001.safetensors``), ``log.csv``, and Adam's state (``last.pt``);
+    None: nothing is kept. The same call, or one with more ``epochs``, continues after the last finished one; on a CPU
+    it ends with the weights of an unbroken training. Patch tokens are held in memory: 3 MB an image at 240 pixels.
 
     Raises ValueError for data without the masks to learn from, options out of range, a loss that is not finite, or
     an ``output_dir`` that holds a training with other settings; OSError where it cannot be written.
@@ -187,13 +186,12 @@ def load_layers(path: str | Path) -> LinearLayers:
 
     Raises FileNotFoundError, or ValueError for anything else than such a checkpoint.
     """
-    path = Path(path)
+    path, metadata = Path(path), {}
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
-        state, settings, _ = _read(path)
-        state = state.get("linear_layers", state)
-        state = {key: value for key, value in state.items() if not key.startswith("adam.")}
+        content = read_content(path)
+        state = content.get("linear_layers", content)
         first = state.get("fc.0.weight")
         if first is None or first.ndim != 2:
             raise ValueError(
@@ -204,49 +202,34 @@ def load_layers(path: str | Path) -> LinearLayers:
         fill(layers, state)
     except ValueError as error:
         raise ValueError(f"{path} holds no linear layers: {error}") from error
-    layers.settings = settings
-    return layers.eval().requires_grad_(False)
-
-
-def _read(path: Path) -> tuple[dict, dict, list[dict]]:
-    """Tensors, settings and log rows of a checkpoint; the last two are empty where it is not ours."""
-    state, metadata = dict(read_content(path)), {}
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-    settings, log = metadata.get("settings", "{}"), metadata.get("log", "[]")
-    return state, json.loads(settings), json.loads(log)
+    layers.settings = json.loads(metadata.get("settings", "{}"))
+    return layers.eval().requires_grad_(False)
 
 
 def _checkpoint(folder: Path, epoch: int) -> Path:
     return folder / f"epoch_{epoch:03d}.safetensors"
 
 
-def _save(folder: Path, layers: LinearLayers, optimizer, rows: list[dict]) -> None:
-    """Layers, Adam's state and the log in one file, so that no kill can leave two that disagree."""
-    state = dict(layers.state_dict())
-    for i, adam in optimizer.state_dict()["state"].items():
-        state |= {f"adam.{i}.{kind}": value for kind, value in adam.items()}
-    state = {key: value.cpu().contiguous() for key, value in state.items()}
-    metadata = {"settings": json.dumps(layers.settings, sort_keys=True), "log": json.dumps(rows)}
-    write_atomically(_checkpoint(folder, rows[-1]["epoch"]), save(state, metadata))
-    write_atomically(folder / "log.csv", pd.DataFrame(rows).to_csv(index=False))
+def _save(folder: Path, layers: LinearLayers, optimizer, log: list[dict]) -> None:
+    """The epoch's layers, and then what says that they are complete: Adam's state and the log."""
+    state = {key: value.cpu().contiguous() for key, value in layers.state_dict().items()}
+    settings = {"settings": json.dumps(layers.settings, sort_keys=True)}
+    write_atomically(_checkpoint(folder, len(log)), save(state, settings))
+    buffer = io.BytesIO()
+    torch.save({"adam": optimizer.state_dict(), "log": log}, buffer)
+    write_atomically(folder / "last.pt", buffer.getvalue())
+    write_atomically(folder / "log.csv", pd.DataFrame(log).to_csv(index=False))
 
 
 def _resume(folder: Path, layers: LinearLayers, optimizer, epochs: int) -> list[dict]:
-    """Put the newest checkpoint of at most ``epochs`` epochs into layers and optimizer; its log rows, [] if none."""
-    paths = [_checkpoint(folder, epoch) for epoch in range(epochs, 0, -1)]
-    for path in filter(Path.is_file, paths):
-        try:
-            state, _, rows = _read(path)
-        except ValueError:
-            warnings.warn(f"{path.name} is damaged: an earlier epoch is continued", stacklevel=3)
-            continue
-        adam = defaultdict(dict)
-        for key in [key for key in state if key.startswith("adam.")]:
-            _, i, kind = key.split(".")
-            adam[int(i)][kind] = state.pop(key)
-        layers.load_state_dict(state)
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(adam)})
-        return rows
-    return []
+    """Put the last epoch, at most ``epochs``, into layers and optimizer; its log rows, [] if none."""
+    if not (folder / "last.pt").is_file():
+        return []
+    last = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
+    log = last["log"][:epochs]
+    layers.load_state_dict(load_layers(_checkpoint(folder, len(log))).state_dict())
+    optimizer.load_state_dict(last["adam"])
+    return log

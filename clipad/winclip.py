@@ -1,8 +1,8 @@
 """WinCLIP (Jeong et al., CVPR 2023), zero-shot: the baseline of the paper (METHOD.md section 8).
 
 A window of k x k patches is encoded as if it were an image: class token and the window's tokens go through the frozen
-transformer on their own. So every window gets an embedding in the joint space that was trained for whole images, and a
-score; a patch takes the harmonic mean of the scores of all windows that cover it.
+transformer on their own. So every window gets an embedding in the joint space, and a score; a patch takes the harmonic
+mean of the scores of all windows that cover it.
 
 Shapes: B images, N patches (a G x G grid), W = (G - k + 1)^2 windows of size k, C joint width.
 """
@@ -30,8 +30,8 @@ _TOKENS = 2048
 class WinCLIP(Detector):
     """Scores of windows of 2 x 2 and 3 x 3 patches and of the whole image, combined by harmonic means.
 
-    ``prompts``: None for WinCLIP's own ensemble, whose sentence embeddings are averaged per state *before* they are
-    normalised. There is no smoothing, and the image score is the class probability alone, softmax(cos / 0.07).
+    ``prompts``: None for WinCLIP's own; their embeddings are averaged per state *before* they are normalised. There is
+    no smoothing, and the image score is the class probability alone, softmax(cos / 0.07).
     """
 
     name = "WinCLIP"
@@ -42,9 +42,8 @@ class WinCLIP(Detector):
 
     def text_vectors(self, category):
         if category not in self._text:
-            states = [
-                self.backbone.encode_text(s).mean(dim=0) for s in self.prompts.sentences(category)
-            ]
+            sentences = self.prompts.sentences(category)
+            states = [self.backbone.encode_text(state).mean(dim=0) for state in sentences]
             self._text[category] = F.normalize(torch.stack(states, dim=1), dim=0)
         return self._text[category]
 
@@ -58,23 +57,18 @@ class WinCLIP(Detector):
 
     def maps(self, features, text):
         grid = self.backbone.visual.grid_size[0]
-        per_size = [
-            harmonic_mean(anomalous_share(found, text), grid, k)
-            for found, k in zip(features.tokens, SIZES, strict=True)
-        ]
-        image = self.probabilities(features, text)[:, None]
-        values = (1 + len(SIZES)) / sum(1 / scores for scores in (image, *per_size))
-        return similarity_map(values, self.backbone.image_size, 0)
+        inverse = 1 / self.probabilities(features, text)[:, None]
+        for found, k in zip(features.tokens, SIZES, strict=True):
+            inverse = inverse + 1 / harmonic_mean(anomalous_share(found, text), grid, k)
+        return similarity_map((1 + len(SIZES)) / inverse, self.backbone.image_size, 0)
 
     def probabilities(self, features, text):
         return anomalous_share(features.image_embedding[:, None], text)[:, 0]
 
     @property
     def settings(self):
-        return super().settings | {
-            "rvs": "mean of sentences that are not normalised",
-            "windows": list(SIZES),
-        }
+        own = {"rvs": "mean of sentences that are not normalised", "windows": list(SIZES)}
+        return super().settings | own
 
 
 def anomalous_share(embeddings: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -94,10 +88,7 @@ def windows(grid: int, size: int) -> torch.Tensor:
 
 
 def harmonic_mean(scores: torch.Tensor, grid: int, size: int) -> torch.Tensor:
-    """Scores of windows B x W -> B x N: for each patch the harmonic mean of the windows that cover it.
-
-    With the constant matrix A of :func:`coverage`: number of windows / ((1 / score) A).
-    """
+    """Scores of windows B x W -> B x N: for each patch the harmonic mean of the windows that cover it."""
     cover = coverage(grid, size).to(scores)
     return cover.sum(dim=0) / ((1 / scores) @ cover)
 
@@ -114,9 +105,8 @@ def window_embeddings(
 ) -> list[torch.Tensor]:
     """Embedding of each window, for each set of windows B x W x C.
 
-    ``tokens``: B x (1 + N) x D from :func:`clipad.dual_path.embed_patches`, class token first; each of ``sets``: W x M,
-    patch indices of each window. Before its first attention a token is the same in every window, so queries, keys and
-    values of the first block are computed once per patch.
+    ``tokens``: B x (1 + N) x D from :func:`clipad.dual_path.embed_patches`; each of ``sets``: W x M patch indices.
+    Before its first attention a token is the same in every window, so the first block's q, k, v are computed once.
     """
     first, *blocks, last = visual.transformer.resblocks
     x = visual.ln_pre(tokens)
@@ -138,18 +128,16 @@ def window_embeddings(
 
 
 def _block(block, x, q, k, v):
-    """One transformer block on tokens B x T x D, given the inputs of its attention, B x heads x T x d each.
-
-    From its parts: on sequences as short as windows that is faster than torch's attention module.
-    """
+    """One block on tokens B x T x D, given the inputs of its attention, B x heads x T x d each; faster than torch's
+    attention module on sequences as short as windows."""
     return _feed_forward(block, x + join_heads(block, F.scaled_dot_product_attention(q, k, v)))
 
 
 def _class_token(block, x: torch.Tensor) -> torch.Tensor:
-    """What the last block makes of the class token, B x T x D -> B x D. Nothing else is read in the end.
+    """What the last block makes of the class token, B x T x D -> B x D; nothing else is read in the end.
 
-    One query a head meets T keys and values, so the query goes to the tokens n instead: q (W_k n + b_k) is (W_k^T q) n
-    plus a constant, which softmax drops; and as the weights sum to 1, W_v can project the weighted mean of the tokens.
+    One query meets T keys and values, so it goes to the tokens n instead: q (W_k n + b_k) is (W_k^T q) n plus a
+    constant, which softmax drops; and as the weights sum to 1, W_v can project the weighted mean of the tokens.
     """
     n, attention = block.ln_1(x), block.attn
     of_heads = (3, attention.num_heads, -1)

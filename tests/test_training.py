@@ -224,12 +224,11 @@ def test_a_killed_training_loses_at_most_one_epoch(tiny_backbone, collection, tm
     assert same(resumed.layers, unbroken.layers)
 
 
-def test_a_damaged_checkpoint_is_left_out_with_a_warning(tiny_backbone, collection, tmp_path):
+def test_a_damaged_checkpoint_is_named(tiny_backbone, collection, tmp_path):
     whole = train(tiny_backbone, collection, tmp_path, epochs=3, **TRAINING)
     whole.checkpoints[-1].write_bytes(whole.checkpoints[-1].read_bytes()[:500])
-    with pytest.warns(UserWarning, match="epoch_003"):
-        again = train(tiny_backbone, collection, tmp_path, epochs=3, **TRAINING)
-    assert same(again.layers, whole.layers)
+    with pytest.raises(ValueError, match="epoch_003"):
+        train(tiny_backbone, collection, tmp_path, epochs=3, **TRAINING)
 
 
 def test_a_folder_of_another_training_is_refused(tiny_backbone, collection, tmp_path):
