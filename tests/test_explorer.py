@@ -445,13 +445,11 @@ def test_an_uploaded_image_is_shown_and_can_be_shown_again(explorer, controls, t
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", picture()[:60]])
-def test_a_broken_upload_is_told_and_leaves_everything(controls, tmp_path, content):
+def test_a_broken_upload_is_told_and_leaves_everything(controls, content):
     before, settings = controls.viewer.pictures, controls.settings()
     controls.controls["upload"].value = upload("broken.png", content)
     assert "broken.png" in message(controls, "upload")
-    assert str(tmp_path) not in message(controls, "upload")
     assert (controls.viewer.pictures, controls.settings()) == (before, settings)
-    assert not list((tmp_path / "uploads").iterdir())
 
 
 def test_an_empty_name_is_told_beside_it_and_mended(controls):

@@ -78,7 +78,7 @@ def test_one_odd_flawless_image_does_not_set_the_scale():
 
 def test_values_without_a_scale_are_refused():
     with pytest.raises(ValueError, match="the same map maximum"):
-        Rule(np.arange(20.0), np.ones(20), 0.1).scores  # noqa: B018
+        Rule(np.arange(20.0), np.ones(20), 0.1)
     with pytest.raises(ValueError, match="copies of one picture"):
         robust_scale([1.0] * 9 + [2.0])
 

@@ -38,8 +38,8 @@ from clipad.tools.photographs import Images
 
 BATCH = 16
 THREADS = 4
+# Folders of the results, a file per image in each (masks: where there is a region).
 ENDINGS = {"images": ".jpg", "overlays": ".jpg", "heat": ".png", "masks": ".png", "maps": ".npz"}
-"""folders of the results, a file per image in each (masks: where there is a region)"""
 DEMO_WARNING = (
     "These scores mean nothing: the demo model is a 96-pixel toy that was trained on rendered pictures, and these "
     "pictures are not the demo's. Name a real model, as in --model ViT-B-16-plus-240 --pretrained laion400m_e31."

@@ -20,11 +20,9 @@ from clipad.files import write_atomically
 from clipad.studies.inspection import Rule
 
 MAP = "inferno"
-MOST_REGIONS = 20
-"""regions that get a box in one image, the highest ones"""
+MOST_REGIONS = 20  # that get a box in one image, the highest ones
 NO_REGION = {"bad": "bad by score, no region", "check": "too small to outline"}
-ONLY_DRAWN = ["outlines", "remarks", "no_region"]
-"""columns of the table that no file holds"""
+ONLY_DRAWN = ["outlines", "remarks", "no_region"]  # columns of the table that no file holds
 
 
 @dataclass(frozen=True)
@@ -34,19 +32,17 @@ class Report:
     ``scores``: a row per image that was read, highest score first: image, verdict (good, check, bad; "" without
     flawless images), score, p_value, logit, map_max, regions, area (share of the image), boxes (left, top, right,
     bottom in pixels), width, height, label (1 or 0; no column where not known), file (the stem of its files).
-    ``scale``: the colours of maps. ``unread``: image -> why. ``skipped``: a line per kind of file that is no
-    photograph. ``settings``: all that decides the numbers. ``observed``: what the labels say.
     """
 
     scores: pd.DataFrame
-    scale: tuple[float, float]
-    unread: dict[str, str]
-    skipped: list[str]
+    scale: tuple[float, float]  # the colours of maps
+    unread: dict[str, str]  # image -> why
+    skipped: list[str]  # a line per kind of file that is no photograph
     notes: list[str]
-    settings: dict
+    settings: dict  # all that decides the numbers
     rule: Rule | None
     warning: str
-    observed: dict[str, float] | None
+    observed: dict[str, float] | None  # what the labels say
 
     @property
     def counts(self) -> dict[str, int]:

@@ -33,8 +33,7 @@ from clipad.studies.opposite_predictions import attention_by_block
 from clipad.surgery import cosine, similarity_map, smooth
 from clipad.winclip import SIZES, WinCLIP, coverage
 
-REFERENCES = 20
-"""flawless images, at most, whose maps give the threshold and the colour scale"""
+REFERENCES = 20  # flawless images, at most, whose maps give the threshold and the colour scale
 STATES = ["normal", "anomalous"]
 
 
@@ -58,43 +57,35 @@ class Settings:
 
 @dataclass
 class Answer:
-    """What the model says to a question, before everything that needs no model (stages, smoothing, threshold).
+    """What the model says to a question, before all that needs no model: stages, smoothing, threshold."""
 
-    ``rows``: what ``z`` counts first, stages or sizes of WinCLIP's windows. ``z``: J x T x 2, cosines of the tokens
-    with the vectors normal and anomalous. ``values``: what maps follow from, of the image and of R flawless ones:
-    cosines (1 + R) x J x T x 2 for SDP and CLIP Surgery, else maps (1 + R) x S x S, not smoothed. ``whole``: cosines of
-    the image embedding. ``probability``: of the class. ``notes``: what a reader has to know of words and scale.
-    """
-
-    rows: tuple[str, ...]
-    z: np.ndarray
+    rows: tuple[str, ...]  # what z counts first: stages, or sizes of WinCLIP's windows
+    z: np.ndarray  # J x T x 2, cosines of the tokens with the vectors normal and anomalous
+    # What maps follow from, of the image and of R flawless ones: cosines (1 + R) x J x T x 2 for SDP and CLIP Surgery,
+    # else maps (1 + R) x S x S, not smoothed.
     values: np.ndarray
-    whole: tuple[float, float]
-    probability: float
-    notes: tuple[str, ...]
+    whole: tuple[float, float]  # cosines of the image embedding
+    probability: float  # class probability of "anomalous"
+    notes: tuple[str, ...]  # what a reader has to know of words and scale
 
 
 @dataclass
 class Shown:
-    """What there is to see with some settings.
-
-    ``mask``: S x S bool, None where not known. ``map``: S x S, higher = more anomalous. ``maxima``: R, of the flawless
-    images' maps; ``threshold``: their quantile that ``false_alarms`` names. ``limits``: of the colour scale, from the
-    median of the flawless maps; their maximum is its middle. ``patch``: its position among the N. ``cosines``: of
-    this patch, and of the whole image, with both vectors. ``attention``: ``q-k`` and ``v-v`` of the patch, T each.
-    """
+    """What there is to see with some settings."""
 
     settings: Settings
     answer: Answer
     image: Image.Image
-    mask: np.ndarray | None
-    map: np.ndarray
-    maxima: np.ndarray
-    threshold: float
-    limits: tuple[float, float]
-    patch: int
-    cosines: pd.DataFrame
-    attention: dict[str, np.ndarray]
+    mask: np.ndarray | None  # S x S bool, None where not known
+    map: np.ndarray  # S x S, higher = more anomalous
+    maxima: np.ndarray  # R, of the flawless images' maps
+    threshold: float  # the quantile of the maxima that false_alarms names
+    limits: tuple[
+        float, float
+    ]  # of colours: from the flawless maps' median; their maximum is the middle
+    patch: int  # the chosen one's position among the N
+    cosines: pd.DataFrame  # of the patch, and of the whole image, with both vectors
+    attention: dict[str, np.ndarray]  # q-k and v-v, weights of the patch over all T tokens
 
     @property
     def flagged(self) -> bool:
@@ -103,8 +94,8 @@ class Shown:
 
 
 def patch_values(z: np.ndarray, surgery: bool = True) -> np.ndarray:
-    """Stage cosines ... x J x T x 2 -> patch values ... x N, summed over the stages: the anomalous column of
-    :func:`clipad.feature_surgery`, or without surgery the cosine with the anomalous vector."""
+    """Stage cosines ... x J x T x 2 -> patch values ... x N: the anomalous column of :func:`clipad.feature_surgery`, or
+    without surgery the sum of the cosines with the anomalous vector."""
     if not surgery:
         return z[..., 1:, 1].sum(axis=-2)
     p = np.exp(z[..., :1, :])
@@ -176,16 +167,9 @@ class Explorer:
             plus = s.detector == "sdp_plus"
             side = rule.smoothing_240_sdp_plus if plus else rule.smoothing_240
             s = replace(s, smoothing=round(side / 240 * self.size, 1))
-        self._check(s)
-        return s if s.look else replace(s, look=(*self.highest_patch(s), self.stages[-1]))
-
-    def _check(self, s: Settings) -> None:
-        """ValueError for what no later step would refuse."""
         if s.image not in self.samples and not Path(s.image).is_file():
             hint = did_you_mean(s.image, self.samples)
-            raise ValueError(
-                f"{s.image!r} is no image of {self.run.dataset.name}, nor a file{hint}"
-            )
+            raise ValueError(f"{image!r} is no image of {self.run.dataset.name}, nor a file{hint}")
         if s.detector not in self.detectors:
             known = ", ".join(self.detectors)
             raise ValueError(f"{s.detector!r} is none of {known}; sdp_plus needs trained layers")
@@ -196,6 +180,7 @@ class Explorer:
                 f"stages are some of {list(self.stages)}, look is row and column of 1..{self.grid} and one of the "
                 f"stages; found {list(s.stages)} and {list(s.look)}"
             )
+        return s if s.look else replace(s, look=(*self.highest_patch(s), self.stages[-1]))
 
     def beside(self, first: Settings, changes: Mapping | None = None) -> Settings:
         """Settings of B: those of A with some changed; without changes a flawless image of the same category."""
@@ -318,12 +303,11 @@ class Explorer:
         token = features.image_embedding[0]
         if patch:
             token = features.tokens[self.stages.index(s.stages[-1])][0, 1 + self.patch(s)]
-        sentences = self._words("sdp", s.normal_words, s.anomalous_words).sentences(s.object_name)
-        table = pd.DataFrame(
-            [(state, x) for state, own in zip(STATES, sentences, strict=True) for x in own],
-            columns=["state", "sentence"],
-        )
-        vectors = F.normalize(self.backbone.encode_text(table["sentence"].tolist()), dim=-1)
+        words = self._words("sdp", s.normal_words, s.anomalous_words)
+        normal, anomalous = words.sentences(s.object_name)
+        table = pd.DataFrame({"state": STATES[0], "sentence": [*normal, *anomalous]})
+        table.loc[len(normal) :, "state"] = STATES[1]
+        vectors = F.normalize(self.backbone.encode_text([*normal, *anomalous]), dim=-1)
         table["cosine"] = (vectors @ F.normalize(token.cpu(), dim=0)).tolist()
         return table.sort_values("cosine", ascending=False, kind="stable", ignore_index=True)
 

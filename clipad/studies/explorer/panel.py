@@ -23,7 +23,6 @@ from clipad.studies.explorer import widget
 from clipad.studies.explorer.model import Explorer, Settings, list_images
 from clipad.text import METHODS
 
-_VECTORS = {"mean_shift": "mean shift", "dbscan": "DBSCAN", "pca": "PCA", "kde": "KDE"}
 _INDENT = "6.5em"
 """width of the labels before the controls"""
 
@@ -64,7 +63,6 @@ def _make_controls(explorer: Explorer) -> dict[str, w.Widget]:
     }
     menu, text = partial(w.Dropdown, **look), partial(w.Text, continuous_update=False, **look)
     methods = [(DETECTORS[name].name, name) for name in explorer.detectors]
-    vectors = [(_VECTORS.get(name, name), name) for name in METHODS]
     upload = w.FileUpload(accept="image/*", description="Upload an image", layout={"width": "14em"})
     return {
         "category": menu(description="category", options=explorer.run.dataset.categories),
@@ -76,7 +74,7 @@ def _make_controls(explorer: Explorer) -> dict[str, w.Widget]:
         "normal_words": text(description="normal", placeholder="flawless, {} without scratch"),
         "anomalous_words": text(description="anomalous", placeholder="damaged, {} with scratch"),
         "detector": menu(description="method", options=methods),
-        "rvs": menu(description="text vector", options=vectors),
+        "rvs": menu(description="text vector", options=list(METHODS)),
     }
 
 
@@ -110,14 +108,6 @@ class Controls(w.VBox):
         spoken = {"the whole image": False, "the patch": True}
         self.speaker = w.Dropdown(description="cosine of", options=spoken)
         self.phrases, self.command, self.notes = w.HTML(), w.HTML(), w.HTML()
-        super().__init__(self._layout())
-        self._show()
-        for name, control in self.controls.items():
-            control.observe(lambda _, name=name: self._changed(name), "value")
-        for control in (self.sides, self.speaker, self.viewer):
-            control.observe(lambda _: self._show(), "view" if control is self.viewer else "value")
-
-    def _layout(self) -> list:
         rows = [w.VBox([self.controls[name], self.messages[name]]) for name in self.controls]
         image = [w.HTML("<b>Image (of A, unless B is chosen)</b>"), *rows[:5]]
         question = [w.HTML("<b>Question</b>"), *rows[5:], self.notes]
@@ -125,7 +115,12 @@ class Controls(w.VBox):
         wrap = w.Layout(display="flex", flex_flow="row wrap", grid_gap="0 24px")
         columns = w.Box([w.VBox(part, layout=column) for part in (image, question)], layout=wrap)
         told = [w.HTML("<b>Which phrase speaks</b>"), self.speaker, self.phrases, self.command]
-        return [self.sides, columns, self.viewer, *told]
+        super().__init__([self.sides, columns, self.viewer, *told])
+        self._show()
+        for name, control in self.controls.items():
+            control.observe(lambda _, name=name: self._changed(name), "value")
+        for control in (self.sides, self.speaker, self.viewer):
+            control.observe(lambda _: self._show(), "view" if control is self.viewer else "value")
 
     def _repr_mimebundle_(self, **options):
         found = super()._repr_mimebundle_(**options)
@@ -188,11 +183,7 @@ class Controls(w.VBox):
         name = re.sub(r"[^A-Za-z0-9.-]", "_", file["name"])[-60:]  # a path, or dots, lead nowhere
         path = (self.uploads / f"{hashlib.sha256(content).hexdigest()[:8]}-{name}").resolve()
         write_atomically(path, content)
-        try:
-            read_image(path)
-        except OSError as error:
-            path.unlink()
-            raise OSError(str(error).replace(str(path), file["name"])) from None
+        read_image(path)  # before it stands in the list
         self._own.append(str(path))
         named = repr(self.asked[self.sides.value[0]].object_name)
         self._say("upload", f"Asked about as {named}: type under object what it shows.")
@@ -231,20 +222,18 @@ class Controls(w.VBox):
         notes = dict.fromkeys(note for s in shown for note in self.explorer.answer(s).notes)
         paragraph = '<p role="status" style="margin: 2px 0; line-height: 1.3">{}.</p>'
         self.notes.value = "".join(paragraph.format(html.escape(note)) for note in notes)
-        row = "display: flex; flex-wrap: wrap; gap: 8px 32px; line-height: 1.4"
-        tables = "".join(self._best_phrases(name, s) for name, s in zip("AB", shown, strict=True))
-        self.phrases.value = f'<div style="{row}">{tables}</div>'
+        self.phrases.value = self._best_phrases(shown)
         again = html.escape(command(self.explorer, *shown, base=self.base))
         self.command.value = (
             "<b>To repeat this, in a terminal:</b>"
             f'<pre style="white-space: pre-wrap; user-select: all">{again}</pre>'
         )
 
-    def _best_phrases(self, name: str, s: Settings) -> str:
-        table = self.explorer.speaking(s, self.speaker.value)
-        best = pd.concat(part.head(5) for _, part in table.groupby("state", sort=False))
+    def _best_phrases(self, shown: list[Settings]) -> str:
+        """A table of the five highest phrases per state, for A and B."""
+        tables = [self.explorer.speaking(s, self.speaker.value) for s in shown]
+        best = [t.groupby("state").head(5).sort_values("state", kind="stable") for t in tables]
+        table = pd.concat(dict(zip("AB", best, strict=True)), names=["of"]).reset_index("of")
         look = {"index": False, "border": 0, "justify": "left", "float_format": "{:.3f}".format}
         with pd.option_context("display.max_colwidth", None):
-            return (
-                f"<div>{html.escape(f'{name}: {Path(s.image).name}')}{best.to_html(**look)}</div>"
-            )
+            return table.to_html(**look)

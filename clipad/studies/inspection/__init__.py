@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -25,12 +24,9 @@ from clipad.evaluation import in_parts
 from clipad.surgery import similarity_map
 
 NEIGHBOURS = ("no", "alone", "added")
-FEWEST_FLAWLESS = 8
-"""a median and a MAD of fewer images say nothing"""
-BANK = 100
-"""flawless images whose patches are remembered; further ones are compared with these, as a new image is"""
-SMALLEST = 4
-"""pixels of a map: a region of fewer is not outlined"""
+FEWEST_FLAWLESS = 8  # a median and a MAD of fewer images say nothing
+BANK = 100  # flawless images whose patches are remembered; further ones are compared with these, as new images are
+SMALLEST = 4  # pixels of a map: a region of fewer is not outlined
 
 
 def require_enough(n: int, false_alarms: float) -> None:
@@ -85,33 +81,26 @@ def combined_score(logits, maxima, flawless_logits, flawless_maxima):
     return ((logits - centre_l) / spread_l + (maxima - centre_m) / spread_m) / math.sqrt(2)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rule:
     """How scores become verdicts. ``logits`` and ``maxima`` are those of the n flawless images.
 
-    *bad*: the score is above ``threshold``, the k-th highest flawless one, k = floor(rate (n + 1)); *check*: it is not,
-    but the map's maximum is above ``map_threshold``, found in the same way; *good*: neither. :meth:`words` says what is
-    promised.
+    Each of these is scored as if it were new: on the scale of the other n - 1 (``scores``). *bad*: the score is above
+    ``threshold``, the k-th highest flawless one, k = floor(rate (n + 1)); *check*: it is not, but the map's maximum is
+    above ``map_threshold``, found in the same way; *good*: neither. :meth:`words` says what is promised.
     """
 
     logits: np.ndarray
     maxima: np.ndarray
     false_alarms: float = 0.05
 
-    @cached_property
-    def scores(self) -> np.ndarray:
-        """n scores of the flawless images, each as if it were new: on the scale of the other n - 1."""
-        rest = ~np.eye(len(self.logits), dtype=bool)
-        pairs = zip(self.logits, self.maxima, rest, strict=True)
-        return np.array([combined_score(x, m, self.logits[r], self.maxima[r]) for x, m, r in pairs])
-
-    @cached_property
-    def threshold(self) -> float:
-        return conformal_threshold(self.scores, self.false_alarms)
-
-    @cached_property
-    def map_threshold(self) -> float:
-        return conformal_threshold(self.maxima, self.false_alarms)
+    def __post_init__(self):
+        logits, maxima = self.logits, self.maxima
+        each = zip(logits, maxima, ~np.eye(len(logits), dtype=bool), strict=True)
+        own = [combined_score(x, m, logits[rest], maxima[rest]) for x, m, rest in each]
+        self.scores = np.array(own)
+        self.threshold = conformal_threshold(self.scores, self.false_alarms)
+        self.map_threshold = conformal_threshold(maxima, self.false_alarms)
 
     def score(self, logit, maximum):
         """Of one image, or of arrays of them."""
@@ -193,12 +182,13 @@ def stitch(maps: torch.Tensor, tiles: int) -> torch.Tensor:
 
 @dataclass
 class Look:
-    """What the backbone says of B images: ``logits`` B, ``words`` B x R x R (the detector's map), and per stage the
-    ordinary path's patch ``tokens`` B x K x D (no stages without neighbours)."""
+    """What the backbone says of B images."""
 
-    logits: np.ndarray
-    words: np.ndarray
-    tokens: list[torch.Tensor]
+    logits: np.ndarray  # B
+    words: np.ndarray  # B x R x R, the detector's map
+    tokens: list[
+        torch.Tensor
+    ]  # per stage B x K x D, the ordinary path's patches; empty without neighbours
 
     def __getitem__(self, index) -> Look:
         return Look(self.logits[index], self.words[index], [stage[index] for stage in self.tokens])
