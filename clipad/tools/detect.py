@@ -10,6 +10,7 @@ import hashlib
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -40,10 +41,6 @@ BATCH = 16
 THREADS = 4
 # Folders of the results, a file per image in each (masks: where there is a region).
 ENDINGS = {"images": ".jpg", "overlays": ".jpg", "heat": ".png", "masks": ".png", "maps": ".npz"}
-DEMO_WARNING = (
-    "These scores mean nothing: the demo model is a 96-pixel toy that was trained on rendered pictures, and these "
-    "pictures are not the demo's. Name a real model, as in --model ViT-B-16-plus-240 --pretrained laion400m_e31."
-)
 
 
 def detect(
@@ -123,18 +120,23 @@ def _own(folder: Path, settings: dict) -> Path:
 
 def demo_warning(detector, photographs) -> str:
     """Empty, or what has to be said first: the demo model on pictures that are not the demo's, by content."""
-    if detector.backbone.name != "demo":
-        return ""
     shipped = {content_hash(p) for p in (data_dir() / "demo" / "collections").glob("*/*/test/*/*")}
-    return "" if all(content_hash(path) in shipped for path in photographs) else DEMO_WARNING
+    if detector.backbone.name != "demo" or all(content_hash(p) in shipped for p in photographs):
+        return ""
+    return (
+        "These scores mean nothing: the demo model is a 96-pixel toy that was trained on rendered pictures, and these "
+        "pictures are not the demo's. Name a real model, as in --model ViT-B-16-plus-240 --pretrained laion400m_e31."
+    )
 
 
+@dataclass
 class _Work:
-    """The passes over the images, and the files that are kept of each. ``unread``: image -> why it has none."""
+    """The passes over the images, and the files that are kept of each."""
 
-    def __init__(self, inspector: Inspector, root: Path, folder: Path):
-        self.inspector, self.root, self.folder = inspector, root, folder
-        self.unread: dict[Path, str] = {}
+    inspector: Inspector
+    root: Path
+    folder: Path
+    unread: dict[Path, str] = field(default_factory=dict)  # image -> why
 
     def name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
@@ -144,16 +146,15 @@ class _Work:
 
     def looks(self, paths: list[Path], what: str, copy: bool) -> Iterator[tuple[dict, Look]]:
         """Of each batch path -> facts, and what the model sees; images that cannot be read go to ``unread``."""
-        load = partial(self._load, copy=copy)
         with ThreadPoolExecutor(THREADS) as readers:
             for start in tqdm(range(0, len(paths), BATCH), what, unit="batch", disable=None):
                 group = paths[start : start + BATCH]
-                loaded = zip(group, readers.map(load, group), strict=True)
-                read = {path: found for path, found in loaded if found is not None}
+                found = zip(group, readers.map(partial(self._load, copy=copy), group), strict=True)
+                read = {path: loaded for path, loaded in found if loaded}
                 if read:
-                    tensors = torch.stack([tensor for tensor, _ in read.values()])
-                    facts = {path: facts for path, (_, facts) in read.items()}
-                    yield facts, self.inspector.look(tensors)
+                    tensors, facts = zip(*read.values(), strict=True)
+                    look = self.inspector.look(torch.stack(tensors))
+                    yield dict(zip(read, facts, strict=True)), look
 
     def _load(self, path: Path, copy: bool) -> tuple[torch.Tensor, dict] | None:
         """What the model takes of an image, and facts. Writes the report's copy, if asked."""
@@ -248,9 +249,8 @@ class _Work:
     def remove_others(self, scores: pd.DataFrame) -> None:
         """Remove what is left of images that are gone, and of regions that are none any more."""
         for kind in ENDINGS:
-            present = set(
-                scores["file"][scores["regions"] > 0] if kind == "masks" else scores["file"]
-            )
+            rows = scores[scores["regions"] > 0] if kind == "masks" else scores
+            present = set(rows["file"])
             for path in self.folder.glob(f"{kind}/*"):
                 if path.stem not in present:
                     path.unlink()
@@ -258,20 +258,23 @@ class _Work:
 
 def _notes(scores: pd.DataFrame, inspector: Inspector) -> list[str]:
     """What was done to the images that a reader has to know."""
-    turned = scores["remarks"].str.contains("turned").sum()
-    twelve = scores["remarks"].str.contains("twelve bit").sum()
+    turned, twelve = (scores["remarks"].str.contains(x).sum() for x in ("turned", "twelve bit"))
     sides = scores[["width", "height"]]
     long = (sides.max(axis=1) > 3 * sides.min(axis=1)).sum()
     grid = inspector.detector.backbone.visual.grid_size[0] * inspector.tiles
     width, height = sides.value_counts().index[0]
-    said = {
-        f"{turned} images were turned as their EXIF orientation says": turned,
-        f"{twelve} images are 16-bit files with 12-bit values, nearly black as read: multiply by 16": twelve,
-        f"{long} images are more than three times as long as wide: squashed to a square": long,
+    said = [
+        (turned, "images were turned as their EXIF orientation says"),
+        (
+            twelve,
+            "images are 16-bit files with 12-bit values, nearly black as read: multiply by 16",
+        ),
+        (long, "images are more than three times as long as wide: squashed to a square"),
+    ]
+    return [f"{number} {what}" for number, what in said if number] + [
         f"the model reads {grid} x {grid} patches: one covers {width / grid:.0f} x {height / grid:.0f} pixels of an "
-        f"image of {width} x {height} (the most frequent size); much smaller defects are hardly seen (--tiles)": True,
-    }
-    return [note for note, holds in said.items() if holds]
+        f"image of {width} x {height} (the most frequent size); much smaller defects are hardly seen (--tiles)"
+    ]
 
 
 def _observed(scores: pd.DataFrame) -> dict[str, float] | None:

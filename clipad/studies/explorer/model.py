@@ -291,8 +291,7 @@ class Explorer:
         with self.backbone.autocast():
             pixels = self.backbone.preprocess(self.picture(image)[0])[None].to(self.backbone.device)
             found = list(attention_by_block(self.backbone.tower, pixels))
-        last = [found[stage - 1] for stage in self.stages]
-        return np.stack([[pair[kind][0, 1:] for pair in last] for kind in (0, 1)])
+        return np.stack([[found[b - 1][kind][0, 1:] for b in self.stages] for kind in (0, 1)])
 
     def speaking(self, s: Settings, patch: bool = False) -> pd.DataFrame:
         """Which phrase speaks: a row per sentence, columns ``state``, ``sentence``, ``cosine``, highest first.

@@ -7,7 +7,6 @@ import html
 import json
 import re
 import shlex
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -37,12 +36,10 @@ def show_still() -> None:
     display(Image(picture, format="png", alt=alt), metadata={"image/png": {"alt": alt}})
 
 
-def command(
-    explorer: Explorer, first: Settings, second: Settings, base: Mapping | None = None
-) -> str:
+def command(explorer: Explorer, first: Settings, second: Settings, base=None) -> str:
     """What to type in a shell to get A and B again: ``clipad run 06 ...``.
 
-    ``base``: parameters with which the notebook itself runs (preset, data set, model, ...); empty ones are left out.
+    ``base``: a mapping, parameters with which the notebook itself runs (preset, model, ...); empty ones are left out.
     """
 
     def changes(one: Settings, two: Settings) -> dict:
@@ -88,12 +85,7 @@ class Controls(w.VBox):
     """
 
     def __init__(
-        self,
-        explorer: Explorer,
-        settings: Settings,
-        other: Settings,
-        base: Mapping | None = None,
-        uploads: str | Path = "uploads",
+        self, explorer: Explorer, settings: Settings, other: Settings, base=None, uploads="uploads"
     ):
         self.explorer, self.base, self.uploads = explorer, base, Path(uploads)
         self.asked = [settings, other]

@@ -120,11 +120,9 @@ def answer(found: Answer, s: Settings) -> dict:
 
 def static_html(state: dict) -> str:
     """Data (bytes anywhere inside) with the module and its style. Who runs no scripts reads a sentence."""
-
-    def packed(value: bytes) -> dict:
-        return {"deflated": base64.b64encode(zlib.compress(value, 9)).decode()}
-
-    data = json.dumps(state, default=packed).replace("<", "\\u003c")  # no name ends the script
+    data = json.dumps(
+        state, default=lambda b: {"deflated": base64.b64encode(zlib.compress(b, 9)).decode()}
+    ).replace("<", "\\u003c")  # no name ends the script
     name = f"clipad-{hashlib.sha256(data.encode()).hexdigest()[:12]}"
     module = re.sub(r"^export default ", "const widget = ", MODULE, flags=re.MULTILINE)
     module = re.sub(r"^export ", "", module, flags=re.MULTILINE)

@@ -203,11 +203,11 @@ class Look:
 
 
 class Inspector:
-    """A detector for one product: from images to logit and map, with or without flawless images' patches.
+    """A detector for one product: from images to logit and map.
 
-    ``neighbours``: ``no`` for the detector's own map, ``alone`` for the distance to the nearest flawless patch,
-    ``added`` for both, each on the robust scale of the flawless images' map values. SDP and SDP+ only.
-    ``tiles``: the image is also cut into tiles x tiles pieces, whose maps are put together.
+    ``neighbours``: ``no`` for the detector's own map; for SDP and SDP+ also ``alone``, the distance to the nearest
+    flawless patch, or ``added``, both, each on the robust scale of the flawless images' map values. ``tiles``: the map
+    is put together from those of tiles x tiles pieces.
 
     After :meth:`fit`: ``rule`` (:class:`Rule`), ``flawless_maps`` (n x R x R), ``bank`` (the remembered patches).
     """

@@ -49,12 +49,7 @@ class Product(Labelled):
 
 
 def trials(
-    products: Sequence[Product],
-    n: int,
-    rate: float,
-    neighbours: str = "no",
-    draws: int = 50,
-    seed: int = 0,
+    products: Sequence[Product], n: int, rate: float, neighbours="no", draws: int = 50, seed=0
 ) -> pd.DataFrame:
     """n flawless images drawn at random set the rule, all other images are judged; again and again.
 
@@ -87,10 +82,10 @@ def over_categories(
     means = table.groupby("category")[column].mean()
     if minus is not None:
         means = means - minus.groupby("category")[column].mean()
-    values = means.dropna().to_numpy()
-    if len(values) < 3:
-        return Interval(values.mean() if len(values) else np.nan, np.nan, np.nan)
-    drawn = np.column_stack([values, values])  # a category's own number is no draw of images
+    means = means.dropna()
+    if len(means) < 3:
+        return Interval(means.mean(), np.nan, np.nan)
+    drawn = np.column_stack([means, means])  # a category's own number is no draw of images
     return intervals_over_categories(drawn)[1]
 
 
