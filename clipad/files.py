@@ -37,12 +37,11 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException as error:
+    except OSError as error:
+        message = f"{path} cannot be written ({error.strerror}): free space there, or choose another folder"
+        raise OSError(error.errno, message) from error
+    finally:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            message = f"{path} cannot be written ({error.strerror}): free space there, or choose another folder"
-            raise OSError(error.errno, message) from error
-        raise
 
 
 def cached(path: Path | None, compute: Callable[[], Arrays]) -> Arrays:
@@ -205,14 +204,13 @@ def _no_photograph(path: Path, by_stem: dict[str, Path]) -> str:
 
 def skipped_lines(found: dict[str, list[Path]], root: Path) -> list[str]:
     """A line for each reason in what :func:`scan` found below a folder."""
-    return [f"{why}: {named(paths, root)}" for why, paths in found.items() if why]
+    return [f"{why}: {named(paths, root)}" for why, paths in found.items() if why and paths]
 
 
 def named(paths: Iterable[Path], root: Path) -> str:
-    """How many files, and the first three of them; empty if there are none."""
+    """How many files, and the first three of them."""
     names = [printable(os.path.relpath(path, root)) for path in paths]
-    more = ", ..." if len(names) > 3 else ""
-    return f"{len(names)} ({', '.join(names[:3])}{more})" if names else ""
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def printable(name: str) -> str:

@@ -725,15 +725,12 @@ def test_check_collects_every_problem(mvtec):
     mask_png(truth / "004_mask.png", size=(60, 59))
     (truth / "005_mask.png").write_bytes(b"no image")
     Image.new("L", (60, 60), 0).save(truth / "006_mask.png")
-    thin = np.zeros((60, 60), np.uint8)
-    thin[10] = 255
-    Image.fromarray(thin).save(truth / "007_mask.png")
     (broken / "008.png").symlink_to("/etc/hostname")
     png(mvtec / "bottle" / "test" / "good" / "001.png", colour=(1, 1, 1))  # a copy of 000.png
-    report = check_dataset("mvtec", mvtec, image_size=15)
+    report = check_dataset("mvtec", mvtec)
     row = report.table.set_index("category").loc["bottle"]
     assert (row["unreadable"], row["missing_masks"], row["wrong_size_masks"]) == (3, 2, 1)
-    assert (row["empty_masks"], row["vanished_masks"], row["duplicates"]) == (1, 1, 1)
+    assert (row["empty_masks"], row["duplicates"]) == (1, 1)
     text = "\n".join(report.problems)
     for part in (
         "002.png",

@@ -12,12 +12,11 @@ from tqdm import tqdm
 
 from clipad import datasets
 from clipad.datasets import MaskSizeError, Sample
-from clipad.files import PHOTOGRAPH, content_hash, named, printable, scan, skipped_lines
-from clipad.published import protocol
+from clipad.files import PHOTOGRAPH, content_hash, printable, scan, skipped_lines
 
 LABELS = {0: "normal", 1: "anomalous", -1: "unlabelled"}
 COUNTS = [*LABELS.values(), "masks", "unreadable", "missing_masks"]
-COUNTS += ["wrong_size_masks", "empty_masks", "vanished_masks", "duplicates"]
+COUNTS += ["wrong_size_masks", "empty_masks", "duplicates"]
 
 
 @dataclass(frozen=True)
@@ -46,26 +45,19 @@ class DatasetReport:
 
 
 def check_dataset(
-    name: str,
-    root: str | Path | None = None,
-    image_size: int = 0,
-    normal_folder: str = "",
-    progress: bool = True,
+    name: str, root: str | Path | None = None, normal_folder: str = "", progress: bool = True
 ) -> DatasetReport:
     """Read every test image and mask of a data set and report what is wrong with them.
 
-    ``image_size``: the side at which thin masks may vanish; 0 for what the presets use (96 for the demo, else 240).
-    ``normal_folder``: see :func:`clipad.load_dataset`.
+    ``name``, ``root``, ``normal_folder``, and what is raised for a layout that cannot be listed: see
+    :func:`clipad.load_dataset`.
 
-    The table has a row per category: `COUNTS` (empty masks have no pixel > 0, vanished ones lose all at `image_size`,
-    duplicates are byte-identical to an earlier image), and `anomalous_pixels` (mean share over the masks).
-
-    Raises what `load_dataset` raises for a root or a layout that cannot be listed.
+    The table has a row per category: `COUNTS` (empty masks have no pixel > 0, duplicates are byte-identical to an
+    earlier image), and `anomalous_pixels` (mean share over the masks).
     """
     dataset = datasets.list_dataset(name, root, normal_folder)
-    size = image_size or protocol(name).image_size
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
-        read = pool.map(lambda sample: _facts(sample, dataset.root, size), dataset)
+        read = pool.map(lambda sample: _facts(sample, dataset.root), dataset)
         bar = tqdm(read, f"checking {name}", len(dataset), unit="image", disable=not progress)
         facts = pd.DataFrame(bar)
     facts["duplicates"] = facts["digest"].notna() & facts["digest"].duplicated()
@@ -74,7 +66,7 @@ def check_dataset(
     by_category = facts.groupby("category")
     table = by_category[COUNTS].sum().reindex(order, fill_value=0).astype(int)
     table["anomalous_pixels"] = by_category["marked"].mean()
-    problems, notes = facts["problems"].sum(), []
+    problems = facts["problems"].sum()
     for row in table.itertuples():
         found, wanted = (row.normal, row.anomalous), expected.get(row.Index)
         if wanted and found != wanted:
@@ -87,14 +79,16 @@ def check_dataset(
                 f"{row.Index}: the masks mark {row.anomalous_pixels:.0%} of the pixels as anomalous: are they the "
                 "wrong way round (255 = background)?"
             )
-    if copies := named(facts["path"][facts["duplicates"]], dataset.root):
-        notes.append(f"byte-identical to an earlier image, kept: {copies}")
+    copies = {
+        "byte-identical to an earlier image, kept": facts["path"][facts["duplicates"]].tolist()
+    }
+    notes = skipped_lines(copies, dataset.root)
     if name == "folder":
         notes += _left_out(dataset)
     return DatasetReport(name, dataset.root, table.reset_index(), problems, notes)
 
 
-def _facts(sample: Sample, root: Path, image_size: int) -> dict:
+def _facts(sample: Sample, root: Path) -> dict:
     """What reading the files of one sample shows: columns of the table, and a list of problems."""
     found = dict.fromkeys(COUNTS, 0) | {"digest": None, "marked": np.nan, "problems": []}
     found |= {"category": sample.category, "path": sample.image_path, LABELS[sample.label]: 1}
@@ -117,10 +111,8 @@ def _facts(sample: Sample, root: Path, image_size: int) -> dict:
             found["problems"].append(str(error))
             continue
         if path == sample.mask_path:
-            vanished = mask.any() and not datasets.resize_mask(mask, image_size).any()
-            found |= {"masks": 1, "marked": mask.mean(), "vanished_masks": int(vanished)}
+            found |= {"masks": 1, "marked": mask.mean(), "empty_masks": int(not mask.any())}
             if not mask.any():
-                found["empty_masks"] = 1
                 found["problems"].append(f"mask {path} has no pixel > 0")
     return found
 
@@ -129,7 +121,7 @@ def _left_out(dataset: datasets.Dataset) -> list[str]:
     """A line for each reason why files of data set "folder" are not used."""
     used = {path for s in dataset for path in (s.image_path, s.mask_path, s.object_mask_path)}
     found = {why: [p for p in paths if p not in used] for why, paths in scan(dataset.root).items()}
-    lines = skipped_lines({why: paths for why, paths in found.items() if paths}, dataset.root)
-    if others := named(datasets.for_testing(found[PHOTOGRAPH], dataset.root), dataset.root):
-        lines.append(f"photographs that no layout takes: {others}")
-    return [f"left out: {line}" for line in lines]
+    found["photographs that no layout takes"] = datasets.for_testing(
+        found.pop(PHOTOGRAPH), dataset.root
+    )
+    return [f"left out: {line}" for line in skipped_lines(found, dataset.root)]

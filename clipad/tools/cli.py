@@ -219,12 +219,11 @@ def data() -> None:
 @click.argument("name")
 @click.option("--root", type=existing, help="The folder of the data set; the demo's need none.")
 @click.option("--normal-folder", default="", help="For folder: name of the normal sub-folders.")
-@click.option("--image-size", default=0, help="Side at which masks are checked.")
-def check_data(name, root, normal_folder, image_size) -> None:
+def check_data(name, root, normal_folder) -> None:
     """Read every image and mask of a data set: layout, counts, unreadable files, masks that miss or look wrong.
 
     NAME: mvtec, visa, isic, clinicdb, headct, brainmri, folder, demo or demo_aux. --normal-folder none: there are no
-    normal images. --image-size: 240, or 96 for the demo, if left out. Ends with exit code 1 when there are problems.
+    normal images. Ends with exit code 1 when there are problems.
 
     \b
     Examples:
@@ -234,7 +233,7 @@ def check_data(name, root, normal_folder, image_size) -> None:
     from clipad.tools.check_data import check_dataset
 
     with one_line_errors():
-        report = check_dataset(name, root, image_size, normal_folder)
+        report = check_dataset(name, root, normal_folder)
     click.echo(str(report))
     _exit_if(not report.ok)
 
