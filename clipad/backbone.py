@@ -1,8 +1,4 @@
-"""An open_clip model with its tokenizer and pre-processing, frozen.
-
-Three sources: a published tag (downloaded by open_clip itself, only when a user names the tag), a local
-checkpoint file, or the small model that is shipped with the project (``load_backbone("demo")``).
-"""
+"""An open_clip model with its tokenizer and pre-processing, frozen: a published tag, a file, or the shipped demo."""
 
 from __future__ import annotations
 
@@ -23,7 +19,7 @@ from open_clip.model import convert_weights_to_lp
 from PIL import Image
 
 from clipad.checkpoints import download, load_weights
-from clipad.datasets import image_tensor
+from clipad.datasets import eight_bit
 from clipad.files import address, cached, did_you_mean, require_writable
 from clipad.prompts import words
 from clipad.published import data_dir
@@ -79,19 +75,24 @@ class Backbone:
         digest = hashlib.sha256(json.dumps([self.activation, self.mean, self.std]).encode())
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(
-                value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
+            content = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(content.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """PIL image of any size -> 3 x S x S float32: squashed bicubically, scaled, normalised (METHOD.md 1)."""
-        return image_tensor(image, self.image_size, self.mean, self.std)
+        """PIL image of any size -> 3 x S x S float32 (METHOD.md section 1).
+
+        Both sides are squashed to S with bicubic interpolation (no crop), then RGB, [0, 1], (x - mean) / std.
+        """
+        squashed = eight_bit(image).resize([self.image_size] * 2, Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(squashed.convert("RGB"))).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
+        return (pixels - mean) / std
 
     def autocast(self):
-        """Mixed precision on a GPU, as the released program uses; float32 on the CPU, where it is faster.
+        """Mixed precision on a GPU, as the released program uses (on CUDA float16); on the CPU float32: it is faster.
 
-        float16 on CUDA, elsewhere what torch prefers there. Normalisations stay float32; maps are computed outside.
+        Normalisations stay float32; maps are computed outside.
         """
         if self.device.type == "cpu":
             return contextlib.nullcontext()
@@ -101,8 +102,9 @@ class Backbone:
     def tower(self):
         """``visual``; within ``autocast`` on a GPU a copy with cast weights, which it else casts in every call."""
         kind = self.device.type
-        cast = torch.is_autocast_enabled(kind)
-        return _cast_once(self.visual, torch.get_autocast_dtype(kind)) if cast else self.visual
+        if not torch.is_autocast_enabled(kind):
+            return self.visual
+        return _cast_once(self.visual, torch.get_autocast_dtype(kind))
 
     def encode_text(self, sentences: Sequence[str]) -> torch.Tensor:
         """Sentences -> M x C float32 embeddings on the CPU, not normalised; kept on disk once they are computed."""
@@ -121,7 +123,7 @@ class Backbone:
             )
         key = address([self.weights_hash, self.device.type, "float32", texts])
         folder = cache_dir()
-        path = folder and folder / "text" / f"{key}.npz"
+        path = folder and folder / f"{key}.npz"
         found = cached(path, lambda: {"embeddings": self._encode(texts)})
         return torch.from_numpy(found["embeddings"])
 
@@ -201,10 +203,8 @@ def load_backbone(
         try:
             load_weights(model, path, resize=bool(image_size))
         except ValueError as error:
-            which = repr(str(pretrained or path))
-            raise ValueError(
-                f"the weights {which} cannot be loaded into {name}: {error}"
-            ) from error
+            message = f"the weights {str(path)!r} cannot be loaded into {name}: {error}"
+            raise ValueError(message) from error
     known_words, tokenizer = None, None
     if name == "demo":
         words_file = data_dir() / "demo" / "model" / "words.txt"
@@ -222,9 +222,9 @@ def load_backbone(
 
 
 def find_device(device: str | None = None) -> torch.device:
-    """What was asked for (``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, ``"xpu"``); empty: a GPU where there is one.
+    """What was asked for (``"cpu"``, ``"cuda:1"``, ``"mps"``, ...); empty: a GPU where there is one.
 
-    Raises ValueError for a device that torch does not know or does not see on this machine.
+    Raises ValueError for a device that torch does not see on this machine.
     """
     seen = ["cpu"]
     if torch.accelerator.is_available():
@@ -308,7 +308,7 @@ def _beside(folder: Path) -> dict:
 
 def cache_dir() -> Path | None:
     """Where text embeddings are kept: ``$CLIPAD_CACHE``, else ``~/.cache/clipad``; None if it cannot be written."""
-    folder = Path(os.environ.get("CLIPAD_CACHE") or Path.home() / ".cache" / "clipad")
+    folder = Path(os.environ.get("CLIPAD_CACHE") or Path.home() / ".cache" / "clipad") / "text"
     with contextlib.suppress(OSError):
         require_writable(folder)
         return folder

@@ -41,7 +41,7 @@ def download(name: str, tag: str, published: Mapping) -> Path:
             path = hf_hub_download(repository, file)
         except Exception as error:  # of the network, of the server's answer, of the disk
             raise OSError(
-                f"the weights {tag!r} of {name} cannot be downloaded ({_first_line(error)}). Without a network, fetch "
+                f"the weights {tag!r} of {name} cannot be downloaded ({_short(error)}). Without a network, fetch "
                 f"{files[0]} of {repository} on another machine and give its path as pretrained"
             ) from error
     blob = Path(path).resolve()  # named by its SHA-256
@@ -50,9 +50,8 @@ def download(name: str, tag: str, published: Mapping) -> Path:
     return Path(path)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def load_weights(model, path: Path, resize: bool = False) -> None:
@@ -62,11 +61,8 @@ def load_weights(model, path: Path, resize: bool = False) -> None:
     with a vision transformer, or several, and for weights that do not fit or are not finite.
     """
     flat = dict(_flat(read_content(path)))
-    prefixes = [
-        name.removesuffix(FIRST)
-        for name in flat
-        if re.search(rf"(^|[./]){re.escape(FIRST)}$", name)
-    ]
+    found = (name for name in flat if f"/{name}".endswith((f"/{FIRST}", f".{FIRST}")))
+    prefixes = [name.removesuffix(FIRST) for name in found]
     if len(prefixes) != 1:
         held = ", ".join(prefixes or list(flat)[:4]) or "nothing"
         raise ValueError(
@@ -77,8 +73,7 @@ def load_weights(model, path: Path, resize: bool = False) -> None:
     state = {}
     for key, value in flat.items():
         name = key.removeprefix(prefixes[0])
-        of_model = key.startswith(prefixes[0]) and "/" not in name and name not in UNUSED
-        if of_model and isinstance(value, torch.Tensor):
+        if key.startswith(prefixes[0]) and "/" not in name and name not in UNUSED:
             name = name.removeprefix("text.")  # of towers apart
             state[name] = value.float() if value.is_floating_point() else value
     if "logit_scale" in state:
@@ -88,13 +83,13 @@ def load_weights(model, path: Path, resize: bool = False) -> None:
     fill(model, state)
 
 
-def _flat(content: Mapping, place: str = "") -> Iterator[tuple[str, object]]:
-    """What nested dictionaries hold, by its path such as ``state_dict/visual.proj``, without wrappers' prefixes."""
+def _flat(content: Mapping, place: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors in nested dictionaries by paths such as ``state_dict/visual.proj``, without wrappers' prefixes."""
     for key, value in content.items():
         name = ".".join(part for part in str(key).split(".") if part not in WRAPPERS)
         if isinstance(value, Mapping):
             yield from _flat(value, f"{place}{name}/")
-        else:
+        elif isinstance(value, torch.Tensor):
             yield place + name, value
 
 
@@ -129,7 +124,7 @@ def read_content(path: Path) -> Mapping:
         ) from error
     except Exception as error:  # zip, torch and safetensors each have their own for a broken file
         raise ValueError(
-            f"it is damaged, or no file of weights ({_first_line(error)}): it begins with {head!r}. Of a TorchScript "
+            f"it is damaged, or no file of weights ({_short(error)}): it begins with {head!r}. Of a TorchScript "
             "archive, as OpenAI's, save the weights: torch.save(torch.jit.load(path).state_dict(), 'weights.pt')"
         ) from error
     if not isinstance(content, Mapping):

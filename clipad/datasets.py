@@ -18,12 +18,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from clipad.files import BROKEN_LINK, IMAGE_SUFFIXES, PHOTOGRAPH, did_you_mean, nfc, printable, scan
 from clipad.published import data_dir
 
-ORIENTATION = 0x0112  # EXIF tag
 PIXEL_LIMIT = 64_000_000  # of one image: 8000 x 8000
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # others (EPS runs a program) stay closed
 NORMAL_NAMES = ("good", "normal", "ok")  # sub-folders of data set "folder" that hold normal images
@@ -55,20 +54,6 @@ def read_image(path: str | Path) -> Image.Image:
     a complete PNG, JPEG, BMP, TIFF or WebP image of at most `PIXEL_LIMIT` pixels of 8 or 16 bits.
     """
     return eight_bit(decode(path))
-
-
-def read_photograph(path: str | Path) -> tuple[Image.Image, set[str]]:
-    """As `read_image`, but turned as the EXIF orientation says, as viewers do: data sets have masks as stored.
-
-    Also what a reader has to know: "turned", "twelve bit" (a 16-bit file whose values stay below 4096).
-    """
-    image, remarks = decode(path), set()
-    if image.mode.startswith("I") and 255 < np.asarray(image).max() < 4096:
-        remarks.add("twelve bit")
-    if image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1:
-        remarks.add("turned")
-        image = ImageOps.exif_transpose(image)
-    return eight_bit(image), remarks
 
 
 def read_mask(path: str | Path, image_size: int | None = None) -> np.ndarray:
@@ -106,21 +91,6 @@ def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
     """
     image = Image.fromarray(mask.astype(np.uint8) * 255)
     return np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR)) >= 128
-
-
-def image_tensor(image: Image.Image, image_size: int, mean: Iterable[float], std: Iterable[float]):
-    """Pre-process a PIL image for a CLIP model: 3 x S x S float32 tensor, S = `image_size` (METHOD.md section 1).
-
-    Both sides are squashed to S with bicubic interpolation (no crop), then RGB, [0, 1], (x - mean) / std.
-
-    >>> image_tensor(Image.new("L", (40, 30), 255), 24, mean=[0.5] * 3, std=[0.25] * 3)[:, 0, 0].tolist()
-    [2.0, 2.0, 2.0]
-    """
-    import torch  # on first use: listing and checking data sets does not need it
-
-    squashed = eight_bit(image).resize((image_size, image_size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(squashed.convert("RGB"))).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
 def decode(path: str | Path, header_only: bool = False) -> Image.Image:
@@ -287,8 +257,8 @@ def expected_counts(name: str) -> dict[str, tuple[int, int]]:
 
 
 def require_usable(path: Path, root: Path, of: str = "") -> None:
-    """Raises FileNotFoundError for a file that is missing, LayoutError for one outside the root once links are
-    followed, ValueError for a name that is not UTF-8. ``of``: what it belongs to, for the message."""
+    """FileNotFoundError for a missing file, LayoutError for one outside the root once links are followed, ValueError
+    for a name that is not UTF-8. ``of``: what it belongs to, for the message."""
     if printable(str(path)) != str(path):
         raise ValueError(f"{printable(str(path))}: the name is not UTF-8, rename it")
     try:
@@ -315,11 +285,9 @@ def _expected(name: str, root: Path) -> str:
     names = [path.name for path in _visible(root)]
     found = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "an empty folder"
     hint = "" if name == "folder" else " Images of your own are dataset='folder'."
-    with contextlib.suppress(LayoutError):
-        for other in LAYOUTS:
-            if other not in (name, "folder") and _find(other, root):
-                hint = f" This is a layout for dataset={other!r}."
-                break
+    with contextlib.suppress(LayoutError, StopIteration):
+        others = (o for o in LAYOUTS if o not in (name, "folder") and _find(o, root))
+        hint = f" This is a layout for dataset={next(others)!r}."
     return f"Expected {LAYOUTS[name][0]}; found {found}.{hint}"
 
 

@@ -61,7 +61,7 @@ def cached(path: Path | None, compute: Callable[[], Arrays]) -> Arrays:
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Write arrays as one .npz file, by :func:`write_atomically`."""
+    """Write one .npz file by :func:`write_atomically`."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_atomically(path, buffer.getvalue())
@@ -86,26 +86,22 @@ def require_writable(folder: Path) -> None:
 def claim(folder: Path, settings: dict, results: Iterable[str], option: str = "output_dir") -> None:
     """Make a folder for results of these settings, or see by its ``settings.json`` that it holds such.
 
-    ``results``: patterns of their names. Raises ValueError that names the settings which are others, or for results
-    whose settings are not known; OSError where the folder cannot be written.
+    ``results``: patterns of their names. Raises ValueError for results of other or unknown settings; OSError where the
+    folder cannot be written.
     """
     require_writable(folder)
     path = folder / "settings.json"
     text = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     if not path.is_file() and not any(list(folder.glob(pattern)) for pattern in results):
         write_atomically(path, text)
-    try:
-        found, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-    except (FileNotFoundError, ValueError):
-        raise ValueError(
-            f"{path}, which says how the results beside it were made, is missing or damaged: choose another {option} "
-            f"or remove {folder}"
-        ) from None
+    found, wanted = {}, json.loads(text)
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
     different = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
     if different:
+        said = f"different: {', '.join(different)}" if found else f"{path} is missing or damaged"
         raise ValueError(
-            f"{folder} holds results of other settings (different: {', '.join(different)}): "
-            f"choose another {option} or remove this one"
+            f"{folder} holds results of other settings ({said}): choose another {option} or remove this one"
         )
 
 
@@ -203,14 +199,14 @@ def _no_photograph(path: Path, by_stem: dict[str, Path]) -> str:
 
 
 def skipped_lines(found: dict[str, list[Path]], root: Path) -> list[str]:
-    """A line for each reason in what :func:`scan` found below a folder."""
-    return [f"{why}: {named(paths, root)}" for why, paths in found.items() if why and paths]
-
-
-def named(paths: Iterable[Path], root: Path) -> str:
-    """How many files, and the first three of them."""
-    names = [printable(os.path.relpath(path, root)) for path in paths]
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    """A line for each reason in what :func:`scan` found: how many files, and the first three of them."""
+    lines = []
+    for why, paths in found.items():
+        if why and paths:
+            names = [printable(os.path.relpath(path, root)) for path in paths[:3]]
+            more = ", ..." if len(paths) > 3 else ""
+            lines.append(f"{why}: {len(paths)} ({', '.join(names)}{more})")
+    return lines
 
 
 def printable(name: str) -> str:

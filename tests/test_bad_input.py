@@ -143,7 +143,7 @@ def test_prompts_in_another_encoding_are_named(tmp_path):
 def test_a_folder_whose_settings_are_damaged_is_not_continued(detector, data, tmp_path):
     evaluate(detector, data, tmp_path / "out", progress=False)
     (tmp_path / "out" / "settings.json").write_text('{"half')
-    with pytest.raises(ValueError, match=r"settings\.json, .* is missing or damaged"):
+    with pytest.raises(ValueError, match=r"settings\.json is missing or damaged"):
         evaluate(detector, data, tmp_path / "out", progress=False)
 
 

@@ -4,6 +4,7 @@ import struct
 import unicodedata
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +12,12 @@ from PIL import Image
 from stand_ins import counts_of, make_stand_in
 from torchvision import transforms
 
-from clipad import datasets
+from clipad.backbone import Backbone
 from clipad.datasets import (
     LayoutError,
     MaskSizeError,
     UnreadableImageError,
     expected_counts,
-    image_tensor,
     load_dataset,
     read_image,
     read_mask,
@@ -42,6 +42,10 @@ def png(path, size=(8, 6), colour=(10, 20, 30)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
     return path
+
+
+def preprocess(image, size, mean, std):
+    return Backbone.preprocess(SimpleNamespace(image_size=size, mean=mean, std=std), image)
 
 
 def mask_png(path, size=(8, 6)):
@@ -531,7 +535,7 @@ def test_every_mode_becomes_l_or_rgb_before_the_resize(tmp_path, mode):
     )
     # The order matters: converting after the resize gives a palette image nearest-neighbour pixels.
     expected = original.convert("RGB").resize((16, 16), Image.Resampling.BICUBIC)
-    tensor = image_tensor(original, 16, [0, 0, 0], [1, 1, 1])
+    tensor = preprocess(original, 16, [0, 0, 0], [1, 1, 1])
     if mode != "L":  # L is resized as it is
         np.testing.assert_array_equal(
             (tensor * 255).round().numpy(), np.asarray(expected).transpose(2, 0, 1)
@@ -560,7 +564,7 @@ def test_pixels_without_a_defined_scale_are_refused(tmp_path, values):
         read_image(tmp_path / "x.tif")
 
 
-def test_image_tensor_squashes_as_the_released_program_did():
+def test_preprocessing_squashes_as_the_released_program_did():
     """Against torchvision's transforms: both sides to S, bicubic, no crop."""
     noise = np.random.default_rng(1).integers(0, 256, (50, 90, 3), dtype=np.uint8)
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -571,7 +575,7 @@ def test_image_tensor_squashes_as_the_released_program_did():
             transforms.Normalize(mean, std),
         ]
     )(Image.fromarray(noise))
-    tensor = image_tensor(Image.fromarray(noise), 24, mean, std)
+    tensor = preprocess(Image.fromarray(noise), 24, mean, std)
     assert tensor.shape == (3, 24, 24)
     assert (tensor - reference).abs().max() < 1e-6
 
@@ -614,7 +618,7 @@ def test_mask_of_another_size_names_both(tmp_path):
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 def test_exif_orientation_is_ignored_for_image_and_mask(tmp_path, suffix):
     exif = Image.Exif()
-    exif[datasets.ORIENTATION] = 6  # a viewer would turn it by 90 degrees
+    exif[0x0112] = 6  # a viewer would turn it by 90 degrees
     stored = np.zeros((16, 32), np.uint8)
     stored[:, :16] = 255
     Image.fromarray(stored).save(

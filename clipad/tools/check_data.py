@@ -23,8 +23,7 @@ COUNTS += ["wrong_size_masks", "empty_masks", "duplicates"]
 class DatasetReport:
     """What `check_dataset` found: `problems` must be mended, `notes` are worth knowing; `str()` prints everything."""
 
-    name: str
-    root: Path
+    title: str
     table: pd.DataFrame
     problems: list[str]
     notes: list[str]
@@ -34,11 +33,9 @@ class DatasetReport:
         return not self.problems
 
     def __str__(self) -> str:
-        said = ("category", "normal", "anomalous")
-        shown = [c for c in self.table if c in said or self.table[c].fillna(0).any()]
         percent = {"anomalous_pixels": "{:.1%}".format}
-        table = self.table[shown].to_string(index=False, na_rep="-", formatters=percent)
-        lines = [f"data set {self.name!r} at {printable(str(self.root))}", table]
+        shown = self.table.loc[:, self.table.fillna(0).any()]
+        lines = [self.title, shown.to_string(index=False, na_rep="-", formatters=percent)]
         lines += [f"PROBLEM: {text}" for text in self.problems]
         lines += [f"note: {text}" for text in self.notes]
         return "\n".join([*lines, "ok" if self.ok else f"{len(self.problems)} problems"])
@@ -85,7 +82,8 @@ def check_dataset(
     notes = skipped_lines(copies, dataset.root)
     if name == "folder":
         notes += _left_out(dataset)
-    return DatasetReport(name, dataset.root, table.reset_index(), problems, notes)
+    title = f"data set {name!r} at {printable(str(dataset.root))}"
+    return DatasetReport(title, table.reset_index(), problems, notes)
 
 
 def _facts(sample: Sample, root: Path) -> dict:

@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from clipad.datasets import read_photograph
 from clipad.files import (
     RESULT_MARK,
     claim,
@@ -35,7 +34,7 @@ from clipad.published import data_dir
 from clipad.studies.common import exact_share
 from clipad.studies.inspection import Inspector, Look, require_enough, without_specks
 from clipad.tools import report
-from clipad.tools.photographs import Images
+from clipad.tools.photographs import Images, read_photograph
 
 BATCH = 16
 THREADS = 4

@@ -1,12 +1,31 @@
-"""Which files below a folder are photographs to judge, which are flawless, and what their labels are."""
+"""Which files below a folder are photographs to judge, which are flawless, what their labels are, how one is read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipad.datasets import normal_name
+import numpy as np
+from PIL import Image, ImageOps
+
+from clipad.datasets import decode, eight_bit, normal_name
 from clipad.files import PHOTOGRAPH, content_hash, nfc, printable, scan, skipped_lines
+
+ORIENTATION = 0x0112  # EXIF tag
+
+
+def read_photograph(path: Path) -> tuple[Image.Image, set[str]]:
+    """As :func:`clipad.read_image`, but turned as the EXIF orientation says, as viewers do: there are no masks.
+
+    Also what a reader has to know: "turned", "twelve bit" (a 16-bit file whose values stay below 4096).
+    """
+    image, remarks = decode(path), set()
+    if image.mode.startswith("I") and 255 < np.asarray(image).max() < 4096:
+        remarks.add("twelve bit")
+    if image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1:
+        remarks.add("turned")
+        image = ImageOps.exif_transpose(image)
+    return eight_bit(image), remarks
 
 
 @dataclass(frozen=True)
@@ -49,7 +68,7 @@ def collect(path, output_dir, normal=None, normal_folder: str = "") -> Images:
 
 
 def _photographs(path, output_dir) -> tuple[Path, list[Path], list[str]]:
-    """The folder that names are relative to, the photographs in it (or the one image), and lines on the rest."""
+    """The folder from which names count, the photographs in it (or the one image), and lines on the rest."""
     path = Path(path).expanduser()
     path = path.resolve() if ".." in path.parts else path.absolute()
     out = Path(output_dir).expanduser().resolve()
