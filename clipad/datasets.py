@@ -378,7 +378,7 @@ def _meta_json(path: Path) -> list[Sample]:
     samples, root = [], path.parent
     for category, rows in json.loads(path.read_text(encoding="utf-8"))["test"].items():
         for row in rows:
-            label = int(row["anomaly"])
+            label = {0: 0, 1: 1}[row["anomaly"]]
             mask = root / row["mask_path"] if label and row.get("mask_path") else None
             kind = str(row.get("specie_name") or "anomaly") if label else "good"
             samples.append(Sample(root / row["img_path"], mask, nfc(category), label, kind))
@@ -459,10 +459,7 @@ _BY_DEFECT = "<category>/test/<defect>/NNN.png and <category>/ground_truth/<defe
 LAYOUTS: dict[str, tuple[str, Callable[[Path], Iterable[Sample]]]] = {
     "mvtec": (_BY_DEFECT, _mvtec),
     "visa": ("split_csv/1cls.csv and <category>/Data/{Images,Masks}/{Anomaly,Normal}/NNN.*", _visa),
-    "isic": (
-        "ISBI2016_ISIC_Part1_Test_{Data/ISIC_*.jpg,GroundTruth/ISIC_*_Segmentation.png}",
-        _isic,
-    ),
+    "isic": ("ISBI2016_ISIC_Part1_Test_{Data/*.jpg,GroundTruth/*_Segmentation.png}", _isic),
     "clinicdb": ("Original/N.tif and 'Ground Truth'/N.tif", _clinicdb),
     "headct": ("labels.csv (id, hemorrhage) and head_ct/head_ct/NNN.png", _headct),
     "brainmri": ("brain_tumor_dataset/{no,yes}/", _brainmri),

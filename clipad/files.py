@@ -153,17 +153,17 @@ RESULT_MARK = "clipad-results"
 PHOTOGRAPH, HIDDEN, BROKEN_LINK = "", "hidden", "broken link"
 
 
-def scan(root: Path, without: Path | None = None) -> dict[str, list[Path]]:
+def scan(root: Path) -> dict[str, list[Path]]:
     """Every file below a folder, at any depth, sorted, under `PHOTOGRAPH` or the reason why it is none.
 
     No photographs are masks (in a folder called masks, gt, labels, ..., or beside their photograph as ``x_mask.png`` or
-    as ``x.png`` of ``x.jpg``) and results of clipad (folders with its mark, and ``without``). No file is opened.
+    as ``x.png`` of ``x.jpg``) and results of clipad (folders with its mark). No file is opened.
     """
     found: dict[str, list[Path]] = {PHOTOGRAPH: []}
 
     def visit(folder: Path, reason: str) -> None:
         paths = sorted(folder.iterdir())
-        if folder == without or folder / RESULT_MARK in paths:
+        if folder / RESULT_MARK in paths:
             reason = reason or "results of clipad"
         images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
         images.sort(key=lambda path: IMAGE_SUFFIXES.index(path.suffix.lower()), reverse=True)

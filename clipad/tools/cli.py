@@ -129,7 +129,7 @@ def detect(
         from clipad.studies.inspection import require_enough
         from clipad.tools.photographs import collect
 
-        images = collect(path, out, normal, normal_folder or "")
+        images = collect(path, normal, normal_folder or "")
         if normal:  # before the model is loaded
             require_enough(len(images.flawless), false_alarms)
         from clipad.backbone import load_backbone

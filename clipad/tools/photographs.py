@@ -39,7 +39,7 @@ class Images:
     notes: list[str]  # lines on what was left out of the flawless ones
 
 
-def collect(path, output_dir, normal=None, normal_folder: str = "") -> Images:
+def collect(path, normal=None, normal_folder: str = "") -> Images:
     """The photographs below a folder (or the one image) and the flawless ones of ``normal``. Nothing is decoded.
 
     ``normal_folder``: sub-folders of this name hold flawless images, in ``path`` (for labels, which are never guessed)
@@ -48,8 +48,8 @@ def collect(path, output_dir, normal=None, normal_folder: str = "") -> Images:
     Raises FileNotFoundError or ValueError for a folder without photographs, for images that are in both, and where it
     is not clear which are flawless.
     """
-    root, photographs, skipped = _photographs(path, output_dir)
-    flawless, notes = _flawless(normal, output_dir, normal_folder) if normal else ([], [])
+    root, photographs, skipped = _photographs(path)
+    flawless, notes = _flawless(normal, normal_folder) if normal else ([], [])
     labels = dict.fromkeys(photographs, -1)
     if normal_folder not in ("", "."):
         named = {path: int(not _below(path, normal_folder, root)) for path in labels}
@@ -67,31 +67,28 @@ def collect(path, output_dir, normal=None, normal_folder: str = "") -> Images:
     return Images(root, labels, flawless, skipped, notes)
 
 
-def _photographs(path, output_dir) -> tuple[Path, list[Path], list[str]]:
+def _photographs(path) -> tuple[Path, list[Path], list[str]]:
     """The folder from which names count, the photographs in it (or the one image), and lines on the rest."""
     path = Path(path).expanduser()
     path = path.resolve() if ".." in path.parts else path.absolute()
-    out = Path(output_dir).expanduser().resolve()
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: expected an image or a folder of images")
     if path.is_file():
         return path.parent, [path], []
-    if out == path.resolve():
-        raise ValueError(f"--out {out} is the folder of the images itself: choose another one")
-    found = scan(path, without=out)
+    found = scan(path)
     skipped = skipped_lines(found, path)
     if not found[PHOTOGRAPH]:
         raise ValueError(f"{path} holds no images. Left out: {'; '.join(skipped) or 'nothing'}")
     return path, found[PHOTOGRAPH], skipped
 
 
-def _flawless(folder, output_dir, normal_folder: str) -> tuple[list[Path], list[str]]:
+def _flawless(folder, normal_folder: str) -> tuple[list[Path], list[str]]:
     """The flawless images of a folder, each content once, and notes on what was left out.
 
     Images directly in the folder all count. With sub-folders those do that :func:`clipad.datasets.normal_name` names;
     "." for all.
     """
-    root, photographs, skipped = _photographs(folder, output_dir)
+    root, photographs, skipped = _photographs(folder)
     chosen, name = photographs, normal_folder
     folders = {part for path in photographs for part in path.relative_to(root).parts[:-1]}
     if folders and normal_folder != ".":
