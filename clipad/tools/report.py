@@ -151,12 +151,9 @@ def _html(report: Report, backbone) -> str:
     return environment.get_template("report.html.j2").render(
         report=report,
         backbone=backbone,
-        rule=rule,
-        scale=report.scale,
         rows=report.scores.to_dict(orient="records"),
         ticks=ticks,
         colours=[matplotlib.colors.to_hex(colour) for colour in colours],
-        score_name="score" if rule else "logit",
     )
 
 

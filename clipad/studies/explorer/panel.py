@@ -222,10 +222,10 @@ class Controls(w.VBox):
         )
 
     def _best_phrases(self, shown: list[Settings]) -> str:
-        """A table of the five highest phrases per state, for A and B."""
+        """The five highest phrases per state, A beside B."""
         tables = [self.explorer.speaking(s, self.speaker.value) for s in shown]
         best = [t.groupby("state").head(5).sort_values("state", kind="stable") for t in tables]
-        table = pd.concat(dict(zip("AB", best, strict=True)), names=["of"]).reset_index("of")
-        look = {"index": False, "border": 0, "justify": "left", "float_format": "{:.3f}".format}
+        table = pd.concat([t.reset_index(drop=True) for t in best], axis=1, keys=["A", "B"])
+        look = {"index": False, "border": 0, "justify": "left", "na_rep": ""}
         with pd.option_context("display.max_colwidth", None):
-            return table.to_html(**look)
+            return table.to_html(float_format="{:.3f}".format, **look)
