@@ -33,12 +33,12 @@ class Prediction:
 
 @dataclass
 class Features:
-    """What ``score`` needs: the image embedding B x C and, per stage, tokens B x (N+1) x C; not normalised."""
+    """What ``score`` needs, not normalised: the image embedding B x C and, per stage, ``tokens`` B x (N+1) x C and, for
+    SDP+ only, ``ordinary`` ones B x (N+1) x D."""
 
     image_embedding: torch.Tensor
     tokens: list[torch.Tensor]
     ordinary: list[torch.Tensor] = field(default_factory=list)
-    """per stage B x (N+1) x D, for SDP+ only"""
 
     def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Features:
         tokens, ordinary = ([change(stage) for stage in x] for x in (self.tokens, self.ordinary))
@@ -65,10 +65,8 @@ class Detector:
     """Common to all: prompts, representative vectors per category, smoothing.
 
     ``smoothing``: sigma of the Gaussian in pixels; None is 8/240 of the image side, 0 is none. ``prompts`` and
-    ``rvs_options``: None for the published ones.
-
-    What makes a detector are ``encode(images) -> Features``, the backbone's part in its precision, and
-    ``patch_values(features, text) -> B x N``, the anomalous column before up-sampling, or whole ``maps``.
+    ``rvs_options``: None for the published ones. A detector brings ``encode(images) -> Features``, in the backbone's
+    precision, and ``patch_values(features, text) -> B x N``, the anomalous column before up-sampling, or ``maps``.
     """
 
     name = "Detector"
@@ -95,9 +93,8 @@ class Detector:
     def text_vectors(self, category: str) -> torch.Tensor:
         """C x 2 unit columns (normal, anomalous) on the CPU, computed once per category."""
         if category not in self._text:
-            how = self.prompts, self.rvs
-            found = representative_vectors(self.backbone, category, *how, **self.rvs_options)
-            self._text[category] = found
+            asked = self.backbone, category, self.prompts, self.rvs
+            self._text[category] = representative_vectors(*asked, **self.rvs_options)
         return self._text[category]
 
     def predict(self, images: torch.Tensor, category: str) -> Prediction:
@@ -112,15 +109,13 @@ class Detector:
         return found.apply(torch.Tensor.float)
 
     def score(self, features: Features, category: str) -> Prediction:
-        """Maps and class probabilities from features."""
         return self.score_with(features, self.text_vectors(category))
 
     def score_with(self, features: Features, text: torch.Tensor) -> Prediction:
-        """The same with given text vectors, C x 2 unit columns."""
+        """Maps and class probabilities with given text vectors, C x 2 unit columns."""
         text = text.to(features.image_embedding)
         with torch.no_grad():
-            maps = self.maps(features, text)
-            probabilities = self.probabilities(features, text)
+            maps, probabilities = self.maps(features, text), self.probabilities(features, text)
         return Prediction(maps.cpu(), probabilities.cpu())
 
     def maps(self, features: Features, text: torch.Tensor) -> torch.Tensor:
@@ -129,7 +124,6 @@ class Detector:
         return similarity_map(values, self.backbone.image_size, self.smoothing)
 
     def probabilities(self, features: Features, text: torch.Tensor) -> torch.Tensor:
-        """B class probabilities."""
         return class_probability(features.image_embedding, text)
 
     @property
@@ -142,9 +136,6 @@ class Detector:
         """All that decides the numbers, JSON-able: a stopped run continues only if it is equal."""
         found = {"detector": self.name, **self.backbone.settings, "prompts": asdict(self.prompts)}
         return found | {name: getattr(self, name) for name in ("rvs", "rvs_options", "smoothing")}
-
-    def __repr__(self):
-        return f"{self.name}({self.backbone.name}, rvs={self.rvs}, smoothing={self.smoothing:g} px)"
 
 
 class Direct(Detector):
@@ -193,11 +184,11 @@ class SDP(Detector):
 
 
 class SDPPlus(SDP):
-    """SDP plus one trained linear layer per stage (paper section 3.3, METHOD.md section 6).
+    """SDP plus one trained linear layer per stage (paper section 3.3, METHOD.md section 6): SDP's map and the layers'
+    anomalous probabilities, summed over stages, then smoothed.
 
-    Map = SDP's map before smoothing + sum over stages of the layers' anomalous probability, then smoothed. ``layers``:
-    from :func:`clipad.train` or ``load_layers``. A category that trained them is refused (ValueError) unless
-    ``allow_overlap``, which then stands in the name and in the settings of every result.
+    ``layers``: from :func:`clipad.train` or ``load_layers``. A category that trained them is refused (ValueError)
+    unless ``allow_overlap``, which then stands in the name and in the settings of every result.
     """
 
     name = "SDP+"
@@ -208,7 +199,7 @@ class SDPPlus(SDP):
         self.layers = layers.to(backbone.device)
         self.allow_overlap = allow_overlap
         if allow_overlap:
-            self.name = f"{type(self).name} (overlap allowed)"
+            self.name += " (overlap allowed)"
 
     def text_vectors(self, category):
         require_separate(self.layers.settings.get("categories", ()), [category], self.allow_overlap)

@@ -78,7 +78,7 @@ def evaluate(
         masked = [s for s in dataset if s.mask_path is not None]
         list(pool.map(lambda s: require_mask_size(s.mask_path, s.image_path), masked))
     settings = detector.settings | {"dataset": dataset.name, "samples": fingerprint(dataset)}
-    folder = None if output_dir is None else Path(output_dir)
+    folder = output_dir and Path(output_dir)
     if folder:
         claim(folder, settings, ("categories", "parts"))
 
@@ -98,14 +98,13 @@ def evaluate(
             frames.append(pd.DataFrame(own | found))
             bar.update(sum(map(len, frames)) - bar.n)
 
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS)
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS).rename_axis("category")
     table.loc["mean"] = table.mean()
-    table.index.name = "category"
-    result = Result(table, pd.concat(frames, ignore_index=True), settings)
+    images = pd.concat(frames, ignore_index=True)
     if folder:
-        write_atomically(folder / "table.csv", result.table.to_csv())
-        write_atomically(folder / "images.csv", result.images.to_csv(index=False))
-    return result
+        write_atomically(folder / "table.csv", table.to_csv())
+        write_atomically(folder / "images.csv", images.to_csv(index=False))
+    return Result(table, images, settings)
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -141,12 +140,7 @@ def load_images(
 
 
 def category_metrics(
-    maps: np.ndarray,
-    masks: np.ndarray | None,
-    probabilities: np.ndarray,
-    labels: np.ndarray,
-    map_in_image_score: bool = True,
-    counts: np.ndarray | None = None,
+    maps, masks, probabilities, labels, map_in_image_score: bool = True, counts=None
 ) -> dict[str, float | np.ndarray]:
     """All metrics of one category that its labels allow: ``image_*``, ``class_*`` and, with masks, ``pixel_*``.
 
@@ -243,10 +237,11 @@ def read_masks(samples: list[Sample], image_size: int) -> np.ndarray:
     """Ground truth of samples as bool, N x S x S; all False of a sample without a mask (a normal image)."""
     masks = np.zeros((len(samples), image_size, image_size), dtype=bool)
 
-    def read(i: int) -> None:
-        require_mask_size(samples[i].mask_path, samples[i].image_path)
-        masks[i] = read_mask(samples[i].mask_path, image_size)
+    def read(mask: np.ndarray, s: Sample) -> None:
+        if s.mask_path is not None:
+            require_mask_size(s.mask_path, s.image_path)
+            mask[:] = read_mask(s.mask_path, image_size)
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(read, [i for i, s in enumerate(samples) if s.mask_path is not None]))
+        list(pool.map(read, masks, samples))
     return masks

@@ -1,8 +1,6 @@
-"""SDP+'s linear layers: from frozen patch tokens to maps, and the losses that train them (paper section 3.3,
-METHOD.md section 6). One layer per stage maps the patch tokens x_j of the ordinary path (width D) into the joint space
-(width C), where they are compared with the two text vectors.
-
-Shapes: B images, N patch tokens (a G x G grid), J stages, S image side in pixels.
+"""SDP+'s linear layers: one per stage maps the patch tokens x_j of the ordinary path (width D) into the joint space
+(width C), where they are compared with the two text vectors; and the losses that train them (paper section 3.3,
+METHOD.md section 6). Shapes: B images, N patch tokens (a G x G grid), J stages, S image side in pixels.
 """
 
 from __future__ import annotations
@@ -28,8 +26,7 @@ DICE_SMOOTH = 1.0
 class LinearLayers(nn.Module):
     """``fc[i]``: one linear layer with bias, D -> C, per stage.
 
-    ``settings`` says how they were trained; empty for layers of unknown origin (the released program's checkpoints
-    say nothing).
+    ``settings`` says how they were trained; the released program's checkpoints say nothing.
     """
 
     def __init__(self, width: int, joint_width: int, stages: int, seed: int = 0):
@@ -53,11 +50,11 @@ class LinearLayers(nn.Module):
 
     def require_fit(self, backbone, stages: Sequence[int], as_released: bool) -> None:
         """ValueError if these layers cannot belong to that backbone, those stages or that way of reading them."""
-        found = (len(self.fc), self.fc[0].in_features, self.fc[0].out_features)
-        needed = (len(stages), *backbone.visual.proj.shape)
+        shapes = self.fc[0].weight.T.shape, backbone.visual.proj.shape
+        numbers = len(self.fc), len(stages)
+        found, needed = (f"{n} of {d} -> {c}" for n, (d, c) in zip(numbers, shapes, strict=True))
         if found != needed:
-            shown = ["{} of {} -> {}".format(*numbers) for numbers in (found, needed)]
-            raise ValueError(f"the layers are {shown[0]}, {backbone.name} needs {shown[1]}")
+            raise ValueError(f"the layers are {found}, {backbone.name} needs {needed}")
         # The size first: another one also has other position embeddings, so other weights.
         used = {"image_size": backbone.image_size, "weights": backbone.weights_hash}
         used |= {"stages": list(stages), "as_released": as_released}

@@ -10,12 +10,11 @@ against the false positive rate over all normal pixels; PRO is the area up to a 
 All metrics are NaN, without a warning, where nothing is anomalous or nothing is normal.
 
 What makes it fast: false positives matter only at the scores of anomalous pixels, and those are few (2-3 % in the
-industrial data sets). So only the normal scores are sorted, in their own precision and in the one copy that is made,
-and each distinct anomalous score is looked up among them. A bootstrap resample is a count per image, and all that the
-metrics need is linear in the counts: the pixels are sorted once for all resamples. One sample is one long "image",
-counted once.
+industrial data sets). So only the normal scores are sorted, and each distinct anomalous score is looked up among them.
+A bootstrap resample is a count per image, and all that the metrics need is linear in the counts: the pixels are sorted
+once for all resamples. One sample is one long "image", counted once.
 
-Shapes: N images, R resamples, K distinct scores of anomalous pixels.
+Shapes: N images, R resamples.
 """
 
 import warnings
@@ -47,8 +46,8 @@ def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
 def pixel_metrics(scores: ArrayLike, masks: ArrayLike) -> dict[str, float]:
     """``auroc``, ``f1_max``, ``ap`` over all pixels of N maps, and ``pro``; NaN when only one class is present.
 
-    ``scores``: N x H x W, higher means more anomalous; float32 is the fast case, float64 stays float64. ``masks``: N x
-    H x W, 1 (or True) on anomalous pixels and 0 elsewhere. Raises ValueError as :func:`image_metrics`.
+    ``scores``: N x H x W, higher means more anomalous; float32 is the fast case. ``masks``: N x H x W, 1 (or True) on
+    anomalous pixels and 0 elsewhere. Raises ValueError as :func:`image_metrics`.
 
     >>> masks = np.zeros((1, 4, 4), bool)
     >>> masks[0, 1:3, 1:3] = True
@@ -68,9 +67,9 @@ def pro_200_thresholds(scores: ArrayLike, masks: ArrayLike) -> float:
     """The approximation of PRO that many repositories share, for comparison with their tables only.
 
     It looks at 200 thresholds, evenly spaced between the smallest and the largest *score*, drops every point whose
-    false positive rate is 0.3 or more, and stretches the remaining rates to [0, 1]. So it depends on how the scores
-    are distributed, not only on their order. NaN where all remaining points have one rate, as for a perfect binary
-    map, and where ``pixel_metrics`` gives NaN. Arguments and errors as in ``pixel_metrics``.
+    false positive rate is 0.3 or more, and stretches the remaining rates to [0, 1]: it depends on how the scores are
+    distributed. NaN where ``pixel_metrics`` is, and where all remaining points have one rate, as for a perfect binary
+    map. Arguments and errors as in ``pixel_metrics``.
     """
     scores, masks = _checked(scores, masks, "N x H x W")
     if masks.all() or not masks.any():
@@ -108,17 +107,13 @@ def draw_counts(labels: ArrayLike, n_resamples: int, rng: np.random.Generator) -
     return counts
 
 
-def resampled_metrics(
-    scores: ArrayLike, truth: ArrayLike, counts: ArrayLike
-) -> dict[str, np.ndarray]:
+def resampled_metrics(scores: ArrayLike, truth: ArrayLike, counts: ArrayLike) -> dict:
     """The metrics of many resamples of the images: R numbers for each.
 
     ``scores``, ``truth``: as in ``pixel_metrics`` (N x H x W), or as in ``image_metrics`` (N; then without ``pro``);
     ``counts``: R x N, how often each image was drawn (``draw_counts``). Raises ValueError as these, or for counts that
-    are not R x N numbers of 0 or more.
-
-    A resample with one class only is NaN; where others are not, a warning says how many: leave them out of an
-    interval, as ``np.nanquantile`` does. (Images are drawn by their label, and an anomalous image's mask can be empty.)
+    are not R x N numbers of 0 or more. A resample with one class only (an anomalous image's mask can be empty) is NaN;
+    where others are not, a warning says how many.
     """
     per_pixel = np.ndim(scores) == 3
     scores, truth = _checked(scores, truth, "N x H x W" if per_pixel else "N")
@@ -137,8 +132,8 @@ def resampled_metrics(
 
 def _of_one(scores, truth, names: Sequence[str]) -> dict[str, float]:
     weights, regions = _region_weights(truth)
-    regions, once = np.array([regions.sum()]), np.ones((1, 1))
-    found = _measure(scores.reshape(1, -1), truth.reshape(1, -1), weights, regions, once)
+    one, once = (scores.reshape(1, -1), truth.reshape(1, -1)), np.ones((1, 1))
+    found = _measure(*one, weights, regions.sum(keepdims=True), once)
     return {name: float(found[name][0]) for name in names}
 
 
@@ -196,9 +191,7 @@ def _tallies(images: Sequence[tuple], thresholds: np.ndarray) -> Iterator[tuple]
 
 def _sums(tied, tp, fp, ties, overlap, anomalous, limit) -> np.ndarray:
     """4 x R: pairs in the wrong order, F1-max, the sum of AP, the area of PRO; over consecutive thresholds.
-
-    ``anomalous``: how many there are; ``limit``: the false positives at which PRO ends; R each.
-    """
+    ``anomalous``: how many there are; ``limit``: the false positives at which PRO ends; R each."""
     new = np.diff(tp)  # anomalous scores equal to the threshold
     # A pair (anomalous, normal) is in the wrong order when the normal score is higher; a tie is half a pair.
     wrong = _dot(new, fp[:, 1:]) - _dot(new[:, tied - 1], ties) / 2
@@ -222,9 +215,7 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _region_weights(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """1 / size of its own region (8-connected) for each anomalous pixel, ordered as masks[masks]; regions per image.
-
-    Of labels (N) every anomalous one is a region of its own.
-    """
+    Of labels (N) every anomalous one is a region of its own."""
     if masks.ndim == 1:
         return np.ones(masks.sum()), masks.astype(int)
     weights, numbers = [np.zeros(0)], np.zeros(len(masks), dtype=np.int64)
@@ -232,7 +223,6 @@ def _region_weights(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if mask.any():
             rows = np.flatnonzero(mask.any(axis=1))
             cut = mask[rows[0] : rows[-1] + 1]  # labelling is slow, and the rest is empty
-            # SciPy's default would be 4-connected.
             regions, numbers[i] = ndimage.label(cut, structure=np.ones((3, 3)))
             own_region = regions[cut]
             weights.append(1 / np.bincount(own_region)[own_region])

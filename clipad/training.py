@@ -6,7 +6,6 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,11 @@ from clipad.text import check_method, representative_vectors
 
 @dataclass
 class Training:
-    """What a training left: the layers after the last epoch, a log with a row per epoch, and a file per epoch."""
+    """What a training left: the layers after the last epoch, a file per epoch, and a row per epoch: epoch, loss, focal,
+    dice (sums over stages, means over the epoch's batches), seconds."""
 
     layers: LinearLayers
     log: pd.DataFrame
-    """columns epoch, loss, focal, dice (sums over stages, means over the epoch's batches), seconds"""
     checkpoints: list[Path]
 
 
@@ -98,18 +97,11 @@ def train(
     return Training(layers.eval().requires_grad_(False), pd.DataFrame(log), checkpoints)
 
 
-def run_epoch(
-    layers: LinearLayers,
-    optimizer: torch.optim.Optimizer,
-    tokens: list[torch.Tensor],
-    masks: torch.Tensor,
-    text: torch.Tensor,
-    batches: Iterable[torch.Tensor],
-) -> dict[str, float]:
+def run_epoch(layers: LinearLayers, optimizer, tokens, masks, text, batches) -> dict[str, float]:
     """One step for each batch of image numbers; returns the mean losses.
 
-    ``tokens``: per stage M x N x D of all images; ``masks``: M x S x S; ``text``: M x C x 2, the unit text vectors of
-    each image's category. Raises ValueError when a loss is not finite.
+    ``tokens``: J x M x N x D of all images; ``masks``: M x S x S; ``text``: M x C x 2, the unit text vectors of each
+    image's category. Raises ValueError when a loss is not finite.
     """
     losses = []
     for which in batches:
@@ -130,25 +122,22 @@ def run_epoch(
 
 def frozen_tokens(
     backbone: Backbone, dataset: Dataset, stages, as_released: bool, batch_size: int, progress=False
-) -> list[torch.Tensor]:
-    """The patch tokens x_j of a whole data set, computed once: per stage M x N x D float32, on the CPU."""
+) -> torch.Tensor:
+    """The patch tokens x_j of a whole data set, computed once: J x M x N x D float32, on the CPU."""
 
     @torch.no_grad()  # float32 on a GPU, too: training then ends near where a CPU's does
     def encode(images):
         found = staged_features(backbone.visual, images, stages, as_released)
-        return [tokens[:, 1:] for tokens in found.ordinary]
+        return torch.stack([tokens[:, 1:] for tokens in found.ordinary])
 
     width, patches = backbone.visual.proj.shape[0], math.prod(backbone.visual.grid_size)
-    kept = [torch.empty(len(dataset), patches, width) for _ in stages]
-    start = 0
+    kept, start = torch.empty(len(stages), len(dataset), patches, width), 0
     batches = load_images(list(dataset), backbone.preprocess, batch_size)
     total = math.ceil(len(dataset) / batch_size)
     for images in tqdm(batches, "frozen features", total, unit="batch", disable=not progress):
         for part in in_parts(encode, images.to(backbone.device)):
-            end = start + len(part[0])
-            for stage, values in zip(kept, part, strict=True):
-                stage[start:end] = values
-            start = end
+            kept[:, start : start + part.shape[1]] = part
+            start += part.shape[1]
     return kept
 
 
