@@ -1,12 +1,8 @@
-"""Opposite predictions and irrelevant highlights as numbers, and what lies behind them (METHOD.md section 3).
-
-The paper shows both phenomena of the direct map as pictures. Here each is a number per anomalous image, on the map
-at S x S before smoothing. What lies behind them, a linear probe and the parts of the network, is on notebook 02's page.
+"""Opposite predictions and irrelevant highlights as numbers per anomalous image, on the map before smoothing
+(METHOD.md section 3), and what notebooks 02 and 03 look at behind them.
 
 Shapes: M anomalous images, S x S pixels, N = G x G patches, P picked patches, D vision width, C joint width.
 """
-
-from __future__ import annotations
 
 import copy
 from collections import defaultdict
@@ -36,16 +32,14 @@ COMPARED = {"opposite": "elsewhere", "opposite_on_object": "on_rest"}
 
 def opposite(values: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float:
     """1 where a map S x S is on average lower inside than outside, 1/2 for a tie, else 0; regions S x S bool."""
-    # float32 summed in float64 is exact for equal values: a constant map gives ties and not rounding errors.
+    # float32 summed in float64 is exact for equal values: a constant map gives ties.
     higher = values[inside].mean(dtype=np.float64) - values[outside].mean(dtype=np.float64)
     return float(0.5 - 0.5 * np.sign(higher))
 
 
 def highlight(values: np.ndarray, region: np.ndarray, top: float = 0.05) -> float:
-    """Share of the hottest pixels (``top`` of all) of a map that lie in a region, both S x S.
-
-    Pixels that tie at the edge of the ``top`` count by their share, so a constant map gets the region's area.
-    """
+    """Share of a map's hottest pixels (``top`` of all) in a region, both S x S; those that tie at the edge count by
+    their share, so a constant map gets the region's area."""
     count = max(1, round(top * values.size))
     threshold = np.partition(values, -count, axis=None)[-count]
     above, tied = values > threshold, values == threshold
@@ -55,10 +49,10 @@ def highlight(values: np.ndarray, region: np.ndarray, top: float = 0.05) -> floa
 def image_phenomena(
     values: np.ndarray, mask: np.ndarray, whole: np.ndarray | None = None
 ) -> dict[str, float]:
-    """``PHENOMENA`` of one map S x S and its means on the defect, elsewhere, on the object's rest and the background.
+    """``PHENOMENA`` and ``MEANS`` of one map S x S, its ``mask`` and the ``whole`` object, None where it is not known.
 
-    ``mask``: ground truth; ``whole``: the object, None where it is not known. NaN for what cannot be counted:
-    highlights off the object where it fills the image, everything where the mask is empty or full.
+    NaN for what cannot be counted: everything where the mask is empty or full, highlights off an object that fills the
+    image.
     """
     found = dict.fromkeys((*MEANS, *PHENOMENA), float("nan"))
     if not mask.any() or mask.all():
@@ -66,13 +60,12 @@ def image_phenomena(
     found |= {"on_defect": values[mask].mean(), "elsewhere": values[~mask].mean()}
     found["opposite"] = opposite(values, mask, ~mask)
     found |= {"off_defect": highlight(values, ~mask), "off_defect_area": (~mask).mean()}
-    if whole is None:
-        return found
-    rest = whole & ~mask
-    if rest.any():
-        found["opposite_on_object"] = opposite(values, mask, rest)
-        found["on_rest"] = values[rest].mean()
-    if not whole.all():
+    if whole is not None and (rest := whole & ~mask).any():
+        found |= {
+            "opposite_on_object": opposite(values, mask, rest),
+            "on_rest": values[rest].mean(),
+        }
+    if whole is not None and not whole.all():
         found["on_background"] = values[~(whole | mask)].mean()
         found |= {"off_object": highlight(values, ~whole), "off_object_area": (~whole).mean()}
     return found
@@ -97,17 +90,17 @@ class Truth(Labelled):
         return patch_coverage(self.masks, grid).numpy()
 
     def patches(self, grid: int) -> np.ndarray:
-        """M x N labels: 1 where the defect covers a quarter of the patch or more; 0 where it covers none and, where
-        objects are known, the object half or more; -1 for all others."""
+        """M x N labels: 1 where the defect covers a quarter of the patch or more; 0 where it covers none and the object
+        (if known) half or more; -1 for all others."""
         defect = self.shares(grid)
-        on_object = True
+        normal = defect == 0
         if self.objects is not None:
-            on_object = patch_coverage(self.objects, grid).numpy() >= 0.5
-        return np.where(defect >= 0.25, 1, np.where((defect == 0) & on_object, 0, -1))
+            normal &= patch_coverage(self.objects, grid).numpy() >= 0.5
+        return np.where(defect >= 0.25, 1, np.where(normal, 0, -1))
 
     def pick(self, grid: int, per_image: int = 16, seed: int = 0) -> pd.DataFrame:
-        """At most that many patches of each label and image, at random: ``image``, ``patch``, ``label`` and the
-        image's ``category``, ``defect`` and ``fold`` (of five)."""
+        """At most that many patches of each label and image, at random: ``image``, ``patch``, ``label`` and the image's
+        ``category``, ``defect`` and ``fold`` (of five)."""
         rng, labels, rows = np.random.default_rng(seed), self.patches(grid), []
         for i, sample in enumerate(self.dataset):
             for label in (0, 1):
@@ -117,12 +110,12 @@ class Truth(Labelled):
 
 
 def patch_coverage(masks: np.ndarray, grid: int) -> torch.Tensor:
-    """Masks M x S x S -> share of each patch that they cover, M x N (row by row, as the tokens)."""
+    """Masks M x S x S -> share of each patch that they cover, M x N."""
     return F.adaptive_avg_pool2d(torch.from_numpy(masks).float(), grid).flatten(1)
 
 
 def ground_truth(dataset: Dataset, image_size: int) -> Truth:
-    """Read the masks, S x S. ValueError for a data set without any: neither phenomenon can be counted there."""
+    """Read the masks, S x S. ValueError for a data set without any."""
     samples = tuple(s for s in dataset if s.label == 1 and s.mask_path is not None)
     if not samples:
         raise ValueError(f"{dataset.name} has no ground-truth masks: nothing can be counted on it")
@@ -148,7 +141,7 @@ def forms(truth: Truth) -> tuple[str, str, str, str]:
 def count_phenomena(maps: np.ndarray, truth: Truth) -> pd.DataFrame:
     """A row per anomalous image: ``category``, ``defect`` and what :func:`image_phenomena` finds.
 
-    ``maps``: M x S x S in the order of ``truth``, unsmoothed. ValueError for maps with NaN.
+    ``maps``: M x S x S in the order of ``truth``. ValueError for maps with NaN.
     """
     maps = np.asarray(maps, dtype=np.float32)
     if not np.isfinite(maps).all():
@@ -175,7 +168,7 @@ class Example:
     """the patch that the defect covers most; without a mask the middle one"""
 
     def auroc(self, values: np.ndarray) -> float | None:
-        """Pixel AUROC of a map S x S inside this image, in percent; None without a defect."""
+        """Pixel AUROC of a map S x S inside this image, percent; None without a defect."""
         if self.mask is None or not self.mask.any():
             return None
         return 100 * pixel_metrics(values[None], self.mask[None])["auroc"]
@@ -183,21 +176,21 @@ class Example:
 
 def example_of(run, sample: Sample) -> Example:
     """An image of a data set, ready to be looked at."""
-    size, image = run.backbone.image_size, read_image(sample.image_path)
-    grid = run.backbone.visual.grid_size[0]
+    backbone, image = run.backbone, read_image(sample.image_path)
+    size, grid = backbone.image_size, backbone.visual.grid_size[0]
     mask, patch = None, grid * grid // 2 + grid // 2
     if run.dataset.has_masks:
         mask = read_masks([sample], size)[0]
         if mask.any():
             patch = int(patch_coverage(mask[None], grid).argmax())
-    tensor = run.backbone.preprocess(image)[None].to(run.backbone.device)
+    tensor = backbone.preprocess(image)[None].to(backbone.device)
     return Example(sample.category, sample.defect, tensor, image_array(image, size), mask, patch)
 
 
 def shuffled_states(
     backbone: Backbone, prompts, categories: Sequence[str], method: str, options: Mapping, seeds
 ) -> list[dict[str, torch.Tensor]]:
-    """For each seed C x 2 per category from sentences that are dealt to the two states at random, alike in all."""
+    """For each seed C x 2 per category from sentences that are dealt to the two states at random."""
     found = [{} for _ in seeds]
     for category in categories:
         states = [F.normalize(backbone.encode_text(s), dim=-1) for s in prompts.sentences(category)]
@@ -211,10 +204,7 @@ def shuffled_states(
 
 
 def untrained(backbone: Backbone, seed: int) -> Backbone:
-    """The same model with an image encoder of random weights, as PyTorch and open_clip initialise it.
-
-    They are drawn on the CPU: a GPU would draw others.
-    """
+    """The same model with an image encoder of random weights, drawn on the CPU (a GPU would draw others)."""
     twin = copy.copy(backbone)
     twin.__dict__.pop("weights_hash", None)
     twin.model = copy.deepcopy(backbone.model).cpu()
@@ -246,22 +236,20 @@ def read(
     """
     cosines, features = defaultdict(list), defaultdict(list)
     for at, category, images in truth.batches(backbone):
+        own = picked[picked["image"].isin(at)]
+        place = (own["image"] - at[0]).tolist(), own["patch"].tolist()
         with backbone.autocast():
             for name, values in variants(backbone.tower, images).items():
                 unit = F.normalize(project(backbone.tower, values[:, 1:]).float(), dim=-1)
                 cosines[name].append((unit @ text[category].to(unit)).float().cpu())
-                own = picked[picked["image"].isin(at)]
-                place = (own["image"] - at[0]).tolist(), own["patch"].tolist()
                 features[name].append(unit[place].cpu())
-    return (
-        {name: torch.cat(parts) for name, parts in cosines.items()},
-        {name: torch.cat(parts).numpy() for name, parts in features.items()},
-    )
+    joined = {name: torch.cat(parts) for name, parts in cosines.items()}
+    return joined, {name: torch.cat(parts).numpy() for name, parts in features.items()}
 
 
 @torch.no_grad()
 def attention_by_block(visual, images: torch.Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each block q-k and v-v attention weights on the ordinary path, mean over heads, B x T x T each."""
+    """Per block q-k and v-v attention weights on the ordinary path, mean over heads, B x (N+1) x (N+1) each."""
     x = visual.ln_pre(embed_patches(visual, images))
     for block in visual.transformer.resblocks:
         q_k, v_v = attention_weights(block, x)
@@ -278,22 +266,21 @@ def attention_of(visual, example: Example, blocks: Sequence[int]) -> dict[int, t
 def attention_on_defect(backbone: Backbone, truth: Truth, labels: np.ndarray) -> pd.DataFrame:
     """A row per image and block: how much of a defect patch's attention goes to *other* defect patches.
 
-    Columns ``image``, ``category``, ``block`` (0-based), ``q-k``, ``v-v`` and ``even`` (what even attention gives):
-    shares of what goes to all *other patches*, so without what a patch gives itself and the class token. Images
-    with fewer than two defect patches (``labels`` M x N) are left out.
+    Columns ``image``, ``category``, ``block`` (0-based), ``q-k``, ``v-v`` and ``even`` (what even attention gives), as
+    shares of what goes to all other patches. Images with fewer than two defect patches (``labels`` M x N) are left out.
     """
     rows = []
 
-    def share_of_others(weights, defect):  # of what goes to other patches, N x N
-        mine = (weights - np.diag(np.diag(weights)))[defect]
-        return float((mine[:, defect].sum(axis=1) / mine.sum(axis=1)).mean())
+    def share(weights, defect):  # of what goes to other patches, N x N
+        others = (weights - np.diag(np.diag(weights)))[defect]
+        return float((others[:, defect].sum(axis=1) / others.sum(axis=1)).mean())
 
     for at, category, images in truth.batches(backbone):
-        for number, weights in enumerate(attention_by_block(backbone.visual, images)):
+        for block, weights in enumerate(attention_by_block(backbone.visual, images)):
             for i, image in enumerate(at):
                 defect = np.flatnonzero(labels[image] == 1)
                 if len(defect) >= 2:
-                    shares = [share_of_others(w[i, 1:, 1:], defect) for w in weights]
+                    shares = [share(w[i, 1:, 1:], defect) for w in weights]
                     even = (len(defect) - 1) / (labels.shape[1] - 1)
-                    rows.append((image, category, number, *shares, even))
+                    rows.append((image, category, block, *shares, even))
     return pd.DataFrame(rows, columns=["image", "category", "block", "q-k", "v-v", "even"])

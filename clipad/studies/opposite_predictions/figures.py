@@ -1,7 +1,5 @@
 """Figures of notebook 02: what the direct map does wrong, counted, and what lies behind it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np
@@ -22,8 +20,6 @@ from clipad.studies.figures import (
 )
 from clipad.studies.opposite_predictions import Example
 
-DIVERGING = "PuOr_r"
-"""purple: more normal, orange: more anomalous"""
 STYLES = {
     "Direct, whole image": ("grey", "s"),
     "Direct": ("orange", "X"),
@@ -59,16 +55,15 @@ def steps(image: np.ndarray, mask: np.ndarray, cosines: np.ndarray, values: np.n
         "direct map": values,
     }
     limits = ((None, None), shared, shared, (-reach, reach), (0, 1))
-    colours = ("gray", "cividis", "cividis", DIVERGING, MAP)
+    colours = ("gray", "cividis", "cividis", "PuOr_r", MAP)
     limits, colours = (dict(zip(maps, look, strict=True)) for look in (limits, colours))
     return gallery([image], {n: m[None] for n, m in maps.items()}, limits=limits, colours=colours)
 
 
 def scatter(panels: Mapping[tuple[str, str], pd.DataFrame], title: str) -> Figure:
-    """Every anomalous image as a point: the map's mean on the defect against its mean on what it is compared with.
+    """Every anomalous image as a point: ``y``, the map's mean on the defect, over ``x``, that on what it is compared with.
 
-    ``panels``: by method and by what it is compared with, in words; columns ``category``, ``x``, ``y``. Shaded, below
-    the diagonal, are the opposite predictions.
+    ``panels``: by method and by the latter in words; columns ``category``, ``x``, ``y``. Shaded: opposite predictions.
     """
     figure, axes = subplots(1, len(panels), (3.1 * len(panels), 3.6), title)
     for ax, ((method, where), frame) in zip(axes[0], panels.items(), strict=True):
@@ -93,10 +88,9 @@ def shares(
     levels: Mapping[str, float] | None = None,
     bands: Mapping[str, tuple[float, float]] | None = None,
 ) -> Figure:
-    """Shares in percent with their intervals: rows are compared things, marks are series (``STYLES``).
+    """Shares in percent: a panel is a table of :func:`entry` rows under its title, with series of ``STYLES``.
 
-    A panel is a table of :func:`entry` rows under its title; ``levels``: by panel, a dotted line; ``bands``:
-    grey, by row, what a control reaches (first panel).
+    ``levels``: by panel, a dotted line; ``bands``: grey, by row, what a control reaches (first panel).
     """
     rows = next(iter(panels.values()))["row"]
     named = [row for members in groups(rows.unique()).values() for row in members]
@@ -119,7 +113,7 @@ def entry(row: str, series: str, found: Interval | float) -> dict:
 
 
 def by_category(frame: pd.DataFrame, column: str, series: str, shares: bool = False) -> list[dict]:
-    """A mark per category that has this column: its mean, with the exact interval if it is a share of images."""
+    """A mark per category: the column's mean, with the exact interval if it is a share of images."""
     rows = []
     for category, values in frame.dropna(subset=[column]).groupby("category")[column]:
         found = exact_share(round(values.sum()), len(values)) if shares else values.mean()
@@ -132,16 +126,13 @@ def attention_of_patch(
 ) -> tuple[Figure, str]:
     """Where the example's patch looks, by q-k and by v-v attention, a row per block, and the caption.
 
-    ``weights``: 0-based block -> the two rows of attention weights over all tokens, class token first.
+    ``weights``: :func:`clipad.studies.opposite_predictions.attention_of`.
     """
-    side, maps = len(example.pixels), {}
-    for k, name in enumerate(("q-k attention", "v-v attention")):
-        shown = np.sqrt([rows[k][1:] for rows in weights.values()])
-        grid = round(shown.shape[1] ** 0.5)
-        squares = shown.reshape(-1, grid, grid)
-        maps[name] = squares.repeat(side // grid, axis=1).repeat(side // grid, axis=2)
-    others = [np.delete(row[1:], example.patch) for rows in weights.values() for row in rows]
-    top, count = np.sqrt(np.max(others)), len(weights)
+    rows = np.sqrt(list(weights.values()))[..., 1:]  # blocks x 2 x N
+    side, grid, count = len(example.pixels), round(rows.shape[-1] ** 0.5), len(weights)
+    squares = rows.reshape(count, 2, grid, grid).repeat(side // grid, 2).repeat(side // grid, 3)
+    maps = {"q-k attention": squares[:, 0], "v-v attention": squares[:, 1]}
+    top = np.delete(rows, example.patch, axis=-1).max()
     masks = None if example.mask is None else [example.mask] * count
     titles, limits = [f"block {block}" for block in weights], dict.fromkeys(maps, (0, top))
     figure = gallery([example.pixels] * count, maps, masks, titles, limits, masks_on="both")
@@ -156,7 +147,7 @@ def attention_of_patch(
 
 
 def attention_by_block(tables: Mapping[str, pd.DataFrame]) -> tuple[Figure, str]:
-    """Share of a defect patch's attention on the rest of the defect, per block: mean over images; and the caption.
+    """Mean share of a defect patch's attention on the rest of the defect, per block, and the caption.
 
     ``tables``: ``trained`` and perhaps ``untrained``, :func:`clipad.studies.opposite_predictions.attention_on_defect`.
     """
