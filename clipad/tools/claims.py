@@ -1,6 +1,4 @@
-"""One page of claims: what all notebooks of a run found, in one table (claims.csv, claims.md). This table is the
-reproduction of the paper: with other weights or data the same table comes out of the same command.
-"""
+"""One page of claims: what all notebooks of a run found, in one table (claims.csv, claims.md)."""
 
 import json
 from collections.abc import Iterable
@@ -13,28 +11,25 @@ from clipad.studies.common import measured
 
 
 def markdown(claims: pd.DataFrame, folder: str = "") -> str:
-    """The claims as a Markdown table; the interval is the wide one (over images and categories).
-
-    ``folder``: where the notebooks lie, seen from the page, as in ``notebooks/``.
-    """
-    rows = ["| claim | source | verdict | 95 % | scope | notebook |", "|---|---|---|---|---|---|"]
+    """The claims as a Markdown table, with wide intervals; ``folder``: of the notebooks, seen from the page."""
+    rows = []
     for claim in claims.fillna({"metric": ""}).to_dict(orient="records"):
         notebook = f"[{claim['notebook'][:2]}]({folder}{claim['notebook']}.ipynb)"
         verdict, shown = f"**{claim['verdict']}**", measured(claim)
-        cells = claim["sentence"], claim["source"], verdict, shown, claim["scope"], notebook
-        rows.append(_row(*cells))
-    return "\n".join(rows)
+        row = claim["sentence"], claim["source"], verdict, shown, claim["scope"], notebook
+        rows.append(row)
+    return _table(["claim", "source", "verdict", "95 %", "scope", "notebook"], rows)
 
 
-def _row(*cells) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+def _table(header, rows) -> str:
+    lines = [" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in (header, *rows)]
+    lines.insert(1, " | ".join("---" for _ in header))
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def write_claims(records: Iterable[Path], folder: Path) -> Path | None:
-    """Writes claims.csv and claims.md to ``folder``; returns the page, or None when no record holds a claim.
-
-    ``records``: what notebooks leave, ``<notebook>.json``.
-    """
+    """Writes claims.csv and claims.md to ``folder``; returns the page, None when no record (``<notebook>.json``) has
+    a claim."""
     claims, published = [], []
     for path in records:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -47,9 +42,8 @@ def write_claims(records: Iterable[Path], folder: Path) -> Path | None:
     page = f"# Claims\n\n{len(table)} claims of {table['notebook'].nunique()} notebooks.\n\n{markdown(table)}\n"
     if published:
         shown = pd.DataFrame(published).round(4)
-        rows = [shown.columns, ["---"] * shown.shape[1], *shown.to_numpy()]
-        page += "\n## Beside published numbers (fractions)\n\n"
-        page += "\n".join(_row(*row) for row in rows) + "\n"
+        rows = _table(shown.columns, shown.to_numpy())
+        page += f"\n## Beside published numbers (fractions)\n\n{rows}\n"
     write_atomically(folder / "claims.csv", table.to_csv(index=False))
     write_atomically(folder / "claims.md", page)
     return folder / "claims.md"

@@ -45,18 +45,15 @@ def app() -> None:
 def run(notebook, every, preset, pairs, texts, files, output_dir) -> None:
     """Execute a notebook. NOTEBOOK: its first characters (03), its name, or a file.
 
-    Unknown parameters, wrong types and values out of range are refused before it starts. The executed copy goes to
-    outputs/<preset>-<dataset>/. A parameter left empty ("" or 0) means what the preset says. Relative paths count from
-    here.
+    Wrong parameters are refused before it starts; one left empty ("" or 0) means what the preset says; relative paths
+    count from here. With --all a parameter goes to the notebooks that have it, a failure does not stop the others, and
+    all claims come on one page (claims.md, claims.csv) beside the executed copies.
 
     \b
     Examples:
       clipad run 00 --preset paper -p data_root ~/data/mvtec
       clipad run 00 -y 'categories: [screw, nut]'
       clipad run --all -f my_settings.yaml
-
-    With --all a parameter goes to the notebooks that have it, a failure does not stop the others, and all claims come
-    on one page (claims.md, claims.csv) beside the copies.
 
     Exit code: 0 it ran, or says why it skips, 1 it failed, 2 wrong usage, 130 stopped; the same command continues.
     """
@@ -109,12 +106,11 @@ def detect(
     """Find anomalies in images of your own: a verdict (good, check, bad), a region and a report for each.
 
     Writes report.html, scores.csv, scores.json and folders of pictures (masks/: regions at native size) to --out.
-    Flawless images (--normal) give scale, threshold and verdicts: on average about the share --false-alarms of such
-    images is called bad; 0.05 takes at least 19 of them. Without them images are only ranked.
-
-    --normal-folder names sub-folders that hold flawless images, in the folder (for labels, which are never guessed) and
-    in --normal (there . stands for all). --neighbours puts the distance to the nearest patch of the flawless images in
-    place of the detector's map (alone), or adds it (added). --tiles finds small defects in large images.
+    Flawless images (--normal) give scale, threshold and verdicts: about the share --false-alarms of such images is
+    called bad; 0.05 takes at least 19 of them. Without them images are only ranked. --normal-folder names sub-folders
+    that hold flawless images, in the folder (for labels, which are never guessed) and in --normal (there . stands for
+    all). --neighbours puts the distance to the nearest patch of the flawless images in place of the detector's map
+    (alone), or adds it (added). --tiles finds small defects in large images.
 
     \b
     Examples:
@@ -122,8 +118,7 @@ def detect(
           --model ViT-B-16-plus-240 --pretrained laion400m_e31
       clipad detect labelled/ --normal-folder ok --object pill --normal flawless/
 
-    Exit code: 0 all images were read, 1 some could not be (they are named), 2 wrong usage, 130 stopped; the same
-    command continues.
+    Exit code: 0 all images were read, 1 some could not be, 2 wrong usage, 130 stopped; the same command continues.
     """
     with one_line_errors():
         from clipad.studies.inspection import require_enough
@@ -169,20 +164,18 @@ def params(notebook) -> None:
 @click.option("--scheduler", metavar="ADDRESS", help="A running Dask cluster, tcp://10.0.0.1:8786.")
 @click.option("--output-dir", help="Folder of the results, not outputs/sweep-<name of the file>.")
 def sweep(file, workers, scheduler, output_dir) -> None:
-    """Run a grid of notebooks or evaluations on Dask.
+    """Run a grid of notebooks or evaluations on Dask. The file holds one block or a list of blocks; a list is an axis:
 
     \b
-    The file holds one block or a list of blocks; a list is an axis:
       evaluate: {detectors: [sdp, direct], rvs: [mean, dbscan], categories: [screw, nut]}
     or
       notebook: "05"
       parameters: {seed: [0, 1], categories: [[screw, nut]]}
 
-    A failed run does not stop the others. The same command continues: it skips what ended well. Results: table.csv with
-    a row per run and number, runs/ with a folder per run. Local processes, if --workers does not say a number: one on
+    Results: table.csv with a row per run and number, runs/ with a folder per run. Without --workers: a local process on
     each GPU that the runs may use, else one per core and at most 4.
 
-    Exit code: 0 all runs ended well, 1 some failed, 2 wrong usage, 130 stopped.
+    Exit code: 0 all runs ended well, 1 some failed, 2 wrong usage, 130 stopped; the same command continues.
     """
     with one_line_errors():
         from clipad.files import REPOSITORY
@@ -197,9 +190,8 @@ def sweep(file, workers, scheduler, output_dir) -> None:
 
 @app.command()
 def doctor() -> None:
-    """What keeps the notebooks from running on this machine, each fault with its fix, after PyTorch's account of system
-    and devices. Ends with exit code 1 when there is a fault.
-    """
+    """What keeps the notebooks from running here, each fault with its fix, after PyTorch's account of system and
+    devices. Exit code: 1 when there is a fault."""
     from clipad.tools.doctor import diagnose
 
     subprocess.run([sys.executable, "-m", "torch.utils.collect_env"], check=False)
@@ -223,7 +215,7 @@ def check_data(name, root, normal_folder) -> None:
     """Read every image and mask of a data set: layout, counts, unreadable files, masks that miss or look wrong.
 
     NAME: mvtec, visa, isic, clinicdb, headct, brainmri, folder, demo or demo_aux. --normal-folder none: there are no
-    normal images. Ends with exit code 1 when there are problems.
+    normal images. Exit code: 1 when there are problems.
 
     \b
     Examples:

@@ -17,17 +17,12 @@ def notebook_paths() -> list[Path]:
     """The numbered notebooks of the project, in order; ValueError where there are none."""
     found = sorted((REPOSITORY / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     if not found:
-        raise ValueError(
-            f"no notebooks in {REPOSITORY}: install from a clone of the repository, `pip install -e .`"
-        )
+        raise ValueError(f"no notebooks in {REPOSITORY}: `pip install -e .` in a clone")
     return found
 
 
 def find_notebook(name: str) -> Path:
-    """The one notebook whose name starts with ``name`` ("03"), or the file itself when ``name`` is a path of one.
-
-    Raises ValueError with the nearest names when none or several fit.
-    """
+    """The one notebook whose name starts with ``name`` ("03"), or the file ``name``; ValueError if none or several."""
     if name.endswith(".ipynb") and Path(name).is_file():
         return Path(name).resolve()
     known = {path.stem: path for path in notebook_paths()}
@@ -80,16 +75,14 @@ def outputs(notebook) -> Iterator[tuple[str, list[str], dict]]:
 
 
 def faults(notebook) -> list[str]:
-    """What went wrong in an executed notebook, also where papermill calls it good: errors inside widgets."""
+    """Errors in an executed notebook, also those inside widgets, where papermill does not look."""
     errors = [(place, o) for place, _, o in outputs(notebook) if o["output_type"] == "error"]
     return [f"{place}: {o['ename']}: {o['evalue']}" for place, o in errors if not is_clean_exit(o)]
 
 
 def merge_streams(notebook):
-    """Neighbouring pieces of text of a stream become one, and a progress bar its last line.
-
-    (nbclient's own way also moves text before a figure that it followed.)
-    """
+    """Neighbouring pieces of text of a stream become one, and a progress bar its last line (nbclient's own way also
+    moves text before a figure that it followed)."""
     for cell in code_cells(notebook):
         merged = []
         for output in cell.outputs:

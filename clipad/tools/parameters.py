@@ -1,13 +1,10 @@
-"""What a notebook's cell tagged ``parameters`` declares, and values that may be passed.
-
-papermill warns of unknown names and guesses types; here both are refused before a kernel starts. The cell says one
-parameter a line, ``name: type = default  # help``:
+"""What a notebook's cell tagged ``parameters`` declares, one a line, ``name: type = default  # help``:
 
 * type: ``str int float bool list list[str] dict``; the default's own if left out;
 * the end of the help may limit the values: ``[mean|pca|kde]`` (choices), ``[1..16]``, ``[0..]``, ``[..1]`` (ranges,
   ends included);
-* a ``str`` parameter whose help starts with "path" is a path: a relative value counts from where the command was
-  typed. With "path" later in the help ("tag, or path of a file") it is one only if such a file exists;
+* a ``str`` whose help starts with "path" is a path: a relative value counts from where the command was typed. With
+  "path" later in the help ("tag, or path of a file") it is one only if such a file exists;
 * empty values (``""``, ``0``, ``[]``, ``{}``) mean "what the preset says" and are never out of range.
 """
 
@@ -75,8 +72,7 @@ class Parameter:
 
 
 def declared(source: str) -> dict[str, Parameter]:
-    """The parameters in the source of a cell, by name; ValueError for an unknown type, or a default that is no plain
-    value."""
+    """The parameters in a cell's source, by name; ValueError for another type or a default that is no plain value."""
     found = {}
     for name, kind, default, text in PythonTranslator.inspect({"source": source}):
         limits = re.search(r"\[([^\[\]]+)\]$", text)
@@ -85,10 +81,8 @@ def declared(source: str) -> dict[str, Parameter]:
             kind = type(default).__name__ if kind == "None" else kind
             TYPES[kind]
         except (KeyError, ValueError, SyntaxError):
-            raise ValueError(
-                f"{name}: expected `name: type = default  # help` in the cell of parameters, with a type of "
-                f"{', '.join(TYPES)} and a plain value"
-            ) from None
+            form = f"`name: type = default  # help`, with a type of {', '.join(TYPES)}"
+            raise ValueError(f"{name}: expected {form} and a plain value") from None
         found[name] = Parameter(name, kind, default, text, limits[1] if limits else "")
     return found
 
@@ -102,10 +96,7 @@ def require_known(names, known, what: str) -> None:
 
 
 def read_parameters(pairs, texts, files) -> dict:
-    """Parameters of ``-f``, ``-y`` and ``-p``; as with papermill, a later kind wins.
-
-    Raises ValueError for what is no mapping, OSError for a file that cannot be read.
-    """
+    """Parameters of ``-f``, ``-y`` and ``-p``, a later kind wins; ValueError for what is no mapping."""
     contents = [(name, Path(name).read_bytes()) for name in files]
     contents += [(f"-y {text[:80]}", text) for text in texts]
     values = {}

@@ -1,6 +1,4 @@
-"""papermill made strict: wrong parameters are refused before a kernel starts, and a run with an error inside a widget,
-where papermill does not look, has failed (`notebooks.faults`).
-"""
+"""papermill made strict: wrong parameters are refused before a kernel starts, and an error in a widget fails a run."""
 
 import json
 import os
@@ -26,10 +24,7 @@ KERNEL = {
 
 
 def plan(paths, values: dict) -> list[tuple[Path, dict]]:
-    """Each notebook with those of the values that it has, as it may get them: right types, allowed, paths absolute.
-
-    Raises ValueError for a name that no notebook has.
-    """
+    """Each notebook with those of the values that it has, checked; ValueError for a name that no notebook has."""
     known = {path: notebooks.inspect_parameters(path) for path in paths}
     names = {name: None for own in known.values() for name in own}
     require_known(values, names, Path(paths[0]).stem if len(paths) == 1 else "all notebooks")
@@ -54,9 +49,8 @@ def run_notebook(path, parameters=None, output_dir=None, progress_bar=True) -> R
     """Executes a notebook in a fresh kernel, in the notebook's folder.
 
     Writes the executed copy ``output_dir/<name>.ipynb`` cell by cell (also when it fails) and the run's end in
-    ``output_dir/runs.json``. ``output_dir`` is a parameter of our notebooks, too; without one it is
-    ``outputs/<preset>-<dataset>`` of the clone. Wrong parameters raise ValueError before anything starts; what goes
-    wrong inside the notebook is told by the returned `Run`.
+    ``output_dir/runs.json``; without ``output_dir``: ``outputs/<preset>-<dataset>`` of the clone. Wrong parameters
+    raise ValueError before anything starts; what goes wrong inside the notebook is told by the returned `Run`.
     """
     from clipad.studies.experiments import resolve, run_folder
 
@@ -79,8 +73,11 @@ def run_notebook(path, parameters=None, output_dir=None, progress_bar=True) -> R
         status, reason = _execute(path, output_path, values, progress_bar)
     finally:
         seconds = round(time.perf_counter() - start, 1)
+        beside = output_path.with_name("runs.json")
+        ends = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
         end = {"parameters": values, "status": status, "reason": reason, "seconds": seconds}
-        _record(output_path, end)
+        text = json.dumps(ends | {path.stem: end}, indent=1, sort_keys=True, ensure_ascii=False)
+        write_atomically(beside, text + "\n")
     return Run(path.stem, status, reason, seconds, output_path)
 
 
@@ -113,10 +110,3 @@ def _execute(path, output_path, values, progress_bar) -> tuple[str, str]:
         return "failed", "; ".join(found) or raised
     skipped = notebooks.skip_reason(executed)
     return ("ok", "") if skipped is None else ("skipped", skipped)
-
-
-def _record(output_path: Path, end: dict) -> None:
-    path = output_path.with_name("runs.json")
-    runs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    runs[output_path.stem] = end
-    write_atomically(path, json.dumps(runs, indent=1, sort_keys=True, ensure_ascii=False) + "\n")

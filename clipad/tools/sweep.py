@@ -7,9 +7,8 @@ notebook 00, or ``notebook:`` with ``parameters:``. A list is an axis; a block s
     - notebook: "05"
       parameters: {seed: [0, 1], categories: [[screw, nut]]}            # 2 runs with two categories each
 
-Each run has an address, a hash of its parameters and of all that decides its numbers. It computes in ``runs/<address>``
-and, if it ends well, leaves ``run.json`` there as the last thing: the next sweep skips it, and tries again what failed
-or was killed. Workers that die, and retries, are Dask's.
+Each run has an address, a hash of all that decides its numbers. It computes in ``runs/<address>`` and, if it ends well,
+leaves ``run.json`` there as the last thing: the next sweep skips it, and tries again what failed or was killed.
 """
 
 import json
@@ -50,10 +49,7 @@ def plan(path) -> list[dict]:
     """The runs of a sweep file, in its order (the last axis varies fastest), each once.
 
     A run has ``run`` (its address), ``name``, ``notebook`` (path of the source, "" for an evaluation), ``parameters``
-    and ``inputs`` (hashes of what decides the result besides them).
-
-    Raises ValueError for wrong names or values of parameters, models and data sets that do not exist, OSError for
-    files that do not.
+    and ``inputs`` (hashes of what decides the result besides them). ValueError or OSError for what cannot run.
     """
     blocks = read_yaml(Path(path).read_bytes(), path)
     blocks = blocks if isinstance(blocks, list) else [blocks]
@@ -108,13 +104,13 @@ def _inputs(values: dict, known: dict[str, Parameter]) -> dict:
 
 
 def read_record(run: dict, output_dir) -> dict | None:
-    """What a run that ended well left: itself with ``status`` (ok, skipped), ``reason``, ``seconds``, ``results``."""
+    """A run that ended well, with ``status`` (ok, skipped), ``reason``, ``seconds``, ``results``."""
     path = Path(output_dir, "runs", run["run"], "run.json")
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def run_one(run: dict, output_dir: str, gpus: list[str]) -> None:
-    """Computes a run on a worker and writes its record; a failure is raised. ``gpus``: see `placed`."""
+    """Computes a run on a worker and writes its record; a failure is raised."""
     if read_record(run, output_dir):  # by a worker that was lost
         return
     if code_version() != run["inputs"]["code"]:
@@ -166,8 +162,8 @@ def _run_notebook(run: dict, values: dict, folder: Path) -> dict:
 def sweep(
     runs: list[dict], output_dir, workers: int | None = None, scheduler: str | None = None
 ) -> list[dict]:
-    """Executes the runs that have not ended well; returns the records of all that ended, in the order of ``runs``: as
-    `read_record` does, failures with the status "failed". Writes them to ``table.csv``, also when it is interrupted.
+    """Executes the runs that have not ended well; returns the records of all that ended, in the order of ``runs``, and
+    writes them to ``table.csv``, also when it is interrupted. A failure has the status "failed".
 
     ``workers``: local processes; None for one on each GPU that the runs may use, else one per core but at most 4.
     ``scheduler``: address of a running Dask cluster whose workers see ``output_dir`` under the same path.
@@ -183,8 +179,11 @@ def sweep(
     try:
         if todo:
             with Client(scheduler) if scheduler else local_cluster(workers) as client:
-                for record in _failures(client, todo, output_dir, gpus):
-                    failed[record["run"]] = record
+                for run, error in _failures(client, todo, str(output_dir), gpus):
+                    reason = f"{type(error).__name__}: {error}"
+                    tqdm.write(f"{run['name']} {run['run']} failed: {reason}", sys.stderr)
+                    told = {"status": "failed", "reason": reason, "seconds": 0.0, "results": []}
+                    failed[run["run"]] = run | told
     finally:
         # from the disk: a run may have ended right before the interruption, when nobody looked any more
         records = [read_record(run, output_dir) or failed.get(run["run"]) for run in runs]
@@ -193,34 +192,26 @@ def sweep(
     return records
 
 
-def _failures(
-    client: Client, todo: list[dict], output_dir: Path, gpus: list[str]
-) -> Iterator[dict]:
-    """Executes the runs; records of those that fail, as it happens."""
-    futures = client.map(run_one, todo, output_dir=str(output_dir), gpus=gpus)
+def _failures(client: Client, todo: list[dict], output_dir: str, gpus: list[str]) -> Iterator:
+    """Executes the runs; those that fail, with their error, also that workers died (often: out of memory)."""
+    futures = client.map(run_one, todo, output_dir=output_dir, gpus=gpus)
     run_of = dict(zip(futures, todo, strict=True))
     for future in tqdm(as_completed(futures), total=len(todo), unit="run"):
         if future.cancelled():
             raise OSError("the Dask scheduler is gone; the same command continues")
-        if error := future.exception():  # also that its workers died (often: out of memory)
-            run, reason = run_of[future], f"{type(error).__name__}: {error}"
-            tqdm.write(f"{run['name']} {run['run']} failed: {reason}", sys.stderr)
-            yield run | {"status": "failed", "reason": reason, "seconds": 0.0, "results": []}
+        if error := future.exception():
+            yield run_of[future], error
 
 
 def gpus_for(runs: list[dict]) -> list[str]:
-    """The GPUs of this machine, as in cuda:0 and cuda:1; none where all runs compute on the CPU.
-
-    Raises ValueError for a device that torch does not see.
-    """
+    """The GPUs of this machine, none where all runs compute on the CPU; ValueError for one that torch does not see."""
     devices = [find_device(run["parameters"].get("device", "cpu")) for run in runs]
     kinds = {device.type for device in devices} - {"cpu"}
     return [f"{kind}:{i}" for kind in kinds for i in range(torch.accelerator.device_count())]
 
 
 def dask_setup(_worker) -> None:
-    """Dask calls this in each local worker. A terminal sends Ctrl-C to every process: the one that planned ends the
-    workers."""
+    """Dask calls this in each local worker. Ctrl-C goes to every process; the one that planned ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -239,7 +230,7 @@ def local_cluster(workers: int) -> Client:
 
 
 def write_table(records: list[dict], path: Path) -> None:
-    """A CSV file with a row per run and number (a run without numbers: one row without)."""
+    """A CSV file with a row per run and number, one row for a run without numbers."""
     about = ("run", "name", "status", "reason", "seconds")
     rows = [
         {name: record[name] for name in about} | record["parameters"] | number

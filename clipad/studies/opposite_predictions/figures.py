@@ -61,7 +61,7 @@ def steps(image: np.ndarray, mask: np.ndarray, cosines: np.ndarray, values: np.n
 
 
 def scatter(panels: Mapping[tuple[str, str], pd.DataFrame], title: str) -> Figure:
-    """Every anomalous image as a point: ``y``, the map's mean on the defect, over ``x``, that on what it is compared with.
+    """Every anomalous image as a point: ``y``, the map's mean on the defect, over ``x``, that on what it is held to.
 
     ``panels``: by method and by the latter in words; columns ``category``, ``x``, ``y``. Shaded: opposite predictions.
     """
