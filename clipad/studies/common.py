@@ -259,10 +259,8 @@ class Kept(Labelled):
     def predict_all(
         self, detector: Detector, texts: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Maps N x S x S and class probabilities N; ``texts``: other text vectors C x 2 per category.
-
-        ValueError for a detector that reads other features.
-        """
+        """Maps N x S x S and class probabilities N; ``texts``: other text vectors C x 2 per category. ValueError for a
+        detector that reads other features."""
         if self.reads[: len(detector.reads)] != detector.reads:
             raise ValueError(
                 f"{detector.name} reads {detector.reads}, but {self.reads} were kept: keep its own features"
@@ -310,9 +308,7 @@ def score(
     without_map: Collection[str] = (),
 ) -> Scores:
     """``METRICS`` of several methods on the same draws: name -> maps N x S x S and class probabilities N.
-
-    ``without_map``: methods whose image score is the class probability alone.
-    """
+    ``without_map``: methods whose image score is the class probability alone."""
     found = {
         name: data.metrics_by_category(*pair, name not in without_map, resamples, seed)
         for name, pair in predictions.items()

@@ -229,10 +229,8 @@ DETECTORS |= {"sdp_plus": SDPPlus, "winclip": WinCLIP}
 def make_detector(
     name: str, backbone: Backbone, layers: str | Path | None = None, **options
 ) -> Detector:
-    """A detector by its short name; ``sdp_plus`` needs ``layers``, a checkpoint of its linear layers.
-
-    ValueError for an unknown name, missing layers, or layers that another detector would ignore.
-    """
+    """A detector by its short name; ``sdp_plus`` needs ``layers``, a checkpoint of its linear layers. ValueError for an
+    unknown name, missing layers, or layers that another detector would ignore."""
     kind = _known("detector", name, DETECTORS)
     if (kind is SDPPlus) != bool(layers):
         raise ValueError("sdp_plus needs its linear layers, a checkpoint; others take none")

@@ -295,10 +295,8 @@ def _limit_of_most(rows: pd.DataFrame) -> float:
 
 
 def category_dots(table: pd.DataFrame, title: str, before: str, after: str) -> Figure:
-    """Difference of two methods per category, textures and objects apart, a panel per metric.
-
-    ``table``: :meth:`clipad.studies.common.Scores.by_category` with a column ``metric``.
-    """
+    """Difference of two methods per category, textures and objects apart, a panel per metric: a table of
+    :meth:`clipad.studies.common.Scores.by_category` with a column ``metric``."""
     row = table["category"] + " (" + table["group"].str[:-1] + ")"
     table = table.assign(row=row, series=table["group"])
     panels = {METRIC_NAMES.get(m, m): t for m, t in table.groupby("metric", sort=False)}

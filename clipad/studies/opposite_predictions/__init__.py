@@ -26,8 +26,6 @@ from clipad.text import representative_vector
 PHENOMENA = ("opposite", "opposite_on_object")
 PHENOMENA += ("off_object", "off_object_area", "off_defect", "off_defect_area")
 MEANS = ("on_defect", "elsewhere", "on_rest", "on_background")
-COMPARED = {"opposite": "elsewhere", "opposite_on_object": "on_rest"}
-"""with which mean of the map a form of opposite prediction compares the mean on the defect"""
 
 
 def opposite(values: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float:
@@ -128,21 +126,9 @@ def ground_truth(dataset: Dataset, image_size: int) -> Truth:
     return Truth(few, read_masks(list(samples), image_size), objects)
 
 
-def forms(truth: Truth) -> tuple[str, str, str, str]:
-    """What the masks of a data set allow: the form of opposite prediction and what it compares with, the form of
-    highlight and where it lies. The stricter ones need masks of objects, and objects that do not fill the image."""
-    if truth.objects is None:
-        return "opposite", "the rest of the image", "off_defect", "off the defect"
-    filled = truth.objects.all()
-    place = ("off_defect", "off the defect") if filled else ("off_object", "off the object")
-    return "opposite_on_object", "the rest of the object", *place
-
-
 def count_phenomena(maps: np.ndarray, truth: Truth) -> pd.DataFrame:
-    """A row per anomalous image: ``category``, ``defect`` and what :func:`image_phenomena` finds.
-
-    ``maps``: M x S x S in the order of ``truth``. ValueError for maps with NaN.
-    """
+    """A row per anomalous image: ``category``, ``defect`` and what :func:`image_phenomena` finds in maps M x S x S, in
+    the order of ``truth``. ValueError for maps with NaN."""
     maps = np.asarray(maps, dtype=np.float32)
     if not np.isfinite(maps).all():
         raise ValueError("maps have to be finite; found NaN or infinity, which would count as 0")
@@ -231,9 +217,7 @@ def read(
     picked: pd.DataFrame,
 ) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
     """Carry other tokens into the joint space: their cosines with the text, M x N x 2, and unit features P x C.
-
-    ``variants(visual, images)``: tokens B x (N+1) x D by name; ``picked``: the patches whose features are kept.
-    """
+    ``variants(visual, images)``: tokens B x (N+1) x D by name; ``picked``: the patches whose features are kept."""
     cosines, features = defaultdict(list), defaultdict(list)
     for at, category, images in truth.batches(backbone):
         own = picked[picked["image"].isin(at)]

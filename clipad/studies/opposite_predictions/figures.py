@@ -40,10 +40,8 @@ STYLES = {
 
 
 def steps(image: np.ndarray, mask: np.ndarray, cosines: np.ndarray, values: np.ndarray) -> Figure:
-    """The direct map in steps: image, ground truth, cosine with either state, their difference, map.
-
-    ``image`` S x S x 3, ``mask`` S x S, ``cosines`` N x 2, ``values`` S x S.
-    """
+    """The direct map in steps: image S x S x 3, ground truth S x S, cosine with either state (N x 2), their difference,
+    map (S x S)."""
     grid = round(len(cosines) ** 0.5)
     normal, anomalous = cosines.T.reshape(2, grid, grid)
     shared, reach = (cosines.min(), cosines.max()), np.abs(anomalous - normal).max()
@@ -89,9 +87,7 @@ def shares(
     bands: Mapping[str, tuple[float, float]] | None = None,
 ) -> Figure:
     """Shares in percent: a panel is a table of :func:`entry` rows under its title, with series of ``STYLES``.
-
-    ``levels``: by panel, a dotted line; ``bands``: grey, by row, what a control reaches (first panel).
-    """
+    ``levels``: by panel, a dotted line; ``bands``: grey, by row, what a control reaches (first panel)."""
     rows = next(iter(panels.values()))["row"]
     named = [row for members in groups(rows.unique()).values() for row in members]
     figure = dot_panels(panels, "percent", title, STYLES, named)
@@ -124,10 +120,8 @@ def by_category(frame: pd.DataFrame, column: str, series: str, shares: bool = Fa
 def attention_of_patch(
     example: Example, weights: Mapping[int, tuple[np.ndarray, np.ndarray]]
 ) -> tuple[Figure, str]:
-    """Where the example's patch looks, by q-k and by v-v attention, a row per block, and the caption.
-
-    ``weights``: :func:`clipad.studies.opposite_predictions.attention_of`.
-    """
+    """Where the example's patch looks, by q-k and by v-v attention, a row per block, and the caption. ``weights``:
+    :func:`clipad.studies.opposite_predictions.attention_of`."""
     rows = np.sqrt(list(weights.values()))[..., 1:]  # blocks x 2 x N
     side, grid, count = len(example.pixels), round(rows.shape[-1] ** 0.5), len(weights)
     squares = rows.reshape(count, 2, grid, grid).repeat(side // grid, 2).repeat(side // grid, 3)
@@ -147,10 +141,8 @@ def attention_of_patch(
 
 
 def attention_by_block(tables: Mapping[str, pd.DataFrame]) -> tuple[Figure, str]:
-    """Mean share of a defect patch's attention on the rest of the defect, per block, and the caption.
-
-    ``tables``: ``trained`` and perhaps ``untrained``, :func:`clipad.studies.opposite_predictions.attention_on_defect`.
-    """
+    """Mean share of a defect patch's attention on the rest of the defect, per block, and the caption. ``tables``:
+    ``trained`` and perhaps ``untrained``, :func:`clipad.studies.opposite_predictions.attention_on_defect`."""
     what, frames, looks = "attention on the\nrest of the defect", [], {}
     for network, table in tables.items():
         by_block = table.groupby("block")[["q-k", "v-v", "even"]].mean()
