@@ -356,7 +356,7 @@ def claim(
     source: str = "ours",
     level: float | None = None,
     then: Mapping[str, str] | str = "",
-    scope: str = "other images and categories",
+    scope: str = "",
 ) -> None:
     """State a finding in the notebook (*Found here:*) and keep it for the record of the run.
 
@@ -365,7 +365,9 @@ def claim(
     signed points), a number for a rate or metric held against it. ``source``: who says so: "paper 3.2", "released
     program", "ours". ``then``: what follows, one text or one per verdict.
     """
-    images, wide = found if isinstance(found, tuple) else (found, found)
+    both = isinstance(found, tuple)
+    images, wide = found if both else (found, found)
+    scope = scope or ("other images and categories" if both else "other images")
     sign, against = "+", ""
     if level is not None:
         sign, against, wide = "", f", against {100 * level:g}", replace(wide, p=np.nan)
