@@ -46,7 +46,7 @@ def choices(tried: pd.DataFrame) -> Figure:
         ax.plot(100 * rows["pro"], "o-", color=COLOURS["blue"], markersize=4)
         ax.plot(best, 100 * rows["pro"][best], "o", color=COLOURS["red"], mfc="none", ms=11)
         ax.set_xticks(rows.index, rows["value"].astype(str).str.removeprefix("0"))
-        ax.margins(x=0.2)
+        ax.set_xlim(-0.4, len(rows) - 0.6)
         ax.set_title(what, fontsize=10)
     for ax in axes[:, 0]:
         ax.set_ylabel("PRO, %")

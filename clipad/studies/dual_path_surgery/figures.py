@@ -70,7 +70,8 @@ def beside(examples: Sequence[Example], maps: Mapping[str, np.ndarray]) -> tuple
     )
     if known:
         caption = f"White line in the image: the defect. {caption}"
-        caption += f" Pixel AUROC inside the image: {'; '.join(told)}."
+        shown = ", ".join(example.category for example in examples)
+        caption += f" Pixel AUROC inside the image ({shown}): {'; '.join(told)}."
     return figure, caption
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from clipad.studies.common import METRIC_NAMES
-from clipad.studies.figures import ANOMALOUS, COLOURS, LOOKS, NORMAL, dots, legend_below, subplots
+from clipad.studies.figures import ANOMALOUS, COLOURS, NORMAL, dots, legend_below, subplots
 
 
 def loss_curve(focal: Sequence[float], dice: Sequence[float], per_epoch: int) -> Figure:
@@ -84,7 +84,9 @@ def fusion(
         edges = np.linspace(*np.percentile(values, [0.05, 99.95]), 50)
         _two_kinds(ax, values, masks, edges, "pixels", histtype="step")
         ax.set(xlabel=name, yscale="log", ylabel="density of pixels")
-    for (metric, values), (colour, marker) in zip(curve.items(), LOOKS, strict=False):
+    for (metric, values), (colour, marker) in zip(
+        curve.items(), (("green", "s"), ("purple", "D")), strict=True
+    ):
         look = {"color": COLOURS[colour], "marker": marker, "label": METRIC_NAMES[metric]}
         right.plot(range(len(values)), 100 * values, markersize=4, **look)
     right.set_xticks(range(len(curve)), [f"{weight:g}" for weight in curve.index])

@@ -66,6 +66,9 @@ def eps_curves(
     """Fractions over eps, a panel per column of ``curves``; ``base``: what the mean has (dashed); dotted: ``published``
     values of eps and their names."""
     figure = growth({"eps": curves}, list(curves.columns), base, title)
+    for ax in figure.axes[:2]:  # shares
+        ax.set_ylim(0, 105)
+    figure.axes[-1].set_xticks(curves.index, [f"{eps:g}" for eps in curves.index], fontsize=8)
     for eps, name in published.items():
         for ax in figure.axes:
             ax.axvline(eps, color="0.4", linestyle=":", linewidth=1)
@@ -75,7 +78,7 @@ def eps_curves(
 
 
 def word_matrix(words: pd.DataFrame, title: str) -> Figure:
-    """Cosines between state words (:func:`word_cosines`) as a heat map; a line parts the states."""
+    """Cosines between state words (index: state and word) as a heat map; a line parts the states."""
     names = [word.replace("{}", "…") for word in words.index.get_level_values("word")]
     size = 2.4 + 0.3 * len(names)
     figure, ax = plt.subplots(figsize=(size, size - 0.4))
