@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from clipad.dual_path import default_stages, embed_patches, project, require_images, staged_features
+from clipad.dual_path import default_stages, embed_patches, project, staged_features
 from clipad.linear_layers import LinearLayers, linear_maps, require_separate
 from clipad.prompts import CLIP_AD, Prompts
 from clipad.surgery import cosine, feature_surgery, similarity_map, smooth
@@ -103,7 +103,6 @@ class Detector:
 
     def features(self, images: torch.Tensor) -> Features:
         """Everything that does not depend on the text, float32 on the backbone's device."""
-        require_images(self.backbone.visual, images)
         with torch.no_grad(), self.backbone.autocast():
             found = self.encode(images.to(self.backbone.device, non_blocking=True))
         return found.apply(torch.Tensor.float)

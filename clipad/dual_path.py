@@ -116,18 +116,13 @@ def attention_weights(block, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 def embed_patches(visual, images: torch.Tensor) -> torch.Tensor:
     """Images B x 3 x S x S -> tokens B x (N+1) x D after the position embedding, before ``ln_pre``."""
-    require_images(visual, images)
-    patches = visual.conv1(images).flatten(2).transpose(1, 2)
-    class_token = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
-    return torch.cat([class_token, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
-
-
-def require_images(visual, images: torch.Tensor) -> None:
-    """ValueError unless images are B x 3 x S x S with B >= 1 and this network's S."""
     size = visual.image_size
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, *size) or not len(images):
         wanted = f"B x 3 x {size[0]} x {size[1]} with B >= 1"
         raise ValueError(f"images have to be {wanted}, found {tuple(images.shape)}")
+    patches = visual.conv1(images).flatten(2).transpose(1, 2)
+    class_token = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
+    return torch.cat([class_token, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
 
 
 def project(visual, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,5 @@
-"""The prompt ensemble (paper section 3.1): states x templates for one object.
-
-Prompts are data: the ones of CLIP-AD and of WinCLIP stand below, and a user's own come from a YAML file
-(:func:`load_prompts`). ``{}`` stands for the state in a template and for the object in a state.
-"""
+"""The prompt ensemble (paper section 3.1): states x templates for one object. ``{}`` stands for the state in a template
+and for the object in a state."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ class Prompts:
     anomalous: tuple[str, ...]
     templates: tuple[str, ...]
     object_names: dict[str, str] = field(default_factory=dict)
-    """category -> words that stand for it in a sentence; a category without an entry stands for itself"""
+    """category -> the words that stand for it in a sentence, itself if there is no entry"""
 
     def sentences(self, category: str) -> tuple[list[str], list[str]]:
         """The normal and the anomalous sentences of a category, state by state; ValueError without a name."""

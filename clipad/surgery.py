@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter1d
+from scipy.ndimage import gaussian_filter
 
 
 def feature_surgery(stage_features: Sequence[torch.Tensor], text: torch.Tensor) -> torch.Tensor:
@@ -39,11 +38,8 @@ def cosine(tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 
 
 def similarity_map(values: torch.Tensor, image_size: int, sigma: float) -> torch.Tensor:
-    """Patch values B x N -> maps B x S x S: G x G, bilinear (corners not aligned), Gaussian of ``sigma`` pixels.
-
-    Both steps are linear and separable, so they are one S x G matrix M: out = M map M^T. ``sigma=0``: no smoothing.
-    The Gaussian is SciPy's (reflect, truncate 4).
-    """
+    """Patch values B x N -> maps B x S x S: G x G, bilinear (corners not aligned), SciPy's Gaussian of ``sigma`` pixels
+    (0: none). Both steps are linear and separable, so they are one S x G matrix M: out = M map M^T."""
     grid = round(values.shape[1] ** 0.5)
     if grid * grid != values.shape[1]:
         raise ValueError(f"{values.shape[1]} patch values are not a square grid")
@@ -60,10 +56,6 @@ def smooth(maps: torch.Tensor, sigma: float) -> torch.Tensor:
 @lru_cache(maxsize=32)
 def _matrix(grid: int, image_size: int, sigma: float) -> torch.Tensor:
     """S x G: bilinear interpolation of a row of G values to S pixels, followed by the Gaussian."""
-    matrix = torch.eye(grid, dtype=torch.float64)
-    if grid != image_size:
-        matrix = F.interpolate(matrix[None], size=image_size, mode="linear", align_corners=False)[0]
-    matrix = matrix.T.numpy()
-    if sigma > 0:
-        matrix = gaussian_filter1d(matrix, sigma, axis=0)
-    return torch.from_numpy(np.ascontiguousarray(matrix)).float()
+    one = torch.eye(grid, dtype=torch.float64)[None]
+    matrix = F.interpolate(one, size=image_size, mode="linear", align_corners=False)[0].T.numpy()
+    return torch.from_numpy(gaussian_filter(matrix, (sigma, 0))).float()

@@ -1,7 +1,7 @@
 """From sentences to one vector per state: Representative Vector Selection (paper section 3.1, METHOD.md section 2).
 
-The sentence embeddings e_i of a state are unit vectors, a cloud on the sphere. WinCLIP and most others take their
-mean; the paper reads the cloud as a distribution and picks a vector by PCA, KDE, DBSCAN or mean shift.
+The sentence embeddings e_i of a state are unit vectors. WinCLIP and most others take their mean; the paper reads the
+cloud as a distribution and picks a vector by PCA, KDE, DBSCAN or mean shift.
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ def representative_vector(
 
     ``method`` and its ``options`` (defaults are the published ones): ``mean``; ``pca``; ``kde`` (bandwidth 0.3);
     ``dbscan`` (eps 0.5, min_samples 15); ``mean_shift`` (bandwidth 2). Where DBSCAN calls every sentence noise the
-    mean is taken, with a warning that names ``what`` (the released program stops with an exception).
-
-    Raises ValueError for an unknown method or option, or embeddings that are empty, not finite or not M x C.
+    mean is taken, with a warning that names ``what``. Raises ValueError for what cannot be read.
 
     >>> e = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
     >>> representative_vector(e, "mean")
