@@ -228,4 +228,5 @@ class Controls(w.VBox):
         table = pd.concat([t.reset_index(drop=True) for t in best], axis=1, keys=["A", "B"])
         look = {"index": False, "border": 0, "justify": "left", "na_rep": ""}
         with pd.option_context("display.max_colwidth", None):
-            return table.to_html(float_format="{:.3f}".format, **look)
+            found = table.to_html(float_format="{:.3f}".format, **look)
+        return f'<div style="line-height: 1.4">{found}</div>'
