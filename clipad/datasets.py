@@ -239,8 +239,14 @@ def list_dataset(name: str, root: str | Path | None = None, normal_folder: str =
     if not root.is_dir():
         kind = "is no folder (unpack an archive first)" if root.exists() else "does not exist"
         raise FileNotFoundError(f"the root of data set {name!r} {kind}: {root}")
-    listed = ((place, _find(name, place, normal_folder)) for place in (root, *_folders(root)))
-    root, samples = next((found for found in listed if found[1]), (root, ()))
+    samples = _find(name, root, normal_folder)
+    if not samples:
+        inside = [(place, _find(name, place, normal_folder)) for place in _folders(root)]
+        inside = [found for found in inside if found[1]]
+        if len(inside) > 1:
+            places = ", ".join(str(place) for place, _ in inside)
+            raise LayoutError(f"{root} holds data set {name!r} more than once: {places}. Give one")
+        root, samples = inside[0] if inside else (root, ())
     if not samples:
         raise LayoutError(f"{root} holds no test images of {name!r}. {_expected(name, root)}")
     categories = tuple(dict.fromkeys(s.category for s in samples))
@@ -303,8 +309,12 @@ def _samples(images, category, label, defect, masks=None, ending="_mask", object
 
 def _by_stem(folder: Path | None, ending: str) -> dict[str, Path]:
     """Masks by the stem of their image: they pair by name, never by position."""
-    images = _images(folder) if folder else []
-    return {nfc(path.stem).removesuffix(ending): path for path in images}
+    masks = {}
+    for path in _images(folder) if folder else []:
+        other = masks.setdefault(nfc(path.stem).removesuffix(ending), path)
+        if other != path:
+            raise ValueError(f"two masks for one image: {other} and {path}. Remove one")
+    return masks
 
 
 def _by_defect(images, category, truth, normal="good", masked=True) -> Iterator[Sample]:
@@ -318,9 +328,15 @@ def _by_defect(images, category, truth, normal="good", masked=True) -> Iterator[
 
 
 def _mvtec(root: Path, name: str = "mvtec") -> Iterator[Sample]:
-    for category in sorted(expected_counts(name)):
-        images = {path: _images(path) for path in _folders(root / category / "test")}
-        yield from _by_defect(images, category, root / category)
+    known, folders = expected_counts(name), _folders(root)
+    found = {nfc(f.name): f for f in folders if (f / "test").is_dir()}
+    unknown = sorted(found.keys() - known)
+    if unknown and found.keys() & known:  # misspelt: its images would be missing without a word
+        hint = f"{did_you_mean(unknown[0], known)}. Other data are dataset='folder'"
+        raise LayoutError(f"{found[unknown[0]]} is no category of {name!r}{hint}")
+    for category in sorted(found.keys() & known):
+        images = {path: _images(path) for path in _folders(found[category] / "test")}
+        yield from _by_defect(images, category, found[category])
 
 
 def _visa(root: Path) -> Iterable[Sample]:

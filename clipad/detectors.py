@@ -93,8 +93,9 @@ class Detector:
     def text_vectors(self, category: str) -> torch.Tensor:
         """C x 2 unit columns (normal, anomalous) on the CPU, computed once per category."""
         if category not in self._text:
-            asked = self.backbone, category, self.prompts, self.rvs
-            self._text[category] = representative_vectors(*asked, **self.rvs_options)
+            self._text[category] = representative_vectors(
+                self.backbone, category, self.prompts, self.rvs, **self.rvs_options
+            )
         return self._text[category]
 
     def predict(self, images: torch.Tensor, category: str) -> Prediction:
@@ -136,6 +137,9 @@ class Detector:
         found = {"detector": self.name, **self.backbone.settings, "prompts": asdict(self.prompts)}
         return found | {name: getattr(self, name) for name in ("rvs", "rvs_options", "smoothing")}
 
+    def __repr__(self):
+        return f"{self.name}({self.backbone.name}, rvs={self.rvs}, smoothing={self.smoothing:g} px)"
+
 
 class Direct(Detector):
     """The map computed directly ("Comp. Directly"): cosine of the last block's patch tokens with the text."""
@@ -160,8 +164,17 @@ class SDP(Detector):
 
     name = "SDP"
 
-    def __init__(self, backbone, *args, stages=None, as_released=True, **options):
-        super().__init__(backbone, *args, **options)
+    def __init__(
+        self,
+        backbone,
+        prompts=None,
+        rvs="dbscan",
+        rvs_options=None,
+        stages=None,
+        smoothing=None,
+        as_released=True,
+    ):
+        super().__init__(backbone, prompts, rvs, rvs_options, smoothing)
         blocks = len(backbone.visual.transformer.resblocks)
         self.stages = tuple(stages) if stages else default_stages(blocks)
         self.as_released = as_released
@@ -238,8 +251,9 @@ class ClipSurgery(Detector):
     def encode(self, images):
         visual = self.backbone.tower
         last = len(visual.transformer.resblocks)
-        path = {"as_released": False, "first_block": last // 2, "restart": False}
-        found = staged_features(visual, images, [last], **path)
+        found = staged_features(
+            visual, images, [last], as_released=False, first_block=last // 2, restart=False
+        )
         return Features(found.image_embedding, found.surgery)
 
     patch_values = SDP.patch_values

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import struct
 import unicodedata
 import zlib
@@ -803,3 +804,23 @@ def test_real_data_sets(name, normal, anomalous):
     report = check_dataset(name, root)
     assert report.ok, report.problems
     assert report.table["duplicates"].tolist() == [25 if name == "brainmri" else 0]
+
+
+def test_what_would_be_lost_or_chosen_without_a_word_is_refused(tmp_path):
+    """A misspelt category, two masks for one image, two copies of the data set below one root."""
+    root = tmp_path / "mvtec"
+    for place in ("bottle/test/good/000.png", "bottle/test/cut/000.png"):
+        png(root / place)
+    for name in ("000_mask.png", "000.png"):
+        mask_png(root / "bottle/ground_truth/cut" / name)
+    with pytest.raises(ValueError, match="two masks"):
+        load_dataset("mvtec", root)
+    (root / "bottle/ground_truth/cut/000.png").unlink()
+    shutil.copytree(root / "bottle", root / "screww")
+    with pytest.raises(ValueError, match="screww.*'screw'"):
+        load_dataset("mvtec", root)
+    shutil.rmtree(root / "screww")
+    assert len(load_dataset("mvtec", tmp_path)) == 2
+    shutil.copytree(root, tmp_path / "mvtec copy")
+    with pytest.raises(ValueError, match="more than once"):
+        load_dataset("mvtec", tmp_path)

@@ -154,6 +154,7 @@ def attention_by_block(tables: Mapping[str, pd.DataFrame]) -> tuple[Figure, str]
     even = {what: by_block["even"].mean()}
     title = "How much a defect's patch takes from the rest of the defect"
     figure = growth({"block": pd.concat(frames)}, [what], even, title, looks)
+    figure.axes[0].set_ylim(0)
     images = len(table[["category", "image"]].drop_duplicates())
     caption = f"Mean over {images} anomalous images, per block. Dashed: the share if a patch looked everywhere alike."
     if "untrained" in tables:
