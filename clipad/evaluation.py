@@ -72,8 +72,10 @@ def evaluate(
     ``output_dir`` that holds results of other settings; OSError if it cannot be written; what
     :func:`clipad.read_image` raises for a broken image, with everything finished so far kept.
     """
-    if not len(dataset) or batch_size < 1:
-        raise ValueError(f"{dataset.name} has no images, or batch_size {batch_size} is below 1")
+    if not len(dataset):
+        raise ValueError(f"the data set {dataset.name} has no images")
+    if batch_size < 1:
+        raise ValueError(f"batch_size has to be 1 or more, found {batch_size}")
     with ThreadPoolExecutor(WORKERS) as pool:  # from the headers, so that no run stops at its end
         masked = [s for s in dataset if s.mask_path is not None]
         list(pool.map(lambda s: require_mask_size(s.mask_path, s.image_path), masked))
