@@ -817,7 +817,7 @@ def test_what_would_be_lost_or_chosen_without_a_word_is_refused(tmp_path):
         load_dataset("mvtec", root)
     (root / "bottle/ground_truth/cut/000.png").unlink()
     shutil.copytree(root / "bottle", root / "screww")
-    with pytest.raises(ValueError, match="screww.*'screw'"):
+    with pytest.raises(ValueError, match=r"screww.*'screw'"):
         load_dataset("mvtec", root)
     shutil.rmtree(root / "screww")
     assert len(load_dataset("mvtec", tmp_path)) == 2
