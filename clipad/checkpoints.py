@@ -70,6 +70,11 @@ def load_weights(model, path: Path, resize: bool = False) -> None:
             f"{'holds several' if prefixes else 'holds'}: {held}. Save its weights alone, torch.save(state_dict, "
             "'weights.pt'); for a published model, name its tag"
         )
+    gelu = type(model.visual.transformer.resblocks[0].mlp.gelu).__name__
+    if f"{prefixes[0]}input_resolution" in flat and gelu != "QuickGELU":
+        raise ValueError(
+            "they are OpenAI's, which need QuickGELU: name the model so, as in ViT-B-32-quickgelu"
+        )
     state = {}
     for key, value in flat.items():
         name = key.removeprefix(prefixes[0])

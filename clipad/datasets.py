@@ -240,7 +240,7 @@ def list_dataset(name: str, root: str | Path | None = None, normal_folder: str =
         kind = "is no folder (unpack an archive first)" if root.exists() else "does not exist"
         raise FileNotFoundError(f"the root of data set {name!r} {kind}: {root}")
     samples = _find(name, root, normal_folder)
-    if not samples:
+    if not samples and name != "folder":  # which has looked into sub-folders itself
         inside = [(place, _find(name, place, normal_folder)) for place in _folders(root)]
         inside = [found for found in inside if found[1]]
         if len(inside) > 1:
@@ -281,9 +281,12 @@ def _find(name: str, root: Path, normal_folder: str = "") -> tuple[Sample, ...]:
     layout, find = LAYOUTS[name]
     try:
         return tuple(find(root, normal_folder) if name == "folder" else find(root))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except LayoutError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        expected = META if name == "folder" else layout
         why = f"{type(error).__name__}: {error}"
-        raise LayoutError(f"the list in {root} is not as expected, {layout} ({why})") from error
+        raise LayoutError(f"a list in {root} is not as expected, {expected} ({why})") from error
 
 
 def _expected(name: str, root: Path) -> str:
@@ -313,7 +316,7 @@ def _by_stem(folder: Path | None, ending: str) -> dict[str, Path]:
     for path in _images(folder) if folder else []:
         other = masks.setdefault(nfc(path.stem).removesuffix(ending), path)
         if other != path:
-            raise ValueError(f"two masks for one image: {other} and {path}. Remove one")
+            raise LayoutError(f"two masks for one image: {other} and {path}. Remove one")
     return masks
 
 
@@ -390,11 +393,11 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _meta_json(path: Path) -> list[Sample]:
-    """The list that AdaCLIP, AnomalyCLIP and others write: {"test": {category: [{"img_path", "mask_path", ...}]}}."""
+    """The list that AdaCLIP, AnomalyCLIP and others write, see ``META``."""
     samples, root = [], path.parent
     for category, rows in json.loads(path.read_text(encoding="utf-8"))["test"].items():
         for row in rows:
-            label = {0: 0, 1: 1}[row["anomaly"]]
+            label = {0: 0, 1: 1}[int(row["anomaly"])]
             mask = root / row["mask_path"] if label and row.get("mask_path") else None
             kind = str(row.get("specie_name") or "anomaly") if label else "good"
             samples.append(Sample(root / row["img_path"], mask, nfc(category), label, kind))
@@ -470,6 +473,7 @@ def normal_name(names: Iterable[str], given: str) -> str | None:
     return known[0] if len(known) == 1 or wanted in known else None
 
 
+META = 'meta.json: {"test": {category: [{"img_path", "mask_path", "anomaly": 0 or 1}, ...]}}'
 # Data set -> its layout in words, and a function that gives the samples below a root.
 _BY_DEFECT = "<category>/test/<defect>/NNN.png and <category>/ground_truth/<defect>/NNN_mask.png"
 LAYOUTS: dict[str, tuple[str, Callable[[Path], Iterable[Sample]]]] = {

@@ -87,7 +87,6 @@ LOADED = {
     },
     "logit scale as a vector": lambda s: s | {"logit_scale": s["logit_scale"].reshape(1)},
     "mask and bias": lambda s: s | {"attn_mask": torch.zeros(77, 77), "logit_bias": torch.tensor(-10.0)},
-    "OpenAI's extra numbers": lambda s: s | {k: torch.tensor(v) for k, v in EXTRAS.items()},
 }  # fmt: skip
 
 
@@ -96,6 +95,12 @@ def test_forms_that_load(form, state, tmp_path):
     backbone = load(saved(LOADED[form](state), tmp_path / "weights.pt"))
     found = backbone.model.state_dict()
     assert all(torch.equal(found[key], value) for key, value in state.items())
+
+
+def test_openai_s_weights_are_refused_under_a_name_that_means_gelu(state, tmp_path):
+    found = state | {k: torch.tensor(v) for k, v in EXTRAS.items()}
+    with pytest.raises(ValueError, match="QuickGELU"):
+        load(saved(found, tmp_path / "weights.pt"))
 
 
 @pytest.mark.parametrize("content", ["safetensors", "torch", "older torch"])

@@ -473,7 +473,7 @@ def test_lists_of_the_field_are_read(tmp_path):
         ("nut", 1, "bent", mask),
     ]
     listed.write_text(json.dumps({"test": {"nut": [{"file": "a/1.png"}]}}))
-    with pytest.raises(LayoutError, match=r"the list in .* is not as expected"):
+    with pytest.raises(LayoutError, match=r"meta\.json.*anomaly"):
         load_dataset("folder", tmp_path)
 
 
@@ -739,7 +739,7 @@ def test_check_collects_every_problem(mvtec):
     text = "\n".join(report.problems)
     for part in (
         "002.png",
-        "003_mask.png is missing",
+        "is missing",
         "60 x 59",
         "005_mask.png",
         "006_mask.png has no pixel",
@@ -824,3 +824,10 @@ def test_what_would_be_lost_or_chosen_without_a_word_is_refused(tmp_path):
     shutil.copytree(root, tmp_path / "mvtec copy")
     with pytest.raises(ValueError, match="more than once"):
         load_dataset("mvtec", tmp_path)
+
+
+@pytest.mark.parametrize("place", ["train/good", "masks", "object/cut"])
+def test_a_folder_of_other_images_is_not_taken_for_a_category(tmp_path, place):
+    png(tmp_path / place / "0.png")
+    with pytest.raises(ValueError, match="no test images"):
+        load_dataset("folder", tmp_path)

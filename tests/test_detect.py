@@ -434,7 +434,7 @@ def test_command(photos, tmp_path):
     ("arguments", "message"),
     [
         (["--object", " "], "no name"),
-        (["--object", "nut", "--model", "ViT-B-32"], "needs pretrained"),
+        (["--object", "nut", "--model", "ViT-B-32"], "needs --pretrained"),
         (["--object", "nut", "--detector", "sdp_plus"], "needs its linear layers"),
         (["--object", "nut", "--neighbours", "alone"], "need flawless images"),
         (["--object", "nut", "--false-alarms", "0"], "not in the range"),

@@ -408,3 +408,12 @@ def test_what_a_lost_cluster_did_not_do_is_no_failure(plan, notebook, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     assert not (tmp_path / "out" / "table.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["evaluate: {rvs: []}", 'notebook: "00"\nparameters: [1]', "evaluate:"]
+)
+def test_a_grid_without_runs_is_refused(tmp_path, text):
+    (tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"no values|a block is"):
+        sweeps.plan(tmp_path / "sweep.yaml")

@@ -99,7 +99,7 @@ def _facts(sample: Sample, root: Path) -> dict:
         found["problems"].append(str(error))
     for path in filter(None, (sample.mask_path, sample.object_mask_path)):
         try:
-            datasets.require_usable(path, root)
+            datasets.require_usable(path, root, f", the mask of {sample.image_path.name},")
             mask = datasets.read_mask(path)
             if found["digest"]:  # the image can be read
                 datasets.require_mask_size(path, sample.image_path)

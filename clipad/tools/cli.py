@@ -127,13 +127,14 @@ def detect(
         images = collect(path, normal, normal_folder or "")
         if normal:  # before the model is loaded
             require_enough(len(images.flawless), false_alarms)
+        if model != "demo" and not pretrained:
+            raise ValueError(f"--model {model} needs --pretrained: an open_clip tag or a file")
         from clipad.backbone import load_backbone
         from clipad.prompts import load_prompts
-        from clipad.studies.experiments import make_detector, resolve
+        from clipad.studies.experiments import make_detector
         from clipad.tools.detect import detect as run_detection
         from clipad.tools.report import summary
 
-        resolve(model=model, pretrained=pretrained or "")  # no random weights without a word
         backbone = load_backbone(model, pretrained, device)
         own = {"prompts": load_prompts(prompts)} if prompts else {}
         chosen = make_detector(detector, backbone, layers, **own)
@@ -181,7 +182,7 @@ def sweep(file, workers, scheduler, output_dir) -> None:
         from clipad.files import REPOSITORY
         from clipad.tools import sweep as sweeps
 
-        folder = Path(output_dir or REPOSITORY / "outputs" / f"sweep-{file.stem}")
+        folder = Path(output_dir or REPOSITORY / "outputs" / f"sweep-{file.stem}").expanduser()
         records = sweeps.sweep(sweeps.plan(file), folder, workers, scheduler)
     failed = sum(record["status"] == "failed" for record in records)
     click.echo(f"{len(records)} runs, {failed} failed; see {folder / 'table.csv'}")

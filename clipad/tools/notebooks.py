@@ -36,8 +36,15 @@ def find_notebook(name: str) -> Path:
 
 
 def read_notebook(path):
-    """The notebook as an nbformat 4 node."""
-    return nbformat.read(path, as_version=4)
+    """The notebook as an nbformat 4 node; ValueError when the file is no notebook."""
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+    except OSError:
+        raise
+    except Exception as error:  # nbformat meets other JSON with whatever its own code then does
+        raise ValueError(f"{path} is no Jupyter notebook ({type(error).__name__})") from error
+    return notebook
 
 
 def code_cells(notebook) -> list:

@@ -63,10 +63,12 @@ def _runs(block) -> Iterator[dict]:
             name, source, inputs = "evaluate", "", {}
             known = inspect_parameters(find_notebook("00")) | declared(EVALUATE)
             known.pop("resamples")
-        case {"notebook": notebook, **rest} if rest.keys() <= {"parameters"}:
+        case {"notebook": notebook, **rest} if rest.keys() <= {"parameters"} and isinstance(
+            rest.get("parameters") or {}, dict
+        ):
             # YAML reads 05 as the number 5
             path = find_notebook(f"{notebook:02}" if isinstance(notebook, int) else notebook)
-            name, source, axes = path.stem, str(path), rest.get("parameters", {})
+            name, source, axes = path.stem, str(path), rest.get("parameters") or {}
             known, inputs = inspect_parameters(path), {"notebook": source_hash(read_notebook(path))}
         case _:
             blocks = "`evaluate:` with parameters, or `notebook:` and `parameters:`"
@@ -76,6 +78,8 @@ def _runs(block) -> Iterator[dict]:
     points = []
     for parameter, axis in axes.items():
         axis = axis if isinstance(axis, list) else [axis]
+        if not axis:
+            raise ValueError(f"{parameter} has no values: leave it out, or list at least one")
         if known[parameter].type.startswith("list"):
             axis = [value if isinstance(value, list) else [value] for value in axis]
         points.append([known[parameter].checked(value) for value in axis])
