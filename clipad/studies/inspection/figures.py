@@ -84,10 +84,10 @@ def promise(table: pd.DataFrame) -> Figure:
     colours = [COLOURS[name] for name in ("orange", "blue", "green")]
     for colour, (rate, own) in zip(colours, table.groupby("rate", sort=False), strict=True):
         ax.fill_between(own["n"], 100 * own["low"], 100 * own["high"], color=colour, alpha=0.25)
-        ax.axhline(100 * rate, color=colour, linestyle=":", linewidth=1)
+        ax.hlines(100 * rate, 7, own["n"].iloc[-1], color=colour, linestyle=":", linewidth=1)
         ax.text(own["n"].iloc[-1], 100 * rate, f" {100 * rate:g} %", color=colour, va="center")
     numbers, ticks = (9, 20, 50, 100, 200, 500, 1000), (0.03, 0.1, 1, 5, 10, 30)
-    ax.set(xscale="log", yscale="log", ylim=(0.02, 40))
+    ax.set(xscale="log", yscale="log", xlim=(7, 1300), ylim=(0.02, 40))
     ax.set(xlabel="flawless images", ylabel="true false-alarm rate")
     ax.minorticks_off()
     ax.set_xticks(numbers, numbers)
