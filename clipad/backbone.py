@@ -1,7 +1,5 @@
 """An open_clip model with its tokenizer and pre-processing, frozen: a published tag, a file, or the shipped demo."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib

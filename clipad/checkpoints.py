@@ -3,8 +3,6 @@
 Nothing in a file is ever executed. What cannot be used is refused with what was found in it.
 """
 
-from __future__ import annotations
-
 import pickle
 import re
 from collections.abc import Iterator, Mapping

@@ -4,8 +4,6 @@ METHOD.md section 1 gives the rules for pixels, data/README.md the layouts and w
 images are listed: the method is zero-shot.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import json
@@ -16,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from PIL import Image
@@ -169,7 +168,7 @@ class Dataset:
     def __getitem__(self, index: int) -> Sample:
         return self.samples[index]
 
-    def select(self, categories: str | Iterable[str]) -> Dataset:
+    def select(self, categories: str | Iterable[str]) -> Self:
         """The same data set with these categories only, in the order given. ValueError for an unknown one."""
         names = [categories] if isinstance(categories, str) else list(categories)
         names = list(dict.fromkeys(nfc(name) for name in names))

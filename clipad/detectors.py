@@ -3,11 +3,9 @@
 Each is split in two: ``features(images)`` runs the backbone, ``score(features, category)`` is cheap and reads the text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -40,21 +38,21 @@ class Features:
     tokens: list[torch.Tensor]
     ordinary: list[torch.Tensor] = field(default_factory=list)
 
-    def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Features:
+    def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         tokens, ordinary = ([change(stage) for stage in x] for x in (self.tokens, self.ordinary))
         return Features(change(self.image_embedding), tokens, ordinary)
 
-    def to(self, device) -> Features:
+    def to(self, device) -> Self:
         return self.apply(lambda values: values.to(device))
 
-    def __getitem__(self, index) -> Features:
+    def __getitem__(self, index) -> Self:
         """Of some of the images: a slice, a mask or a list of indices."""
         return self.apply(lambda values: values[index])
 
-    @staticmethod
-    def cat(parts: Sequence[Features]) -> Features:
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
         """Features of batches put together, in their order."""
-        return Features(
+        return cls(
             torch.cat([part.image_embedding for part in parts]),
             [torch.cat(stage) for stage in zip(*(p.tokens for p in parts), strict=True)],
             [torch.cat(stage) for stage in zip(*(p.ordinary for p in parts), strict=True)],

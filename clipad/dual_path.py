@@ -6,8 +6,6 @@ v-v attention, has no feed-forward part, and restarts at every quarter of the ne
 Shapes: B images, T = 1 + N tokens (class token first), D vision width, C joint width, L blocks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

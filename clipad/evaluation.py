@@ -4,8 +4,6 @@ With an ``output_dir`` every category leaves its results on disk, and a large on
 that was stopped anywhere continues there and ends with the same bytes. Memory holds the maps of one category at a time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections import deque

@@ -1,7 +1,5 @@
 """Results on disk: a stop at any moment leaves the old file or the new one, and what is there is not computed again."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import hashlib

@@ -3,8 +3,6 @@
 METHOD.md section 6). Shapes: B images, N patch tokens (a G x G grid), J stages, S image side in pixels.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterable, Sequence

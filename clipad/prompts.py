@@ -1,8 +1,6 @@
 """The prompt ensemble (paper section 3.1): states x templates for one object. ``{}`` stands for the state in a template
 and for the object in a state."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from pathlib import Path

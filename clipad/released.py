@@ -1,8 +1,6 @@
 """What the authors' released program does otherwise than the paper writes (its ways of choosing, measuring and drawing
 are the subject of notebook 05)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Feature surgery and the way from similarities to a map (paper section 3.2, METHOD.md section 5)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 

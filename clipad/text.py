@@ -4,8 +4,6 @@ The sentence embeddings e_i of a state are unit vectors. WinCLIP and most others
 cloud as a distribution and picks a vector by PCA, KDE, DBSCAN or mean shift.
 """
 
-from __future__ import annotations
-
 import inspect
 import warnings
 

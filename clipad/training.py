@@ -1,7 +1,5 @@
 """Training of SDP+'s linear layers on another data set, and checkpoints (paper section 3.3, METHOD.md section 6)."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -7,8 +7,6 @@ mean of the scores of all windows that cover it.
 Shapes: B images, N patches (a G x G grid), W = (G - k + 1)^2 windows of size k, C joint width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 

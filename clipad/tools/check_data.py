@@ -1,7 +1,5 @@
 """``clipad data check``: read every image and mask of a data set and say what is wrong with them."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ The numbers are :mod:`clipad.studies.inspection`'s. First the model looks at eve
 stopped run continues; then maps become pictures and rows of the table. Memory does not grow with the photographs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import zipfile
 from collections.abc import Iterator

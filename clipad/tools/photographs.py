@@ -1,7 +1,5 @@
 """Which files below a folder are photographs to judge, which are flawless, what their labels are, how one is read."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What ``clipad detect`` draws, writes and says: regions, overlays, the HTML report, the tables, the terminal."""
 
-from __future__ import annotations
-
 import io
 import json
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Notebook 08's figures: data in, Figure out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import pandas as pd

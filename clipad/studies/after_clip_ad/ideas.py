@@ -4,8 +4,6 @@ Shapes: B images, M images of a category's test set, n flawless images, P rememb
 D width of the image tower.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

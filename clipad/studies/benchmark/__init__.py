@@ -1,7 +1,5 @@
 """Notebook 05: the methods on the same images and draws, what they cost, which to take, and what is published."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The figure of notebook 05: quality against time."""
 
-from __future__ import annotations
-
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure

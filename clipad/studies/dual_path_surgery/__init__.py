@@ -4,8 +4,6 @@ The method itself, and each change to it, is written in the notebook. Here is wh
 it. Shapes: B images, N patch tokens, C joint width, S the image's side.
 """
 
-from __future__ import annotations
-
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping

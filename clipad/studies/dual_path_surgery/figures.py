@@ -1,7 +1,5 @@
 """Figures of notebook 03: six tokens, maps beside one another, and controls."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt

@@ -1,7 +1,5 @@
 """Still figure of the explorer: image, map, attention and cosines of one patch, a row for A and one for B."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -6,8 +6,6 @@ What the network makes of images and of sentences is kept, so that most question
 Shapes: S pixels a side, N = G x G patches, T = 1 + N tokens (class token first), J stages, R flawless images.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import warnings

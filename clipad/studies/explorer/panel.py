@@ -1,7 +1,5 @@
 """The controls that need the model, around the image widget. They only say what is asked; the model answers."""
 
-from __future__ import annotations
-
 import hashlib
 import html
 import json

@@ -3,8 +3,6 @@
 With a kernel it is an anywidget; without one the same module runs on the same data inside HTML that stands on its own.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io

@@ -6,12 +6,11 @@ Shapes: B images, n flawless images, J stages, T x T tiles, K = T^2 N patches of
 R = T S side of a map.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 import numpy as np
 import torch
@@ -190,12 +189,12 @@ class Look:
         torch.Tensor
     ]  # per stage B x K x D, the ordinary path's patches; empty without neighbours
 
-    def __getitem__(self, index) -> Look:
+    def __getitem__(self, index) -> Self:
         return Look(self.logits[index], self.words[index], [stage[index] for stage in self.tokens])
 
-    @staticmethod
-    def cat(parts: Sequence[Look]) -> Look:
-        return Look(
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        return cls(
             np.concatenate([p.logits for p in parts]),
             np.concatenate([p.words for p in parts]),
             [torch.cat(stage) for stage in zip(*(p.tokens for p in parts), strict=True)],
@@ -257,7 +256,7 @@ class Inspector:
         near = [] if self.neighbours == "no" else seen.ordinary
         return Look(logits, words, [x[:, 1:].reshape(count, -1, x.shape[-1]) for x in near])
 
-    def fit(self, looks: Iterable[Look], false_alarms: float = 0.05) -> Inspector:
+    def fit(self, looks: Iterable[Look], false_alarms: float = 0.05) -> Self:
         """Learn from flawless images (batches of ``look``): the patches to remember, the scales, the rule."""
         looks, known = iter(looks), []
         for look in looks:

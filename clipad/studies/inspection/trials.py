@@ -1,7 +1,5 @@
 """Notebook 07's analysis: the same rule over random choices of the flawless images, and over tiles."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Notebook 04: what linear layers that were trained on other products add to the frozen model, and how sure that is."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

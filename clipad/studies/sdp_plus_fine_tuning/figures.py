@@ -1,7 +1,5 @@
 """Figures of notebook 04: losses, the joint space before and after the layers, chance in training, and two maps."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

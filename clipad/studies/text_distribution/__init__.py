@@ -3,13 +3,12 @@
 Shapes: M sentences, C joint embedding width. Embeddings are unit rows.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -37,18 +36,18 @@ class Sentences:
     table: pd.DataFrame
     embeddings: np.ndarray
 
-    def take(self, rows: np.ndarray) -> Sentences:
+    def take(self, rows: np.ndarray) -> Self:
         """Some of the sentences: their positions, or M bool."""
         return Sentences(self.table.iloc[rows].reset_index(drop=True), self.embeddings[rows])
 
-    def of(self, category: str, state: str | None = None) -> Sentences:
+    def of(self, category: str, state: str | None = None) -> Self:
         """The sentences of one category, or of one of its states."""
         rows = self.table["category"] == category
         if state is not None:
             rows &= self.table["state"] == state
         return self.take(rows.to_numpy())
 
-    def each(self) -> Iterator[tuple[str, str, Sentences]]:
+    def each(self) -> Iterator[tuple[str, str, Self]]:
         """Category, state and its sentences, one after the other."""
         for category in self.table["category"].unique():
             for state in STATES:

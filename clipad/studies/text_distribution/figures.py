@@ -1,7 +1,5 @@
 """Figures of notebook 01: the sentences in the plane, what DBSCAN does over eps, and what it is worth."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Mapping
 
