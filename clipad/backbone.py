@@ -16,9 +16,9 @@ import torch
 from open_clip.model import convert_weights_to_lp
 from PIL import Image
 
-from clipad.checkpoints import download, load_weights
-from clipad.datasets import eight_bit
-from clipad.files import address, cached, did_you_mean, require_writable
+from clipad.io.checkpoints import download, load_weights
+from clipad.io.files import address, cached, did_you_mean, require_writable
+from clipad.io.images import eight_bit
 from clipad.prompts import words
 from clipad.published import data_dir
 
@@ -177,7 +177,7 @@ def load_backbone(
     """A frozen CLIP from open_clip.
 
     ``name``: ``"demo"`` (shipped, works offline) or an open_clip model name such as ``"ViT-B-16-plus-240"``.
-    ``pretrained``: one of open_clip's tags (downloaded once), the path of a checkpoint (:mod:`clipad.checkpoints`),
+    ``pretrained``: one of open_clip's tags (downloaded once), the path of a checkpoint (:mod:`clipad.io.checkpoints`),
     or None for random weights (drawn from ``seed``; the result says so). ``image_size``: None for the model's own;
     another multiple of the patch size interpolates the position embeddings. ``device``: see :func:`find_device`.
 

@@ -19,8 +19,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from clipad.datasets import Dataset, Sample, read_image, read_mask, require_mask_size
-from clipad.files import Arrays, cached, claim, content_hash, file_name, write_atomically
+from clipad.datasets import Dataset, Sample
+from clipad.io.files import Arrays, cached, claim, content_hash, file_name, write_atomically
+from clipad.io.images import read_image, read_mask, require_mask_size
 from clipad.metrics import METRICS, image_metrics, pixel_metrics, resampled_metrics
 
 COLUMNS = [f"{level}_{metric}" for level in ("image", "class") for metric in METRICS[:3]]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from clipad.files import did_you_mean
+from clipad.io.files import did_you_mean
 
 DBSCAN_MVTEC = {"eps": 0.5, "min_samples": 15}
 # Nearly always the mean: unit vectors are at most 2 apart.

@@ -16,11 +16,11 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from clipad.backbone import Backbone
-from clipad.checkpoints import fill, read_content
 from clipad.datasets import Dataset
 from clipad.dual_path import default_stages, staged_features
 from clipad.evaluation import fingerprint, in_parts, load_images, read_masks
-from clipad.files import claim, write_atomically
+from clipad.io.checkpoints import fill, read_content
+from clipad.io.files import claim, write_atomically
 from clipad.linear_layers import LinearLayers, linear_maps, stage_losses
 from clipad.prompts import CLIP_AD, Prompts
 from clipad.text import check_method, representative_vectors

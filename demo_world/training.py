@@ -36,7 +36,7 @@ from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from clipad.files import write_atomically
+from clipad.io.files import write_atomically
 from clipad.prompts import CLIP_AD
 from demo_world.captions import caption, truth_matrix
 from demo_world.collections import GROUPS, VALIDATION_SEED, render_category

@@ -22,7 +22,7 @@ from clipad.datasets import Dataset, load_dataset
 from clipad.detectors import SDP, ClipSurgery, Detector, Direct, Features, SDPPlus
 from clipad.dual_path import staged_features
 from clipad.evaluation import evaluate
-from clipad.files import content_hash, write_atomically
+from clipad.io.files import content_hash, write_atomically
 from clipad.linear_layers import LinearLayers
 from clipad.published import protocol
 from clipad.studies import after_clip_ad

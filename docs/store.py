@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 
-from clipad.files import REPOSITORY, write_atomically
+from clipad.io.files import REPOSITORY, write_atomically
 from clipad.tools.notebooks import (
     WIDGET_STATE,
     code_cells,

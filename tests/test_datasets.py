@@ -14,12 +14,10 @@ from stand_ins import counts_of, make_stand_in
 from torchvision import transforms
 
 from clipad.backbone import Backbone
-from clipad.datasets import (
-    LayoutError,
+from clipad.datasets import LayoutError, expected_counts, load_dataset
+from clipad.io.images import (
     MaskSizeError,
     UnreadableImageError,
-    expected_counts,
-    load_dataset,
     read_image,
     read_mask,
     require_mask_size,

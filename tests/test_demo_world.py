@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 from clipad.backbone import load_backbone
 from clipad.datasets import load_dataset
 from clipad.detectors import SDP, Direct
-from clipad.files import content_hash
+from clipad.io.files import content_hash
 from clipad.prompts import CLIP_AD, words
 from clipad.published import data_dir
 from clipad.studies.trainings import read_trainings

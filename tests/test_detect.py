@@ -15,7 +15,7 @@ from PIL import Image
 from clipad.backbone import load_backbone
 from clipad.datasets import load_dataset
 from clipad.detectors import SDP
-from clipad.files import file_name
+from clipad.io.files import file_name
 from clipad.studies.inspection import without_specks
 from clipad.tools.cli import app
 from clipad.tools.detect import detect

@@ -9,9 +9,9 @@ from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clipad.backbone import Backbone, find_device, load_backbone
-from clipad.datasets import read_image
 from clipad.detectors import SDP, ClipSurgery, Direct, SDPPlus
 from clipad.dual_path import attention_weights, embed_patches, staged_features
+from clipad.io.images import read_image
 from clipad.linear_layers import LinearLayers
 from clipad.studies.experiments import experiment
 from clipad.studies.sdp_plus_fine_tuning import LayersAlone

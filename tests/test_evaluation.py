@@ -206,13 +206,13 @@ def test_an_output_folder_that_cannot_be_written_is_noticed_first(
 
 
 def test_a_full_disk_leaves_no_half_file(detector, data, tmp_path, monkeypatch):
-    import clipad.files
+    import clipad.io.files
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     evaluate(detector, data.select(["bolt"]), tmp_path / "before", progress=False)
-    monkeypatch.setattr(clipad.files.os, "fsync", full)
+    monkeypatch.setattr(clipad.io.files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         evaluate(detector, data, tmp_path / "out", progress=False)
     assert files_of(tmp_path / "out") == {}

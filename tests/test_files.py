@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import clipad
-from clipad import files
+from clipad.io import files
 
 
 def test_every_module_decides_the_version_of_the_code(tmp_path, monkeypatch):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from clipad.datasets import Dataset, Sample, read_image
+from clipad.datasets import Dataset, Sample
 from clipad.detectors import Direct
 from clipad.dual_path import embed_patches
+from clipad.io.images import read_image
 from clipad.prompts import CLIP_AD
 from clipad.studies import opposite_predictions as phenomena
 from clipad.studies.common import keep

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from clipad.datasets import load_dataset
-from clipad.files import content_hash
+from clipad.io.files import content_hash
 from clipad.published import data_dir
 from clipad.studies.trainings import Finding, findings, plot_findings, read_trainings
 

@@ -20,7 +20,13 @@ from clipad.backbone import Backbone, load_backbone, require_model
 from clipad.datasets import Dataset, load_dataset
 from clipad.detectors import SDP, ClipSurgery, Detector, Direct, SDPPlus
 from clipad.evaluation import fingerprint
-from clipad.files import REPOSITORY, code_version, did_you_mean, require_writable, write_atomically
+from clipad.io.files import (
+    REPOSITORY,
+    code_version,
+    did_you_mean,
+    require_writable,
+    write_atomically,
+)
 from clipad.prompts import Prompts, load_prompts
 from clipad.published import Protocol, protocol
 from clipad.training import load_layers

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from seaborn.utils import relative_luminance
 
-from clipad.files import REPOSITORY
+from clipad.io.files import REPOSITORY
 from clipad.studies.common import METRIC_NAMES, Interval
 
 _PLACES = {"blue": 0, "orange": 1, "green": 2, "red": 3, "purple": 4, "grey": 7}

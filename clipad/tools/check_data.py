@@ -9,8 +9,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from clipad import datasets
-from clipad.datasets import MaskSizeError, Sample
-from clipad.files import PHOTOGRAPH, content_hash, printable, scan, skipped_lines
+from clipad.datasets import Sample
+from clipad.io import images
+from clipad.io.files import PHOTOGRAPH, content_hash, printable, scan, skipped_lines
 
 LABELS = {0: "normal", 1: "anomalous", -1: "unlabelled"}
 COUNTS = [*LABELS.values(), "masks", "unreadable", "missing_masks"]
@@ -90,7 +91,7 @@ def _facts(sample: Sample, root: Path) -> dict:
     found |= {"category": sample.category, "path": sample.image_path, LABELS[sample.label]: 1}
     try:
         datasets.require_usable(sample.image_path, root)
-        datasets.read_image(sample.image_path)
+        images.read_image(sample.image_path)
         found["digest"] = content_hash(sample.image_path)
     except (OSError, ValueError) as error:
         found["unreadable"] += 1
@@ -98,11 +99,11 @@ def _facts(sample: Sample, root: Path) -> dict:
     for path in filter(None, (sample.mask_path, sample.object_mask_path)):
         try:
             datasets.require_usable(path, root, f", the mask of {sample.image_path.name},")
-            mask = datasets.read_mask(path)
+            mask = images.read_mask(path)
             if found["digest"]:  # the image can be read
-                datasets.require_mask_size(path, sample.image_path)
+                images.require_mask_size(path, sample.image_path)
         except (OSError, ValueError) as error:
-            kinds = {FileNotFoundError: "missing_masks", MaskSizeError: "wrong_size_masks"}
+            kinds = {FileNotFoundError: "missing_masks", images.MaskSizeError: "wrong_size_masks"}
             found[kinds.get(type(error), "unreadable")] += 1
             found["problems"].append(str(error))
             continue

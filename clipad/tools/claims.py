@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from clipad.files import write_atomically
+from clipad.io.files import write_atomically
 from clipad.studies.common import measured
 
 

@@ -179,7 +179,7 @@ def sweep(file, workers, scheduler, output_dir) -> None:
     Exit code: 0 all runs ended well, 1 some failed, 2 wrong usage, 130 stopped; the same command continues.
     """
     with one_line_errors():
-        from clipad.files import REPOSITORY
+        from clipad.io.files import REPOSITORY
         from clipad.tools import sweep as sweeps
 
         folder = Path(output_dir or REPOSITORY / "outputs" / f"sweep-{file.stem}").expanduser()

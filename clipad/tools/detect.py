@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from clipad.files import (
+from clipad.io.files import (
     RESULT_MARK,
     claim,
     code_version,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat
 
-from clipad.files import REPOSITORY, did_you_mean
+from clipad.io.files import REPOSITORY, did_you_mean
 from clipad.tools.parameters import Parameter, declared
 
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"

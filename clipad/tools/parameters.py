@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 from papermill.translators import PythonTranslator
 
-from clipad.files import did_you_mean
+from clipad.io.files import did_you_mean
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict}
 TYPES |= {"list": list, "list[str]": list}

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from clipad.datasets import decode, eight_bit, normal_name
-from clipad.files import PHOTOGRAPH, content_hash, nfc, printable, scan, skipped_lines
+from clipad.datasets import normal_name
+from clipad.io.files import PHOTOGRAPH, content_hash, nfc, printable, scan, skipped_lines
+from clipad.io.images import decode, eight_bit
 
 ORIENTATION = 0x0112  # EXIF tag
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 
-from clipad.files import write_atomically
+from clipad.io.files import write_atomically
 from clipad.studies.inspection import Rule
 
 MAP = "inferno"

@@ -11,7 +11,7 @@ import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
 
-from clipad.files import write_atomically
+from clipad.io.files import write_atomically
 from clipad.tools import notebooks
 from clipad.tools.parameters import require_known
 

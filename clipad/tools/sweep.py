@@ -30,7 +30,7 @@ from tqdm import tqdm
 from clipad.backbone import find_device
 from clipad.datasets import load_dataset
 from clipad.evaluation import evaluate, fingerprint
-from clipad.files import address, code_version, content_hash, write_atomically
+from clipad.io.files import address, code_version, content_hash, write_atomically
 from clipad.studies.experiments import DETECTORS, experiment, make_detector, resolve
 from clipad.text import METHODS
 from clipad.tools.notebooks import find_notebook, inspect_parameters, read_notebook, source_hash

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from clipad.datasets import Dataset, Sample, expected_counts
 from clipad.detectors import Detector
 from clipad.evaluation import batches, category_metrics, fingerprint, predict
-from clipad.files import address, cached, code_version
+from clipad.io.files import address, cached, code_version
 from clipad.metrics import draw_counts
 from clipad.published import published_results
 from clipad.studies.common import (

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from clipad.datasets import IMAGE_SUFFIXES, read_image, read_mask
 from clipad.detectors import Detector, Features
 from clipad.dual_path import default_stages
-from clipad.files import did_you_mean
+from clipad.io.files import IMAGE_SUFFIXES, did_you_mean
+from clipad.io.images import read_image, read_mask
 from clipad.linear_layers import LinearLayers
 from clipad.prompts import WINCLIP, Prompts
 from clipad.studies.experiments import DETECTORS, Experiment

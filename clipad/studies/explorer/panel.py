@@ -13,8 +13,8 @@ import ipywidgets as w
 import pandas as pd
 from IPython.display import Image, display
 
-from clipad.datasets import read_image
-from clipad.files import write_atomically
+from clipad.io.files import write_atomically
+from clipad.io.images import read_image
 from clipad.studies.experiments import DETECTORS
 from clipad.studies.explorer import widget
 from clipad.studies.explorer.model import Explorer, Settings, list_images

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from clipad.datasets import Dataset, Sample, read_image, read_mask
+from clipad.datasets import Dataset, Sample
 from clipad.detectors import Detector
 from clipad.evaluation import batches
+from clipad.io.images import read_image, read_mask
 from clipad.metrics import image_metrics, pixel_metrics
 from clipad.studies.common import Interval, Labelled, intervals_over_categories, labelled
 from clipad.studies.inspection import Inspector, Look, conformal_threshold

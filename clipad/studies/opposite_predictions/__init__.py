@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from clipad.backbone import Backbone
-from clipad.datasets import Dataset, Sample, read_image, read_mask
+from clipad.datasets import Dataset, Sample
 from clipad.dual_path import attention_weights, embed_patches, project
 from clipad.evaluation import batches, read_masks
+from clipad.io.images import read_image, read_mask
 from clipad.metrics import pixel_metrics
 from clipad.studies.common import Labelled
 from clipad.studies.figures import image_array

@@ -12,7 +12,7 @@ from clipad.datasets import Dataset, load_dataset
 from clipad.detectors import SDPPlus
 from clipad.dual_path import project
 from clipad.evaluation import fingerprint
-from clipad.files import address, code_version
+from clipad.io.files import address, code_version
 from clipad.linear_layers import LinearLayers
 from clipad.metrics import image_metrics
 from clipad.published import protocol

@@ -13,7 +13,7 @@ from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
 from open_clip.model import resize_pos_embed
 from safetensors.torch import load_file
 
-from clipad.files import content_hash
+from clipad.io.files import content_hash
 
 FIRST = "visual.conv1.weight"
 """the weights every plain CLIP vision transformer starts with: what stands before this name is a wrapper's prefix"""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 """the clone, if the package is installed from one with ``pip install -e``"""
 
 
@@ -106,7 +106,7 @@ def claim(folder: Path, settings: dict, results: Iterable[str], option: str = "o
 @cache
 def code_version() -> str:
     """Twelve hex digits over every module of the package: results of other code are never taken for this one's."""
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
