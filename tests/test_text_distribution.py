@@ -36,44 +36,47 @@ def two_clouds():
         for word in words
         for template in PROMPTS.templates
     ]
-    table = pd.DataFrame(rows, columns=["category", "state", "word", "template", "sentence"])
+    index = pd.MultiIndex.from_tuples(
+        rows, names=["category", "state", "word", "template", "sentence"]
+    )
     state, template = rng.normal(size=24), rng.normal(size=(4, 24))
     e = np.array(
         [(1 if s == "normal" else -1) * state + 2 * template[PROMPTS.templates.index(t)]
-         for s, t in zip(table["state"], table["template"], strict=True)]
+         for _, s, _, t, _ in rows]
     )  # fmt: skip
-    return study.Sentences(table, e / np.linalg.norm(e, axis=1, keepdims=True))
+    return pd.DataFrame(e / np.linalg.norm(e, axis=1, keepdims=True), index)
 
 
 def test_sentences_are_those_of_the_prompts_in_their_order(sentences):
     normal, anomalous = PROMPTS.sentences("leather")
-    assert list(sentences.of("leather").table["sentence"]) == [*normal, *anomalous]
-    np.testing.assert_allclose(np.linalg.norm(sentences.embeddings, axis=1), 1)
+    assert list(sentences.loc["leather"].index.get_level_values("sentence")) == [
+        *normal, *anomalous,
+    ]  # fmt: skip
+    np.testing.assert_allclose(np.linalg.norm(sentences, axis=1), 1)
 
 
-@pytest.mark.parametrize(("eps", "regime"), [(1e-4, "finds nothing"), (2.0, "is the mean")])
-def test_dbscan_finds_nothing_or_is_the_mean_at_the_ends(sentences, eps, regime):
-    found = study.what_dbscan_does(sentences, [eps], min_samples=3)
-    assert set(found["regime"]) == {regime}
-    np.testing.assert_allclose(found["angle"], 0, atol=1e-3)
+@pytest.mark.parametrize(("eps", "share"), [(1e-4, 0), (2.0, 1)])
+def test_dbscan_finds_nothing_or_is_the_mean_at_the_ends(sentences, eps, share):
+    found = study.what_dbscan_keeps(sentences, [eps], min_samples=3)
+    assert set(found["share"]) == set(found["words"]) == {share}
+    chosen = study.vectors(sentences, "dbscan", eps=eps, min_samples=3)
+    for category, mean in study.vectors(sentences).items():
+        torch.testing.assert_close(chosen[category], mean)
 
 
 def test_what_is_kept_is_what_the_vector_averages(two_clouds):
-    e = two_clouds.of("bolt", "normal").embeddings
+    own = two_clouds.loc["bolt"].loc["normal"]
     options = {"eps": 0.1, "min_samples": 3}
-    kept = study.largest_cluster(e, **options)
-    assert 0 < kept.sum() < len(e)
-    vector = e[kept].mean(axis=0)
-    expected = representative_vector(torch.from_numpy(e), "dbscan", **options).numpy()
+    kept = study.largest_cluster(own, **options)
+    assert 0 < kept.sum() < len(own)
+    vector = own[kept].mean().to_numpy()
+    e = torch.tensor(own.to_numpy())
+    expected = representative_vector(e, "dbscan", **options).numpy()
     np.testing.assert_allclose(vector / np.linalg.norm(vector), expected)
-    table = study.what_dbscan_does(two_clouds, [0.1], 3)
-    assert table.loc[0, "share"] == kept.mean()
-    mean = e.mean(axis=0) / np.linalg.norm(e.mean(axis=0))
-    angle = np.degrees(np.arccos(expected @ mean))
-    assert angle > 1
-    assert table.loc[0, "angle"] == pytest.approx(angle)
-    templates = two_clouds.of("bolt", "normal").table["template"][kept]
-    assert set(table.loc[0, "templates"]) == set(templates)
+    row = study.what_dbscan_keeps(two_clouds, [0.1], 3).loc[0]
+    assert row["share"] == kept.mean()
+    assert row["words"] == 1
+    assert row["templates"] == tuple(own[kept].index.unique("template"))
 
 
 @pytest.mark.parametrize("method", ["mean", "pca", "kde", "mean_shift"])
@@ -93,25 +96,11 @@ def test_measured_metrics_are_those_of_evaluate(tiny_backbone, sentences, tmp_pa
         assert found.loc["mean", metric] == pytest.approx(expected[metric], abs=1e-4)
 
 
-def test_subsets_hold_what_they_say(sentences):
-    table = sentences.table
-    for column in ("template", "word"):
-        found = study.subsets(sentences, column, (1, 2, 4, 99), draws=3)
-        assert {size for size, _ in found} == {1, 2, 4}
-        assert sum(size == 4 for size, _ in found) == 1  # all of them: once
-        for (size, _), rows in found.items():
-            kinds = table.iloc[rows].groupby(["state", "category"])[column].agg(set)
-            assert [len(kind) for kind in kinds] == [size] * 4
-            assert kinds["normal", "bolt"] == kinds["normal", "leather"]
-            if column == "template":
-                assert kinds["normal", "bolt"] == kinds["anomalous", "bolt"]
-
-
 @pytest.mark.slow
 def test_layouts_are_equal_for_a_seed(two_clouds):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        first, again = (study.umap_layout(two_clouds.embeddings, 3) for _ in range(2))
+        first, again = (study.umap_layout(two_clouds, 3) for _ in range(2))
     np.testing.assert_array_equal(first, again)
 
 
@@ -120,7 +109,7 @@ def test_every_mark_says_its_sentence(two_clouds):
     found = figures.find_a_sentence(layout, two_clouds, "the sentences").data
     assert found.count("<title>") == len(two_clouds)
     assert 'aria-label="the sentences"' in found
-    assert all(f"<title>{text}</title>" in found for text in two_clouds.table["sentence"])
+    assert all(f"<title>{text}</title>" in found for text in two_clouds.index.unique("sentence"))
     assert "script" not in found
 
 
