@@ -10,23 +10,19 @@ from PIL import Image
 
 from clipad.datasets import Dataset, Sample
 from clipad.detectors import Direct
-from clipad.dual_path import embed_patches
-from clipad.io.images import read_image
-from clipad.prompts import CLIP_AD
+from clipad.dual_path import attention_weights
 from clipad.studies import opposite_predictions as phenomena
-from clipad.studies.common import keep
 from clipad.studies.experiments import RESULT_MIME
 from clipad.studies.opposite_predictions import (
-    attention_on_defect,
+    attention_by_block,
     count_phenomena,
     ground_truth,
     highlight,
     image_phenomena,
-    read,
+    pick,
     shuffled_states,
     untrained,
 )
-from clipad.surgery import similarity_map
 from clipad.tools.notebooks import find_notebook, read_notebook
 
 SIZE = 20  # 5 % of 20 x 20 pixels are 20
@@ -145,21 +141,6 @@ def truth(collection):
     return ground_truth(collection, 32)
 
 
-@pytest.fixture
-def direct(tiny_backbone):
-    return Direct(tiny_backbone, rvs="mean", smoothing=0)
-
-
-@pytest.fixture
-def text(direct):
-    return {category: direct.text_vectors(category) for category in ("nut", "screw")}
-
-
-@pytest.fixture
-def images(tiny_backbone, truth):
-    return torch.stack([tiny_backbone.preprocess(read_image(s.image_path)) for s in truth.dataset])
-
-
 def test_ground_truth_takes_the_anomalous_images(truth):
     assert len(truth.dataset) == 5
     assert truth.masks.shape == truth.objects.shape == (5, 32, 32)
@@ -170,11 +151,11 @@ def test_patches_are_of_the_defect_or_of_the_rest_of_the_object(truth):
     # The mask is rows 4-19 and the object rows 4-31, columns 4-11, of patches of 8 pixels.
     labels = truth.patches(4)[0].reshape(4, 4)
     assert labels.tolist() == [[1, 1, -1, -1], [1, 1, -1, -1], [1, 1, -1, -1], [0, 0, -1, -1]]
-    picked = truth.pick(4, per_image=2)
+    picked = pick(truth.patches(4), per_image=2)
     assert picked.groupby(["image", "label"]).size().max() == 2
     assert not picked.duplicated(["image", "patch"]).any()
     assert (truth.patches(4)[picked["image"], picked["patch"]] == picked["label"]).all()
-    pd.testing.assert_frame_equal(picked, truth.pick(4, per_image=2))
+    pd.testing.assert_frame_equal(picked, pick(truth.patches(4), per_image=2))
 
 
 def test_without_objects_every_patch_off_the_defect_is_normal(truth):
@@ -199,7 +180,7 @@ def test_maps_have_to_be_finite(truth):
 
 
 def test_shuffled_states_are_a_new_deal_of_the_same_sentences(tiny_backbone):
-    dealt = shuffled_states(tiny_backbone, CLIP_AD, ["nut"], "mean", {}, (0, 0, 1))
+    dealt = shuffled_states(Direct(tiny_backbone, rvs="mean"), ["nut"], (0, 0, 1))
     one, same, other = (vectors["nut"] for vectors in dealt)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -215,37 +196,23 @@ def test_an_untrained_encoder_leaves_the_trained_one_alone(tiny_backbone):
             assert not torch.equal(weight, tiny_backbone.visual.get_parameter(name)), name
 
 
-# The parts of the network ---------------------------------------------------------------------------------------
+def test_attention_is_that_of_the_ordinary_path(tiny_backbone):
+    visual = tiny_backbone.visual
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = list(attention_by_block(visual, images))
+    seen = []  # what open_clip's own pass gives each block
 
+    def keep(block, inputs):
+        seen.append((block, inputs[0]))
 
-def test_reading_all_parts_is_the_direct_map(tiny_backbone, truth, direct, text):
-    picked = truth.pick(4, per_image=3)
-
-    def variants(visual, images):
-        return {"all": visual.transformer(visual.ln_pre(embed_patches(visual, images)))}
-
-    cosines, features = read(tiny_backbone, truth, text, variants, picked)
-    values = (100 * cosines["all"]).softmax(dim=-1)[..., 1]
-    maps = keep(direct, truth.dataset).maps(direct)
-    np.testing.assert_allclose(similarity_map(values, 32, 0), maps, atol=1e-4)
-    vectors = torch.stack([text[c] for c in picked["category"]]).numpy()
-    z = cosines["all"][picked["image"].tolist(), picked["patch"].tolist()]
-    found = (features["all"][:, :, None] * vectors).sum(axis=1)
-    np.testing.assert_allclose(found, z, atol=1e-5)
-
-
-def test_attention_is_a_share_of_what_other_patches_get(tiny_backbone, truth, monkeypatch):
-    labels = truth.patches(4)
-    found = attention_on_defect(tiny_backbone, truth, labels)
-    assert found.groupby("block").size().tolist() == [5] * 4
-    assert found["even"][0] == ((labels[0] == 1).sum() - 1) / 15
-
-    def even(block, x):
-        return (torch.full((len(x), 17, 17), 1 / 17),) * 2
-
-    monkeypatch.setattr(phenomena, "attention_weights", even)
-    found = attention_on_defect(tiny_backbone, truth, labels)
-    np.testing.assert_allclose(found["q-k"], found["even"], atol=1e-6)
+    hooks = [block.register_forward_pre_hook(keep) for block in visual.transformer.resblocks]
+    with torch.no_grad():
+        visual(images)
+    for hook in hooks:
+        hook.remove()
+    for weights, (block, x) in zip(found, seen, strict=True):
+        for kind, expected in zip(weights, attention_weights(block, x), strict=True):
+            np.testing.assert_allclose(kind, expected.detach(), atol=1e-5)
 
 
 # The notebook ---------------------------------------------------------------------------------------------------

@@ -1,14 +1,23 @@
-"""Figures of notebook 03: six tokens, maps beside one another, and controls."""
+"""Figures of notebook 03: six tokens, where a patch looks, maps beside one another, and controls."""
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from clipad.studies.figures import ANOMALOUS, MAP, NORMAL, dots, gallery, heatmap, subplots
-from clipad.studies.opposite_predictions import Example
+from clipad.metrics import within_image
+from clipad.studies.common import Labelled
+from clipad.studies.figures import (
+    ANOMALOUS,
+    MAP,
+    NORMAL,
+    dot_panels,
+    gallery,
+    heatmap,
+    mark_patch,
+    subplots,
+)
 
 SIGNED = "RdBu_r"
 """for values with a sign: white is 0, red anomalous"""
@@ -37,57 +46,67 @@ def six_tokens(v: np.ndarray, weights: Mapping[str, np.ndarray]) -> tuple[Figure
     )
 
 
-def beside(examples: Sequence[Example], maps: Mapping[str, np.ndarray]) -> tuple[Figure, str]:
-    """Maps of one or several images side by side, a row per image, and their caption with the numbers.
+def attention_of_patch(
+    picture: np.ndarray, mask: np.ndarray | None, patch: int, rows: Mapping[int, np.ndarray]
+) -> Figure:
+    """Where one patch of a picture looks, a row per block: q-k and v-v weights of all patches, 2 x N by block, drawn in
+    square roots on one scale; the patch is cyan, ``mask`` (S x S) outlined."""
+    values, count, side = np.sqrt(list(rows.values())), len(rows), len(picture)
+    top, grid = np.delete(values, patch, axis=-1).max(), round(values.shape[-1] ** 0.5)
+    squares = values.reshape(count, 2, grid, grid).repeat(side // grid, 2).repeat(side // grid, 3)
+    maps = {"q-k attention": squares[:, 0], "v-v attention": squares[:, 1]}
+    masks, titles = None if mask is None else [mask] * count, [f"block {block}" for block in rows]
+    limits = dict.fromkeys(maps, (0, top))
+    figure = gallery([picture] * count, maps, masks, titles, limits, masks_on="both")
+    for ax in figure.axes:
+        if ax.images:
+            mark_patch(ax, patch, grid, side)
+    return figure
 
-    ``maps``: name -> E x S x S. Values with a sign are drawn around 0 (red: anomalous), sums of probabilities, which
-    are never negative, from 0 on. Every column has its own scale.
+
+def beside(
+    pictures: Sequence[np.ndarray], data: Labelled, maps: Mapping[str, np.ndarray]
+) -> tuple[Figure, str]:
+    """Maps (name -> E x S x S) of E images side by side, a row per image, and their caption with the numbers.
+
+    Values with a sign are drawn around 0 (red: anomalous), sums of probabilities, which are never negative, from 0 on.
+    Every column has its own scale.
     """
     limits, colours, below, told = {}, {}, {}, []
     for name, values in maps.items():
         top, signed = np.abs(values).max(), values.min() < 0
         limits[name] = (-top, top) if signed else (0, np.ceil(top))
         colours[name] = SIGNED if signed else MAP
-        aurocs = [example.auroc(heat) for example, heat in zip(examples, values, strict=True)]
-        below[name] = ["" if auroc is None else f"AUROC {auroc:.0f}" for auroc in aurocs]
-        told.append(f"{name} {', '.join(text.removeprefix('AUROC ') for text in below[name])}")
-    known = examples[0].mask is not None
-    figure = gallery(
-        [example.pixels for example in examples],
-        maps,
-        [example.mask for example in examples] if known else None,
-        [f"{example.category},\n{example.defect}" for example in examples],
-        limits,
-        colours,
-        masks_on="images",
-        below=below,
-    )
+        if data.masks is not None:
+            aurocs = [f"{100 * auroc:.0f}" for auroc in within_image(values, data.masks)]
+            below[name] = [f"AUROC {auroc}" for auroc in aurocs]
+            told.append(f"{name} {', '.join(aurocs)}")
+    titles = [f"{sample.category},\n{sample.defect}" for sample in data.dataset]
+    look = {"limits": limits, "colours": colours, "below": below, "masks_on": "images"}
+    figure = gallery(pictures, maps, data.masks, titles, **look)
     caption = (
         "Where a map has negative values red is anomalous, white 0 and blue normal; elsewhere bright is anomalous. "
         "Each column has its own scale."
     )
-    if known:
+    if told:
         caption = f"White line in the image: the defect. {caption}"
-        shown = ", ".join(example.category for example in examples)
+        shown = ", ".join(data.categories)
         caption += f" Pixel AUROC inside the image ({shown}): {'; '.join(told)}."
     return figure, caption
 
 
 def chance(controls: pd.DataFrame) -> tuple[Figure, str]:
-    """Mean pixel AUROC of variants, found and under ignorance, and the caption.
-
-    ``controls``: :func:`clipad.studies.dual_path_surgery.control_aurocs`.
-    """
+    """Mean pixel AUROC of variants (columns), found and by ``control``, and the caption."""
     looks = {"found": ("orange", "D"), "shuffled states": ("grey", "o"), "untrained": ("blue", "^")}
     table = controls.melt("control", var_name="row", value_name="estimate")
-    figure, ax = plt.subplots(figsize=(7.2, 0.55 * table["row"].nunique() + 1.2))
-    dots(ax, table.rename(columns={"control": "series"}), looks)
+    table = table.rename(columns={"control": "series"})
+    title = "What a map reaches that knows nothing"
+    figure = dot_panels({title: table}, "pixel AUROC, mean over categories", looks=looks)
+    (ax,) = figure.axes
     ax.axvline(50, color="0.3", linewidth=0.8, linestyle="--")
-    ax.set(xlim=(0, 100), xlabel="pixel AUROC, mean over categories")
-    ax.set(title="What a map reaches that knows nothing")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set_xlim(0, 100)
     told = []
-    for (name, row), values in table.groupby(["control", "row"], sort=False)["estimate"]:
+    for (name, row), values in table.groupby(["series", "row"], sort=False)["estimate"]:
         ends = dict.fromkeys(f"{100 * value:.0f}" for value in (values.min(), values.max()))
         told.append(f"{row}, {name}: {' to '.join(ends)}")
     return figure, (

@@ -1,12 +1,11 @@
 """Opposite predictions and irrelevant highlights as numbers per anomalous image, on the map before smoothing
-(METHOD.md section 3), and what notebooks 02 and 03 look at behind them.
+(METHOD.md section 3), and the controls of notebooks 02 and 03.
 
-Shapes: M anomalous images, S x S pixels, N = G x G patches, P picked patches, D vision width, C joint width.
+Shapes: M anomalous images, S x S pixels, N = G x G patches, C joint width.
 """
 
 import copy
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,13 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from clipad.backbone import Backbone
-from clipad.datasets import Dataset, Sample
-from clipad.dual_path import attention_weights, embed_patches, project
+from clipad.datasets import Dataset
+from clipad.detectors import Detector
+from clipad.dual_path import attention_weights, embed_patches
 from clipad.evaluation import batches, read_masks
-from clipad.io.images import read_image, read_mask
-from clipad.metrics import pixel_metrics
+from clipad.io.images import read_mask
 from clipad.studies.common import Labelled
-from clipad.studies.figures import image_array
 from clipad.text import representative_vector
 
 PHENOMENA = ("opposite", "opposite_on_object")
@@ -84,33 +82,30 @@ class Truth(Labelled):
             yield position + np.arange(len(images)), category, images
             position += len(images)
 
-    def shares(self, grid: int) -> np.ndarray:
-        """M x N: the share of each patch that the defect covers."""
-        return patch_coverage(self.masks, grid).numpy()
-
     def patches(self, grid: int) -> np.ndarray:
         """M x N labels: 1 where the defect covers a quarter of the patch or more; 0 where it covers none and the object
         (if known) half or more; -1 for all others."""
-        defect = self.shares(grid)
+        defect = patch_coverage(self.masks, grid)
         normal = defect == 0
         if self.objects is not None:
-            normal &= patch_coverage(self.objects, grid).numpy() >= 0.5
+            normal &= patch_coverage(self.objects, grid) >= 0.5
         return np.where(defect >= 0.25, 1, np.where(normal, 0, -1))
-
-    def pick(self, grid: int, per_image: int = 16, seed: int = 0) -> pd.DataFrame:
-        """At most that many patches of each label and image, at random: ``image``, ``patch``, ``label`` and the image's
-        ``category``, ``defect`` and ``fold`` (of five)."""
-        rng, labels, rows = np.random.default_rng(seed), self.patches(grid), []
-        for i, sample in enumerate(self.dataset):
-            for label in (0, 1):
-                for patch in rng.permutation(np.flatnonzero(labels[i] == label))[:per_image]:
-                    rows.append((i, patch, label, sample.category, sample.defect, i % 5))
-        return pd.DataFrame(rows, columns=["image", "patch", "label", "category", "defect", "fold"])
 
 
 def patch_coverage(masks: np.ndarray, grid: int) -> torch.Tensor:
     """Masks M x S x S -> share of each patch that they cover, M x N."""
     return F.adaptive_avg_pool2d(torch.from_numpy(masks).float(), grid).flatten(1)
+
+
+def pick(labels: np.ndarray, per_image: int = 16, seed: int = 0) -> pd.DataFrame:
+    """Of labels M x N at most that many patches of each image with 0 and with 1, at random: ``image``, ``patch``,
+    ``label``."""
+    rng, rows = np.random.default_rng(seed), []
+    for i, own in enumerate(labels):
+        for label in (0, 1):
+            for patch in rng.permutation(np.flatnonzero(own == label))[:per_image]:
+                rows.append((i, patch, label))
+    return pd.DataFrame(rows, columns=["image", "patch", "label"])
 
 
 def ground_truth(dataset: Dataset, image_size: int) -> Truth:
@@ -139,48 +134,14 @@ def count_phenomena(maps: np.ndarray, truth: Truth) -> pd.DataFrame:
     return pd.concat([pd.DataFrame(kinds), pd.DataFrame(rows, dtype=float)], axis=1)
 
 
-@dataclass
-class Example:
-    """One image that a notebook looks at."""
-
-    category: str
-    defect: str
-    image: torch.Tensor
-    """1 x 3 x S x S, on the backbone's device"""
-    pixels: np.ndarray
-    """S x S x 3, to be shown"""
-    mask: np.ndarray | None
-    """S x S, None without ground truth"""
-    patch: int
-    """the patch that the defect covers most; without a mask the middle one"""
-
-    def auroc(self, values: np.ndarray) -> float | None:
-        """Pixel AUROC of a map S x S inside this image, percent; None without a defect."""
-        if self.mask is None or not self.mask.any():
-            return None
-        return 100 * pixel_metrics(values[None], self.mask[None])["auroc"]
-
-
-def example_of(run, sample: Sample) -> Example:
-    """An image of a data set, ready to be looked at."""
-    backbone, image = run.backbone, read_image(sample.image_path)
-    size, grid = backbone.image_size, backbone.visual.grid_size[0]
-    mask, patch = None, grid * grid // 2 + grid // 2
-    if run.dataset.has_masks:
-        mask = read_masks([sample], size)[0]
-        if mask.any():
-            patch = int(patch_coverage(mask[None], grid).argmax())
-    tensor = backbone.preprocess(image)[None].to(backbone.device)
-    return Example(sample.category, sample.defect, tensor, image_array(image, size), mask, patch)
-
-
 def shuffled_states(
-    backbone: Backbone, prompts, categories: Sequence[str], method: str, options: Mapping, seeds
+    detector: Detector, categories: Sequence[str], seeds: Sequence[int]
 ) -> list[dict[str, torch.Tensor]]:
-    """For each seed C x 2 per category from sentences that are dealt to the two states at random."""
-    found = [{} for _ in seeds]
+    """For each seed the detector's C x 2 per category, but from sentences dealt to the two states at random."""
+    method, options, found = detector.rvs, detector.rvs_options, [{} for _ in seeds]
     for category in categories:
-        states = [F.normalize(backbone.encode_text(s), dim=-1) for s in prompts.sentences(category)]
+        sentences = detector.prompts.sentences(category)
+        states = [F.normalize(detector.backbone.encode_text(own), dim=-1) for own in sentences]
         pool = torch.cat(states)
         for seed, vectors in zip(seeds, found, strict=True):
             order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
@@ -210,29 +171,6 @@ def untrained(backbone: Backbone, seed: int) -> Backbone:
 
 
 @torch.no_grad()
-def read(
-    backbone: Backbone,
-    truth: Truth,
-    text: Mapping[str, torch.Tensor],
-    variants: Callable[..., dict[str, torch.Tensor]],
-    picked: pd.DataFrame,
-) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
-    """Carry other tokens into the joint space: their cosines with the text, M x N x 2, and unit features P x C.
-    ``variants(visual, images)``: tokens B x (N+1) x D by name; ``picked``: the patches whose features are kept."""
-    cosines, features = defaultdict(list), defaultdict(list)
-    for at, category, images in truth.batches(backbone):
-        own = picked[picked["image"].isin(at)]
-        place = (own["image"] - at[0]).tolist(), own["patch"].tolist()
-        with backbone.autocast():
-            for name, values in variants(backbone.tower, images).items():
-                unit = F.normalize(project(backbone.tower, values[:, 1:]).float(), dim=-1)
-                cosines[name].append((unit @ text[category].to(unit)).float().cpu())
-                features[name].append(unit[place].cpu())
-    joined = {name: torch.cat(parts) for name, parts in cosines.items()}
-    return joined, {name: torch.cat(parts).numpy() for name, parts in features.items()}
-
-
-@torch.no_grad()
 def attention_by_block(visual, images: torch.Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Per block q-k and v-v attention weights on the ordinary path, mean over heads, B x (N+1) x (N+1) each."""
     x = visual.ln_pre(embed_patches(visual, images))
@@ -240,32 +178,3 @@ def attention_by_block(visual, images: torch.Tensor) -> Iterator[tuple[np.ndarra
         q_k, v_v = attention_weights(block, x)
         yield q_k.float().cpu().numpy(), v_v.float().cpu().numpy()
         x = block(x)
-
-
-def attention_of(visual, example: Example, blocks: Sequence[int]) -> dict[int, tuple]:
-    """0-based block -> q-k and v-v attention of the example's patch over all tokens, N + 1 weights each."""
-    weights = list(attention_by_block(visual, example.image))
-    return {block: tuple(w[0, 1 + example.patch] for w in weights[block]) for block in blocks}
-
-
-def attention_on_defect(backbone: Backbone, truth: Truth, labels: np.ndarray) -> pd.DataFrame:
-    """A row per image and block: how much of a defect patch's attention goes to *other* defect patches.
-
-    Columns ``image``, ``category``, ``block`` (0-based), ``q-k``, ``v-v`` and ``even`` (what even attention gives), as
-    shares of what goes to all other patches. Images with fewer than two defect patches (``labels`` M x N) are left out.
-    """
-    rows = []
-
-    def share(weights, defect):  # of what goes to other patches, N x N
-        others = (weights - np.diag(np.diag(weights)))[defect]
-        return float((others[:, defect].sum(axis=1) / others.sum(axis=1)).mean())
-
-    for at, category, images in truth.batches(backbone):
-        for block, weights in enumerate(attention_by_block(backbone.visual, images)):
-            for i, image in enumerate(at):
-                defect = np.flatnonzero(labels[image] == 1)
-                if len(defect) >= 2:
-                    shares = [share(w[i, 1:, 1:], defect) for w in weights]
-                    even = (len(defect) - 1) / (labels.shape[1] - 1)
-                    rows.append((image, category, block, *shares, even))
-    return pd.DataFrame(rows, columns=["image", "category", "block", "q-k", "v-v", "even"])

@@ -7,18 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from clipad.studies.common import Interval, exact_share, groups
-from clipad.studies.figures import (
-    ANOMALOUS,
-    COLOURS,
-    KINDS,
-    MAP,
-    dot_panels,
-    gallery,
-    growth,
-    mark_patch,
-    subplots,
-)
-from clipad.studies.opposite_predictions import Example
+from clipad.studies.figures import ANOMALOUS, COLOURS, KINDS, MAP, dot_panels, gallery, subplots
 
 STYLES = {
     "Direct, whole image": ("grey", "s"),
@@ -115,48 +104,3 @@ def by_category(frame: pd.DataFrame, column: str, series: str, shares: bool = Fa
         found = exact_share(round(values.sum()), len(values)) if shares else values.mean()
         rows.append(entry(category, series, found))
     return rows
-
-
-def attention_of_patch(
-    example: Example, weights: Mapping[int, tuple[np.ndarray, np.ndarray]]
-) -> tuple[Figure, str]:
-    """Where the example's patch looks, by q-k and by v-v attention, a row per block, and the caption. ``weights``:
-    :func:`clipad.studies.opposite_predictions.attention_of`."""
-    rows = np.sqrt(list(weights.values()))[..., 1:]  # blocks x 2 x N
-    side, grid, count = len(example.pixels), round(rows.shape[-1] ** 0.5), len(weights)
-    squares = rows.reshape(count, 2, grid, grid).repeat(side // grid, 2).repeat(side // grid, 3)
-    maps = {"q-k attention": squares[:, 0], "v-v attention": squares[:, 1]}
-    top = np.delete(rows, example.patch, axis=-1).max()
-    masks = None if example.mask is None else [example.mask] * count
-    titles, limits = [f"block {block}" for block in weights], dict.fromkeys(maps, (0, top))
-    figure = gallery([example.pixels] * count, maps, masks, titles, limits, masks_on="both")
-    for ax in figure.axes:
-        if ax.images:
-            mark_patch(ax, example.patch, grid, side)
-    return figure, (
-        f"What the marked patch (cyan) of a {example.category}, {example.defect}, takes from every other patch, mean "
-        "over heads; a known defect is outlined. Blocks are counted from 0. All maps share one scale, the square root "
-        "of the weight."
-    )
-
-
-def attention_by_block(tables: Mapping[str, pd.DataFrame]) -> tuple[Figure, str]:
-    """Mean share of a defect patch's attention on the rest of the defect, per block, and the caption. ``tables``:
-    ``trained`` and perhaps ``untrained``, :func:`clipad.studies.opposite_predictions.attention_on_defect`."""
-    what, frames, looks = "attention on the\nrest of the defect", [], {}
-    for network, table in tables.items():
-        by_block = table.groupby("block")[["q-k", "v-v", "even"]].mean()
-        for kind in ("q-k", "v-v"):
-            colour, marker = STYLES[f"{kind} attention"]
-            series = kind if network == "trained" else f"{kind}, untrained"
-            looks[series] = (colour if network == "trained" else "grey", marker)
-            frames.append(pd.DataFrame({what: by_block[kind], "series": series}))
-    even = {what: by_block["even"].mean()}
-    title = "How much a defect's patch takes from the rest of the defect"
-    figure = growth({"block": pd.concat(frames)}, [what], even, title, looks)
-    figure.axes[0].set_ylim(0)
-    images = len(table[["category", "image"]].drop_duplicates())
-    caption = f"Mean over {images} anomalous images, per block. Dashed: the share if a patch looked everywhere alike."
-    if "untrained" in tables:
-        caption += " Coloured: this CLIP. Grey: the same architecture with random weights."
-    return figure, caption
