@@ -8,8 +8,8 @@ import clipad
 from clipad.studies import after_clip_ad as study
 from clipad.studies.after_clip_ad import ideas
 from clipad.studies.common import keep, thinned
-from clipad.studies.dual_path_surgery import smooth_maps
 from clipad.studies.sdp_plus_fine_tuning import LayersAlone
+from clipad.surgery import similarity_map
 
 
 @pytest.fixture
@@ -98,6 +98,10 @@ def test_learned_directions_find_what_separates():
     labels = (keys[:, 0] > 0).float()
     found = ideas.learned_directions(keys, labels)(keys[None])[0]
     assert ((found > 0.5) == labels.bool()).float().mean() > 0.95
+
+
+def smooth_maps(values, size):
+    return similarity_map(values, size, 8 / 240 * size).numpy()
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ import torch
 from clipad.detectors import SDP
 from clipad.studies.after_clip_ad.ideas import IDEAS, learned_directions
 from clipad.studies.common import Kept, Scores, score
-from clipad.studies.dual_path_surgery import smooth_maps
 from clipad.studies.opposite_predictions import patch_coverage
+from clipad.surgery import similarity_map
 
 WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """of another map that is added to SDP's, tried on the auxiliary collection"""
@@ -43,9 +43,6 @@ SUMS = {
     "SDP + the batch": ("the batch", "weight of the batch"),
 }
 """SDP's map plus another, and the choice that this leaves"""
-
-
-# Who is a reference, who is tested, what is remembered -----------------------------------------------------------
 
 
 @dataclass
@@ -73,12 +70,9 @@ class Split:
 
     def maps(self, name: str, value: Any, known: Callable | None = None) -> np.ndarray:
         """M x S x S of one of ``IDEAS`` with a value of its free choice, interpolated and smoothed as SDP's map."""
-        idea = IDEAS[name]
-        parts = [one for one in idea.tried if one <= value] if idea.adds_up else [value]
-        values = sum(
-            self.values(lambda x, near, one=one: idea.compute(x, near, one), known) for one in parts
-        )
-        return smooth_maps(values, self.tested.masks.shape[-1])
+        values = self.values(lambda x, near: IDEAS[name].compute(x, near, value), known)
+        size = self.tested.masks.shape[-1]
+        return similarity_map(values, size, 8 / 240 * size).numpy()
 
     def pro(self, maps: np.ndarray) -> float:
         """PRO of maps M x S x S, mean over categories."""
@@ -112,12 +106,9 @@ def split(kept: Kept, tokens: Sequence[torch.Tensor] | None = None, seed: int = 
 class Memory:
     """Labelled patches of the auxiliary collection, as many normal as anomalous ones."""
 
-    keys: list[torch.Tensor]
-    """per stage P x D"""
-    labels: torch.Tensor
-    """P"""
-    categories: np.ndarray
-    """P: which category a patch comes from"""
+    keys: list[torch.Tensor]  # per stage P x D
+    labels: torch.Tensor  # P
+    categories: np.ndarray  # P
 
     def others(self, category: str, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and labels of a stage without the category's own, which its images are not tested with."""
@@ -130,14 +121,10 @@ def remember(kept: Kept, seed: int = 0) -> Memory:
     tokens = [stage[:, 1:].flatten(0, 1) for stage in kept.features.ordinary]
     grid = math.isqrt(kept.features.ordinary[0].shape[1] - 1)
     covered = patch_coverage(kept.masks, grid).flatten()
-    anomalous, normal = ((covered > 0.5).nonzero()[:, 0], (covered == 0).nonzero()[:, 0])
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(normal)))
-    at = torch.cat([anomalous, normal[order[: len(anomalous)]]])
-    names = np.repeat(kept.categories, grid * grid)
-    return Memory([x[at] for x in tokens], (covered[at] > 0.5).float(), names[at.numpy()])
-
-
-# All of them -----------------------------------------------------------------------------------------------------
+    anomalous, normal = (np.flatnonzero(at) for at in (covered > 0.5, covered == 0))
+    drawn = np.random.default_rng(seed).permutation(normal)[: len(anomalous)]
+    at, names = np.concatenate([anomalous, drawn]), np.repeat(kept.categories, grid * grid)
+    return Memory([x[at] for x in tokens], (covered[at] > 0.5).float(), names[at])
 
 
 def choose(sdp: SDP, aux: Split, memory: Memory) -> tuple[dict[str, Any], pd.DataFrame]:

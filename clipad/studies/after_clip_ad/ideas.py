@@ -96,8 +96,6 @@ class Idea:
     tried: tuple = ()
     published: Any = None
     """the value that the idea's authors take"""
-    adds_up: bool = False
-    """a value stands for the sum over all tried ones up to it; ``compute`` is given one of them"""
 
 
 LENGTHS = {"kept": standardised, "divided out": unit_length}
@@ -108,8 +106,8 @@ IDEAS = {
     ),
     "one PCA of 4": Idea(subspace_residual, "variance", (0.5, 0.7, 0.9, 0.99), 0.99),  # SubspaceAD
     "the batch": Idea(  # MuSc
-        lambda tokens, _, size: batch_scores(tokens, [size]),
-        "largest neighbourhood", (1, 3, 5), 5, adds_up=True,
+        lambda tokens, _, size: batch_scores(tokens, range(1, size + 1, 2)),
+        "largest neighbourhood", (1, 3, 5), 5,
     ),
     "retrieval": Idea(  # MRAD's temperature could not be read
         lambda tokens, memory, temperature: retrieved(tokens, *memory, temperature),

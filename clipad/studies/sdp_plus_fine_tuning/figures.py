@@ -21,26 +21,22 @@ def loss_curve(focal: Sequence[float], dice: Sequence[float], per_epoch: int) ->
     return figure
 
 
-def margins(
-    stages: Mapping[str, pd.DataFrame], numbers: pd.DataFrame, names: Sequence[str], title: str
-) -> Figure:
+def margins(table: pd.DataFrame, aurocs: pd.Series, title: str) -> Figure:
     """Per stage and mapping, how much nearer patches are to *anomalous* than to *normal*; dotted: halfway.
 
-    ``stages``: the margins of :func:`clipad.studies.sdp_plus_fine_tuning.joint_space`, ``numbers``: a row per stage and
-    mapping, with ``auroc``.
+    ``table``: a row per patch with ``stage``, ``mapping``, ``label`` (1 of a defect) and ``margin``; ``aurocs``: of the
+    margins, by stage and mapping.
     """
-    size = (2.3 * len(stages), 1.7 * len(names) + 0.5)
-    figure, axes = subplots(len(names), len(stages), size, title, sharex="row")
-    look = {"histtype": "stepfilled", "alpha": 0.45}
-    for line, name in zip(axes, names, strict=True):
-        found = np.concatenate([table[name] for table in stages.values()])
-        edges = np.linspace(*np.percentile(found, [0.5, 99.5]), 36)
-        for ax, (stage, table) in zip(line, stages.items(), strict=True):
-            _two_kinds(ax, table[name], table["label"] == 1, edges, "patches", **look)
+    stages, mappings = (table[column].unique() for column in ("stage", "mapping"))
+    size = (2.3 * len(stages), 1.7 * len(mappings) + 0.5)
+    figure, axes = subplots(len(mappings), len(stages), size, title, sharex="row")
+    for line, (mapping, rows) in zip(axes, table.groupby("mapping"), strict=True):
+        edges = np.linspace(*np.percentile(rows["margin"], [0.5, 99.5]), 36)
+        for ax, (stage, own) in zip(line, rows.groupby("stage"), strict=True):
+            look = {"histtype": "stepfilled", "alpha": 0.45}
+            _two_kinds(ax, own["margin"], own["label"] == 1, edges, "patches", **look)
             ax.axvline(0, color="0.3", linestyle=":", linewidth=1)
-            ax.set_title(
-                f"{stage}, {name}: AUROC {numbers.loc[(stage, name), 'auroc']:.2f}", size=9
-            )
+            ax.set_title(f"{stage}, {mapping}: AUROC {aurocs[stage, mapping]:.2f}", size=9)
             ax.set_yticks([])
         line[0].set_ylabel("patches")
     for ax in axes[-1]:
@@ -82,13 +78,11 @@ def fusion(
         edges = np.linspace(*np.percentile(values, [0.05, 99.95]), 50)
         _two_kinds(ax, values, masks, edges, "pixels", histtype="step")
         ax.set(xlabel=name, yscale="log", ylabel="density of pixels")
-    for (metric, values), (colour, marker) in zip(
-        curve.items(), (("green", "s"), ("purple", "D")), strict=True
-    ):
+    weights = [f"{weight:g}" for weight in curve.index]
+    for metric, (colour, marker) in zip(curve, (("green", "s"), ("purple", "D")), strict=True):
         look = {"color": COLOURS[colour], "marker": marker, "label": METRIC_NAMES[metric]}
-        right.plot(range(len(values)), 100 * values, markersize=4, **look)
-    right.set_xticks(range(len(curve)), [f"{weight:g}" for weight in curve.index])
-    right.axvline(list(curve.index).index(1), color="0.5", linestyle=":")
+        right.plot(weights, 100 * curve[metric], markersize=4, **look)
+    right.axvline("1", color="0.5", linestyle=":")
     right.set(xlabel="weight of SDP's map (0: layers alone, 1: SDP+)", ylabel="percent")
     for ax in (others[0], right):
         ax.legend()
