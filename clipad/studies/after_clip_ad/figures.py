@@ -24,9 +24,8 @@ def standing(scores: Scores, uses: Mapping[str, str], metrics: Sequence[str]) ->
     """Each method with its wide interval, a panel per metric; colour and marker say what it uses, a line is SDP."""
     panels = {}
     for metric in metrics:
-        wide = {name: vars(scores.interval(metric, name)[1]) for name in uses}
-        rows = [{"row": name, "series": used} | wide[name] for name, used in uses.items()]
-        panels[METRIC_NAMES[metric]] = pd.DataFrame(rows)
+        wide = pd.DataFrame([vars(scores.interval(metric, name)[1]) for name in uses])
+        panels[METRIC_NAMES[metric]] = wide.assign(row=list(uses), series=list(uses.values()))
     figure = dot_panels(panels, "percent", looks=KINDS)
     for ax, metric in zip(figure.axes, metrics, strict=True):
         ax.axvline(100 * scores.interval(metric, "SDP")[0].estimate, color="0.6", zorder=0)
@@ -36,16 +35,15 @@ def standing(scores: Scores, uses: Mapping[str, str], metrics: Sequence[str]) ->
 
 def choices(tried: pd.DataFrame) -> Figure:
     """PRO on the auxiliary collection over each free choice, a panel each; the ring is what was chosen."""
-    kinds = list(tried["what"].unique())
-    figure, axes = subplots(2, -(-len(kinds) // 2), (8.4, 4.6), sharey=True)
-    for ax, what in zip(axes.flat, kinds, strict=True):
-        rows = tried[tried["what"] == what].reset_index(drop=True)
-        best = int(rows["pro"].idxmax())
-        ax.plot(100 * rows["pro"], "o-", color=COLOURS["blue"], markersize=4)
-        ax.plot(best, 100 * rows["pro"][best], "o", color=COLOURS["red"], mfc="none", ms=11)
-        ax.set_xticks(rows.index, rows["value"].astype(str).str.removeprefix("0"))
-        ax.set_xlim(-0.4, len(rows) - 0.6)
-        ax.set_title(what, fontsize=10)
+    groups = tried.groupby("what", sort=False)
+    figure, axes = subplots(2, -(-len(groups) // 2), (8.4, 4.6), sharey=True)
+    for ax, (what, rows) in zip(axes.flat, groups, strict=True):
+        values, pro = rows["value"].astype(str).str.removeprefix("0"), 100 * rows["pro"]
+        ax.plot(values, pro, "o-", color=COLOURS["blue"], markersize=4)
+        best = pro.idxmax()
+        ax.plot(values[best], pro[best], "o", color=COLOURS["red"], mfc="none", ms=11)
+        ax.margins(x=0.15)
+        ax.set_title(what)
     for ax in axes[:, 0]:
         ax.set_ylabel("PRO, %")
     return figure

@@ -116,8 +116,7 @@ def ground_truth(dataset: Dataset, image_size: int) -> Truth:
     objects = None
     if all(s.object_mask_path for s in samples):
         objects = np.stack([read_mask(s.object_mask_path, image_size) for s in samples])
-    known = {s.category for s in samples}
-    names = tuple(c for c in dataset.categories if c in known)
+    names = tuple(c for c in dataset.categories if any(s.category == c for s in samples))
     few = replace(dataset, categories=names, samples=samples)
     return Truth(few, read_masks(list(samples), image_size), objects)
 
