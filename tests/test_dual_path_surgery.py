@@ -8,7 +8,7 @@ import torch
 from small_data import make_folder
 
 import clipad
-from clipad.dual_path import staged_features
+from clipad.dual_path import attention_weights, staged_features
 from clipad.studies import dual_path_surgery as study
 from clipad.studies.common import labelled
 from clipad.studies.dual_path_surgery import figures
@@ -44,6 +44,25 @@ def test_one_line_is_changed_and_the_function_stays():
     for line in ("found = found - value", "found"):  # not there, and there more than once
         with pytest.raises(ValueError, match="expected once"):
             study.with_line(total, line, "pass")
+
+
+def test_attention_is_that_of_the_ordinary_path(tiny_backbone):
+    visual = tiny_backbone.visual
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = list(study.attention_by_block(visual, images))
+    seen = []  # what open_clip's own pass gives each block
+
+    def keep(block, inputs):
+        seen.append((block, inputs[0]))
+
+    hooks = [block.register_forward_pre_hook(keep) for block in visual.transformer.resblocks]
+    with torch.no_grad():
+        visual(images)
+    for hook in hooks:
+        hook.remove()
+    for weights, (block, x) in zip(found, seen, strict=True):
+        for kind, expected in zip(weights, attention_weights(block, x), strict=True):
+            np.testing.assert_allclose(kind, expected.detach(), atol=1e-5)
 
 
 def test_variants_are_the_detectors_in_the_order_of_the_data(tiny_backbone, data):

@@ -1,13 +1,14 @@
-"""Notebook 03: one line of a function changed, and variants of the dual path on a whole data set.
+"""Notebook 03: one line of a function changed, where patches look, variants of the dual path on a whole data set.
 
 The method itself, and each change to it, is written in the notebook.
 """
 
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from IPython.display import Markdown, display
 from tqdm import tqdm
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from clipad.backbone import Backbone
 from clipad.datasets import Dataset
 from clipad.detectors import class_probability
+from clipad.dual_path import attention_weights, embed_patches
 from clipad.evaluation import batches
 
 
@@ -30,6 +32,16 @@ def with_line(function: Callable, old: str, new: str) -> Callable:
     exec(source.replace(old, new), changed)
     display(Markdown(f"```diff\n- {old}\n+ {new}\n```"))
     return changed[name]
+
+
+@torch.no_grad()
+def attention_by_block(visual, images: torch.Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Per block q-k and v-v attention weights on the ordinary path, mean over heads, B x (N+1) x (N+1) each."""
+    x = visual.ln_pre(embed_patches(visual, images))
+    for block in visual.transformer.resblocks:
+        q_k, v_v = attention_weights(block, x)
+        yield q_k.float().cpu().numpy(), v_v.float().cpu().numpy()
+        x = block(x)
 
 
 @torch.no_grad()

@@ -19,9 +19,6 @@ from clipad.studies.figures import (
     subplots,
 )
 
-SIGNED = "RdBu_r"
-"""for values with a sign: white is 0, red anomalous"""
-
 
 def six_tokens(v: np.ndarray, weights: Mapping[str, np.ndarray]) -> tuple[Figure, str]:
     """The six vectors v (6 x 2; the last two are the defect's) and attention weights, 6 x 6 each; and the caption."""
@@ -76,7 +73,7 @@ def beside(
     for name, values in maps.items():
         top, signed = np.abs(values).max(), values.min() < 0
         limits[name] = (-top, top) if signed else (0, np.ceil(top))
-        colours[name] = SIGNED if signed else MAP
+        colours[name] = "RdBu_r" if signed else MAP
         if data.masks is not None:
             aurocs = [f"{100 * auroc:.0f}" for auroc in within_image(values, data.masks)]
             below[name] = [f"AUROC {auroc}" for auroc in aurocs]

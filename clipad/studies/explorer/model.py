@@ -26,8 +26,8 @@ from clipad.io.files import IMAGE_SUFFIXES, did_you_mean
 from clipad.io.images import read_image, read_mask
 from clipad.linear_layers import LinearLayers
 from clipad.prompts import WINCLIP, Prompts
+from clipad.studies.dual_path_surgery import attention_by_block
 from clipad.studies.experiments import DETECTORS, Experiment
-from clipad.studies.opposite_predictions import attention_by_block
 from clipad.surgery import cosine, similarity_map, smooth
 from clipad.winclip import SIZES, WinCLIP, coverage
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from clipad.backbone import Backbone
 from clipad.datasets import Dataset
 from clipad.detectors import Detector
-from clipad.dual_path import attention_weights, embed_patches
 from clipad.evaluation import batches, read_masks
 from clipad.io.images import read_mask
 from clipad.studies.common import Labelled
@@ -167,13 +166,3 @@ def untrained(backbone: Backbone, seed: int) -> Backbone:
             parameter.copy_(torch.randn(parameter.shape) * len(visual.class_embedding) ** -0.5)
     twin.model.to(backbone.device)
     return twin
-
-
-@torch.no_grad()
-def attention_by_block(visual, images: torch.Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Per block q-k and v-v attention weights on the ordinary path, mean over heads, B x (N+1) x (N+1) each."""
-    x = visual.ln_pre(embed_patches(visual, images))
-    for block in visual.transformer.resblocks:
-        q_k, v_v = attention_weights(block, x)
-        yield q_k.float().cpu().numpy(), v_v.float().cpu().numpy()
-        x = block(x)
