@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from benchmarks.measure import REPEATS, Row, largest_difference, numpy_peak, seconds
 from clipad.backbone import Backbone, load_backbone
 from clipad.detectors import SDP
-from clipad.evaluation import PART, evaluate, load_images
+from clipad.evaluation import evaluate, load_images
 from tests.conftest import tiny_clip
 from tests.small_data import files_of, make_folder
+
+STEP = 64  # images between two looks at the memory
 
 
 def rows(quick: bool) -> Iterator[Row]:
@@ -41,7 +43,7 @@ def _tiny(image_size: int) -> SDP:
 
 
 def _memory(folder: Path, quick: bool) -> Iterator[Row]:
-    count, side = (4 if quick else 8) * PART, 240
+    count, side = (4 if quick else 8) * STEP, 240
     names = ("bolt", "gear", "nut", "pin")
     data = make_folder(folder, names, normal=count - 16, anomalous=16, side=30)
     detector = _tiny(side)
@@ -50,16 +52,16 @@ def _memory(folder: Path, quick: bool) -> Iterator[Row]:
 
     def watched(images, category):
         nonlocal done
-        if done % PART == 0:  # always at the same point of a part, whose buffers come and go
+        if done % STEP == 0:
             resident.append(process.memory_info().rss)
         done += len(images)
         return predict(images, category)
 
     detector.predict = watched
     evaluate(detector, data.select(names[:3]), progress=False)
-    # From part to part, in the second half of each category: until then the allocator makes pools that stay.
-    steps = np.diff(np.reshape(resident, (3, -1)), axis=1)[:, count // PART // 2 :]
-    growth = float(np.median(steps)) / PART / 1024
+    # From step to step, in the second half of each category: until then the allocator makes pools that stay.
+    steps = np.diff(np.reshape(resident, (3, -1)), axis=1)[:, count // STEP // 2 :]
+    growth = float(np.median(steps)) / STEP / 1024
     own = side * side * 4 / 1024
     freed = growth < 0.95 * own  # impossible, unless the process gave other memory back meanwhile
     yield Row(

@@ -1,11 +1,10 @@
 """A detector on a data set -> a tidy table (METHOD.md section 7), resumable.
 
-With an ``output_dir`` every category leaves its results on disk, and a large one a part after every 64 images; a run
-that was stopped anywhere continues there and ends with the same bytes. Memory holds the maps of one category at a time.
+With an ``output_dir`` every category leaves its results on disk; a run that was stopped continues with the category
+that it was in and ends with the same bytes. Memory holds the maps of one category at a time.
 """
 
 import hashlib
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,8 +25,6 @@ from clipad.metrics import METRICS, image_metrics, pixel_metrics, resampled_metr
 
 COLUMNS = [f"{level}_{metric}" for level in ("image", "class") for metric in METRICS[:3]]
 COLUMNS += [f"pixel_{metric}" for metric in METRICS]
-PART = 64
-"""images in one part on disk: what a killed run loses at most"""
 WORKERS = 4
 """threads that read"""
 
@@ -64,8 +61,8 @@ def evaluate(
 ) -> Result:
     """Run a detector over a data set.
 
-    ``output_dir``: where parts and results are kept, None for memory only; ``batch_size``: halved by itself where a
-    GPU runs out of memory.
+    ``output_dir``: where results are kept, None for memory only; ``batch_size``: halved by itself where a GPU runs out
+    of memory.
 
     Raises ValueError for an empty data set, a mask of another size than its image, maps that are not finite, and an
     ``output_dir`` that holds results of other settings; OSError if it cannot be written; what
@@ -81,21 +78,18 @@ def evaluate(
     settings = detector.settings | {"dataset": dataset.name, "samples": fingerprint(dataset)}
     folder = output_dir and Path(output_dir)
     if folder:
-        claim(folder, settings, ("categories", "parts"))
+        claim(folder, settings, ["categories"])
 
-    rows, frames = {}, []
-    title = f"{detector.name} on {dataset.name}"
+    rows, frames, title = {}, [], f"{detector.name} on {dataset.name}"
     with tqdm(total=len(dataset), desc=title, unit="image", disable=not progress) as bar:
         for category in dataset.categories:
-            samples = [sample for sample in dataset if sample.category == category]
+            part = dataset.select(category)
             place = folder and folder / "categories" / f"{file_name(category)}.npz"
-            found = cached(place, lambda: _run_category(detector, samples, folder, batch_size, bar))
-            if folder:
-                shutil.rmtree(folder / "parts", ignore_errors=True)
-            rows[category] = found.pop("metrics")
-            paths = [s.image_path.relative_to(dataset.root).as_posix() for s in samples]
+            found = cached(place, lambda: measure(detector, part, batch_size, bar=bar))
+            rows[category] = {name: float(found.pop(name, np.nan)) for name in COLUMNS}
+            paths = [s.image_path.relative_to(dataset.root).as_posix() for s in part]
             own = {"category": category, "path": paths}
-            own |= {name: [getattr(s, name) for s in samples] for name in ("defect", "label")}
+            own |= {name: [getattr(s, name) for s in part] for name in ("defect", "label")}
             frames.append(pd.DataFrame(own | found))
             bar.update(sum(map(len, frames)) - bar.n)
 
@@ -145,10 +139,10 @@ def category_metrics(
 ) -> dict[str, float | np.ndarray]:
     """All metrics of one category that its labels allow: ``image_*``, ``class_*`` and, with masks, ``pixel_*``.
 
-    ``maps``, ``masks``: N x S x S (without masks N x 1 x 1 maxima of the maps do); ``probabilities``, ``labels``: N, a
-    label of -1 is not known. ``map_in_image_score``: images are ranked by :func:`published_image_score`, else by the
-    class probability. With ``counts`` (1 + R x N, from :func:`clipad.metrics.draw_counts`) each metric is an array: the
-    estimate, then R resamples, for which the image score is not scaled anew.
+    ``maps``, ``masks``: N x S x S; ``probabilities``, ``labels``: N, -1 where it is not known. ``map_in_image_score``:
+    images are ranked by :func:`published_image_score`, else by the class probability. With ``counts`` (1 + R x N, from
+    :func:`clipad.metrics.draw_counts`) each metric is an array: the estimate, then R resamples, for which the image
+    score is not scaled anew.
     """
 
     def measured(level, scores, truth, plain):
@@ -190,47 +184,33 @@ def in_parts(compute: Callable[[torch.Tensor], Any], images: torch.Tensor) -> li
 
 
 def predict(
-    detector, samples: Iterable[Sample], batch_size: int = 16, keep_maps: bool = True, bar=None
-) -> Arrays:
-    """``maps`` N x S x S (or only their maxima, N x 1 x 1) and class ``probabilities`` N of samples.
-
-    Raises ValueError for maps or probabilities that are not finite.
-    """
-    maps, probabilities = [], []
+    detector, samples: Iterable[Sample], batch_size: int = 16, bar=None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Maps N x S x S and class probabilities N of samples, float32. ValueError where they are not finite."""
+    samples, start = list(samples), 0
+    maps = np.empty((len(samples), *[detector.backbone.image_size] * 2), np.float32)
+    probabilities = np.empty(len(samples), np.float32)
     for category, images in batches(detector.backbone, samples, batch_size):
         for part in in_parts(lambda some: detector.predict(some, category), images):
             if not all(torch.isfinite(x).all() for x in (part.maps, part.probabilities)):
                 raise ValueError(f"{detector.name}: not all numbers are finite for {category!r}")
-            maps.append(part.maps if keep_maps else part.maps.amax(dim=(1, 2), keepdim=True))
-            probabilities.append(part.probabilities)
+            at = slice(start, start + len(part.maps))
+            maps[at], probabilities[at], start = part.maps, part.probabilities, at.stop
         if bar:
             bar.update(len(images))
-    return {"maps": torch.cat(maps).numpy(), "probabilities": torch.cat(probabilities).numpy()}
+    return maps, probabilities
 
 
-def _run_category(detector, samples, folder, batch_size, bar) -> Arrays:
-    masked = any(s.mask_path is not None for s in samples) and all(s.label >= 0 for s in samples)
-    maps, probabilities = None, []
-    for start in range(0, len(samples), PART):
-        group = samples[start : start + PART]
-        name = f"{file_name(samples[0].category)}-{start // PART:04d}.npz"
-        part = cached(
-            folder / "parts" / name if folder and len(samples) > PART else None,
-            lambda: predict(detector, group, batch_size, masked, bar),
-        )
-        if maps is None:  # once for the category: to put parts together later would hold them twice
-            maps = np.empty((len(samples), *part["maps"].shape[1:]), dtype=np.float32)
-        maps[start : start + len(group)] = part.pop("maps")
-        probabilities.append(part["probabilities"])
-
-    probabilities, maxima = np.concatenate(probabilities), maps.max(axis=(1, 2))
-    labels = np.array([s.label for s in samples])
-    masks = read_masks(samples, maps.shape[-1]) if masked else None
-    with_map = detector.map_in_image_score
-    metrics = category_metrics(maps, masks, probabilities, labels, with_map)
+def measure(detector, part: Dataset, batch_size: int = 16, counts=None, bar=None) -> Arrays:
+    """One category by one detector: the metrics of :func:`category_metrics` by name, and ``probability``, ``map_max``
+    and ``image_score`` of its N images, all float64."""
+    maps, probabilities = predict(detector, part, batch_size, bar)
+    masks = read_masks(list(part), maps.shape[-1]) if part.has_masks else None
+    labels, with_map = np.array([s.label for s in part]), detector.map_in_image_score
+    found = category_metrics(maps, masks, probabilities, labels, with_map, counts)
+    maxima = maps.max(axis=(1, 2))
     score = published_image_score(probabilities, maxima) if with_map else probabilities
-    found = {"probability": probabilities, "map_max": maxima, "image_score": score}
-    found["metrics"] = [metrics.get(name, np.nan) for name in COLUMNS]
+    found |= {"probability": probabilities, "map_max": maxima, "image_score": score}
     return {name: np.array(values, dtype=np.float64) for name, values in found.items()}
 
 

@@ -111,7 +111,7 @@ def test_the_gallery_shows_anomalous_images_on_the_scale_of_flawless_ones(detect
     assert [s.category for s in samples] == list(data.categories)
     assert {s.label for s in samples} == {1}
     assert len(masks) == len(samples)
-    maps_of_sdp = predict(detectors[-1], data.select("bolt"))["maps"]
+    maps_of_sdp = predict(detectors[-1], data.select("bolt"))[0]
     labels = np.array([s.label for s in data.select("bolt")])
     at = list(data.select("bolt")).index(samples[list(data.categories).index("bolt")])
     limit = np.quantile(maps_of_sdp[labels == 0], 0.99)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from clipad.datasets import Dataset, Sample, expected_counts
 from clipad.detectors import Detector
-from clipad.evaluation import batches, category_metrics, fingerprint, predict
+from clipad.evaluation import batches, fingerprint, measure, predict
 from clipad.io.files import address, cached, code_version
 from clipad.metrics import draw_counts
 from clipad.published import published_results
@@ -46,20 +46,12 @@ def benchmark(
         for detector in detectors:
             key = [detector.settings, fingerprint(part), code_version(), resamples, seed, c]
             path = folder and folder / f"{address(key)}.npz"
-            entry = cached(path, lambda: _measure(detector, part, labels, counts))
+            entry = cached(path, lambda: measure(detector, part, counts=counts))
             found[detector.name][category] = entry
             own = {name: entry[name] for name in ("probability", "map_max")}
             frame = pd.DataFrame({"category": category, "label": labels} | own)
             frames.append(frame.assign(method=detector.name))
     return scores_of(found, METRICS, resamples, seed), pd.concat(frames, ignore_index=True)
-
-
-def _measure(detector, part: Dataset, labels, counts) -> dict[str, np.ndarray]:
-    maps, p = predict(detector, part).values()
-    masks = labelled(part, maps.shape[-1]).masks
-    entry = category_metrics(maps, masks, p, labels, detector.map_in_image_score, counts)
-    entry |= {"probability": p, "map_max": maps.max(axis=(1, 2))}
-    return {name: np.asarray(value, dtype=float) for name, value in entry.items()}
 
 
 def costs(detectors: Sequence[Detector], dataset: Dataset, repeats: int = 3) -> pd.Series:
@@ -120,7 +112,7 @@ def median_images(
     samples, masks, shown = [], [], {name: [] for name in detectors}
     for category in categories:
         part = dataset.select(category)
-        maps = {name: predict(d, part)["maps"] for name, d in detectors.items()}
+        maps = {name: predict(d, part)[0] for name, d in detectors.items()}
         data = labelled(part, maps["SDP"].shape[-1])
         chosen = chosen_by_rule(data, maps["SDP"])
         pick = chosen.get("median", chosen.get("best", chosen.get("worst")))
