@@ -63,11 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
 @contextlib.contextmanager
 def _float32(backbone):
     """Without mixed precision."""
-    backbone.autocast = contextlib.nullcontext
+    cast = backbone.tower
+    backbone.autocast, backbone.tower = contextlib.nullcontext, backbone.visual
     try:
         yield
     finally:
         del backbone.autocast
+        backbone.tower = cast
 
 
 def _calls(backbone, images):

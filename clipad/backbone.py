@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,6 @@ class Backbone:
         self.image_size = model.visual.image_size[0]
         self.mean, self.std = tuple(mean), tuple(std)
         self.known_words = known_words
-        self._warned: set[str] = set()
 
     @property
     def device(self) -> torch.device:
@@ -96,13 +95,14 @@ class Backbone:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.get_autocast_dtype(self.device.type))
 
-    @property
+    @cached_property
     def tower(self):
-        """``visual``; within ``autocast`` on a GPU a copy with cast weights, which it else casts in every call."""
-        kind = self.device.type
-        if not torch.is_autocast_enabled(kind):
+        """``visual``; on a GPU a copy with the weights as ``autocast`` would cast them, there in every call."""
+        if self.device.type == "cpu":
             return self.visual
-        return _cast_once(self.visual, torch.get_autocast_dtype(kind))
+        tower = copy.deepcopy(self.visual)
+        convert_weights_to_lp(tower, torch.get_autocast_dtype(self.device.type))
+        return tower
 
     def encode_text(self, sentences: Sequence[str]) -> torch.Tensor:
         """Sentences -> M x C float32 embeddings on the CPU, not normalised; kept on disk once they are computed."""
@@ -111,14 +111,14 @@ class Backbone:
             raise ValueError(
                 f"encode_text takes a list of sentences, none empty; found {sentences!r}"
             )
-        unknown = self.unknown_words(texts) - self._warned
-        if unknown:
-            self.expect_words(unknown)
-            warnings.warn(
-                f"the model {self.name!r} never saw the words {', '.join(sorted(unknown)[:8])} in training: what it "
-                "makes of them is noise",
-                stacklevel=2,
-            )
+        if self.known_words:  # of the small demo model only
+            unknown = {word for text in texts for word in words(text)} - self.known_words
+            if unknown:
+                warnings.warn(
+                    f"the model {self.name!r} never saw the words {', '.join(sorted(unknown))} in training: what it "
+                    "makes of them is noise",
+                    stacklevel=2,
+                )
         key = address([self.weights_hash, self.device.type, "float32", texts])
         folder = cache_dir()
         path = folder and folder / f"{key}.npz"
@@ -149,22 +149,6 @@ class Backbone:
         x = model.token_embedding(tokens) + model.positional_embedding[:length]
         x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
         return x[torch.arange(len(x)), tokens.argmax(dim=-1)] @ model.text_projection
-
-    def unknown_words(self, sentences: Sequence[str]) -> set[str]:
-        """Words that the model never saw in training; known for the small demo model only, else empty."""
-        seen = {word for sentence in sentences for word in words(sentence)}
-        return set() if self.known_words is None else seen - self.known_words
-
-    def expect_words(self, unknown: set[str]) -> None:
-        """Do not warn of these words again: whoever calls this has told the reader."""
-        self._warned |= unknown
-
-
-@lru_cache(maxsize=2)
-def _cast_once(visual: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    tower = copy.deepcopy(visual)
-    convert_weights_to_lp(tower, dtype)
-    return tower
 
 
 def load_backbone(

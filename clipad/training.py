@@ -3,8 +3,7 @@
 import io
 import json
 import math
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,19 @@ from tqdm import tqdm
 
 from clipad.backbone import Backbone
 from clipad.datasets import Dataset
-from clipad.dual_path import default_stages, staged_features
-from clipad.evaluation import fingerprint, in_parts, load_images, read_masks
+from clipad.detectors import SDP
+from clipad.dual_path import staged_features
+from clipad.evaluation import batches, fingerprint, in_parts, read_masks
 from clipad.io.checkpoints import fill, read_content
 from clipad.io.files import claim, write_atomically
 from clipad.linear_layers import LinearLayers, linear_maps, stage_losses
-from clipad.prompts import CLIP_AD, Prompts
-from clipad.text import check_method, representative_vectors
+from clipad.prompts import Prompts
 
 
 @dataclass
 class Training:
     """What a training left: the layers after the last epoch, a file per epoch, and a row per epoch: epoch, loss, focal,
-    dice (sums over stages, means over the epoch's batches), seconds."""
+    dice (sums over stages, means over the epoch's batches)."""
 
     layers: LinearLayers
     log: pd.DataFrame
@@ -63,34 +62,35 @@ def train(
     Raises ValueError for data without the masks to learn from, options out of range, a loss that is not finite, or
     an ``output_dir`` that holds a training with other settings; OSError where it cannot be written.
     """
-    _require_trainable(dataset, epochs, learning_rate, batch_size)
-    stages = default_stages(len(backbone.visual.transformer.resblocks))
-    layers = LinearLayers(*backbone.visual.proj.shape, len(stages), seed).to(backbone.device)
-    prompts, rvs_options = prompts or CLIP_AD, dict(rvs_options or {})
-    layers.settings = _settings(
-        backbone, dataset, prompts=asdict(prompts), rvs=rvs, rvs_options=rvs_options, stages=stages, seed=seed,
-        as_released=as_released, learning_rate=learning_rate, batch_size=batch_size, shuffle=shuffle,
-    )  # fmt: skip
+    if epochs < 1 or batch_size < 1 or not learning_rate > 0:
+        raise ValueError("epochs and batch_size have to be 1 or more, and learning_rate positive")
+    if not dataset.has_masks or any(s.label < 0 for s in dataset):
+        raise ValueError(f"layers learn from masks, which not all defects of {dataset.name} have")
+    sdp = SDP(backbone, prompts, rvs, rvs_options, as_released=as_released)
+    layers = LinearLayers(*backbone.visual.proj.shape, len(sdp.stages), seed).to(backbone.device)
+    settings = sdp.settings | {
+        "dataset": dataset.name, "categories": dataset.categories, "samples": fingerprint(dataset), "seed": seed,
+        "learning_rate": learning_rate, "batch_size": batch_size, "shuffle": shuffle,
+    }  # fmt: skip
+    layers.settings = json.loads(json.dumps(settings))  # as it will be read back
     optimizer = torch.optim.Adam(layers.parameters(), lr=learning_rate)
     folder, log = Path(output_dir) if output_dir else None, []
     if folder:
         claim(folder, layers.settings, ["epoch_*"])
         log = _resume(folder, layers, optimizer, epochs)
     if len(log) < epochs:
-        text = _text_of(backbone, dataset, prompts, rvs, rvs_options)
+        text = torch.stack([sdp.text_vectors(s.category) for s in dataset]).to(backbone.device)
         masks = torch.from_numpy(read_masks(list(dataset), backbone.image_size))
-        tokens = frozen_tokens(backbone, dataset, stages, as_released, batch_size, progress)
-        bar = tqdm(range(len(log) + 1, epochs + 1), "training", unit="epoch", disable=not progress)
-        for epoch in bar:
-            started, order = time.perf_counter(), np.arange(len(dataset))
-            if shuffle:
-                order = np.random.default_rng([seed, epoch]).permutation(len(dataset))
-            batches = torch.from_numpy(order).split(batch_size)
-            losses = run_epoch(layers, optimizer, tokens, masks, text, batches)
-            seconds = round(time.perf_counter() - started, 3)
-            log.append({"epoch": epoch} | losses | {"seconds": seconds})
-            if folder:
-                _save(folder, layers, optimizer, log)
+        tokens = frozen_tokens(sdp, dataset, batch_size, progress)
+    left = range(len(log) + 1, epochs + 1)
+    for epoch in tqdm(left, "training", unit="epoch", disable=not progress):
+        order = np.arange(len(dataset))
+        if shuffle:
+            order = np.random.default_rng([seed, epoch]).permutation(order)
+        steps = torch.from_numpy(order).split(batch_size)
+        log.append({"epoch": epoch} | run_epoch(layers, optimizer, tokens, masks, text, steps))
+        if folder:
+            _save(folder, layers, optimizer, log)
     checkpoints = [_checkpoint(folder, row["epoch"]) for row in log] if folder else []
     return Training(layers.eval().requires_grad_(False), pd.DataFrame(log), checkpoints)
 
@@ -118,51 +118,23 @@ def run_epoch(layers: LinearLayers, optimizer, tokens, masks, text, batches) -> 
     return dict(zip(("loss", "focal", "dice"), mean.tolist(), strict=True))
 
 
-def frozen_tokens(
-    backbone: Backbone, dataset: Dataset, stages, as_released: bool, batch_size: int, progress=False
-) -> torch.Tensor:
+def frozen_tokens(sdp: SDP, dataset: Dataset, batch_size: int, progress=False) -> torch.Tensor:
     """The patch tokens x_j of a whole data set, computed once: J x M x N x D float32, on the CPU."""
+    backbone = sdp.backbone
 
     @torch.no_grad()  # float32 on a GPU, too: training then ends near where a CPU's does
     def encode(images):
-        found = staged_features(backbone.visual, images, stages, as_released)
+        found = staged_features(backbone.visual, images, sdp.stages, sdp.as_released)
         return torch.stack([tokens[:, 1:] for tokens in found.ordinary])
 
     width, patches = backbone.visual.proj.shape[0], math.prod(backbone.visual.grid_size)
-    kept, start = torch.empty(len(stages), len(dataset), patches, width), 0
-    batches = load_images(list(dataset), backbone.preprocess, batch_size)
-    total = math.ceil(len(dataset) / batch_size)
-    for images in tqdm(batches, "frozen features", total, unit="batch", disable=not progress):
-        for part in in_parts(encode, images.to(backbone.device)):
+    kept, start = torch.empty(len(sdp.stages), len(dataset), patches, width), 0
+    found = batches(backbone, dataset, batch_size)
+    for _, images in tqdm(found, "frozen features", unit="batch", disable=not progress):
+        for part in in_parts(encode, images):
             kept[:, start : start + part.shape[1]] = part
             start += part.shape[1]
     return kept
-
-
-def _settings(backbone: Backbone, dataset: Dataset, **options) -> dict[str, Any]:
-    """All that decides the weights, as it will be read back."""
-    check_method(options["rvs"], options["rvs_options"])
-    options |= {"dataset": dataset.name, "categories": dataset.categories}
-    options["samples"] = fingerprint(dataset)
-    return json.loads(json.dumps(backbone.settings | options))
-
-
-def _text_of(backbone, dataset, prompts, rvs, options) -> torch.Tensor:
-    """M x C x 2 on the backbone's device: the text vectors of every image's category."""
-    names = dataset.categories
-    vectors = {c: representative_vectors(backbone, c, prompts, rvs, **options) for c in names}
-    return torch.stack([vectors[sample.category] for sample in dataset]).to(backbone.device)
-
-
-def _require_trainable(dataset: Dataset, epochs, learning_rate, batch_size) -> None:
-    if epochs < 1 or batch_size < 1 or not learning_rate > 0:
-        raise ValueError("epochs and batch_size have to be 1 or more, and learning_rate positive")
-    missing = [s for s in dataset if s.label < 0 or (s.label == 1 and s.mask_path is None)]
-    if missing or not any(s.label == 1 for s in dataset):
-        raise ValueError(
-            f"the layers learn from masks, but {len(missing) or 'all'} of the {len(dataset)} images of "
-            f"{dataset.name} bring none (or no label, or no defect): train on a data set with pixel ground truth"
-        )
 
 
 def load_layers(path: str | Path) -> LinearLayers:
@@ -174,17 +146,13 @@ def load_layers(path: str | Path) -> LinearLayers:
     Raises FileNotFoundError, or ValueError for anything else than such a checkpoint.
     """
     path, metadata = Path(path), {}
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         content = read_content(path)
         state = content.get("linear_layers", content)
         first = state.get("fc.0.weight")
         if first is None or first.ndim != 2:
-            raise ValueError(
-                "expected fc.0.weight (C x D), fc.0.bias, fc.1.weight, ... in 'linear_layers'; "
-                f"found {', '.join(state) or 'nothing'}"
-            )
+            expected = "fc.0.weight (C x D), fc.0.bias, fc.1.weight, ... in 'linear_layers'"
+            raise ValueError(f"expected {expected}; found {', '.join(state) or 'nothing'}")
         layers = LinearLayers(first.shape[1], first.shape[0], len(state) // 2)
         fill(layers, state)
     except ValueError as error:

@@ -127,17 +127,10 @@ class Experiment:
         kinds = {"image labels": data.has_image_labels, "pixel masks": data.has_masks}
         known = ", ".join(kind for kind, there in kinds.items() if there) or "no labels"
         many = "1 category" if len(data.categories) == 1 else f"{len(data.categories)} categories"
-        told = (
+        return (
             f"model **{model.name}** ({model.pretrained}, {model.image_size} px, {model.device}) on **{data.name}**: "
             f"{len(data)} images in {many} ({known})"
         )
-        states = [state for c in data.categories for state in self.prompts.sentences(c)]
-        unknown = set().union(*map(model.unknown_words, states))
-        model.expect_words(unknown)  # said here once, so that no cell has to warn of it
-        if unknown:
-            words = ", ".join(sorted(unknown))
-            told += f". The model never saw the words *{words}* in training: what it makes of them is noise"
-        return told
 
     __repr__ = _repr_markdown_ = __str__  # no path of the machine in a stored notebook
 

@@ -341,13 +341,7 @@ class Explorer:
     def _text(self, detector: str, object_name: str, normal: str, anomalous: str, rvs: str):
         """C x 2 unit columns, and what is to be said about them."""
         prompts = self._words(detector, normal, anomalous)
-        unknown = self.backbone.unknown_words(x for y in prompts.sentences(object_name) for x in y)
-        self.backbone.expect_words(unknown)  # said here
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             vectors = self._detector(detector, prompts, rvs).text_vectors(object_name)
-        notes = [str(warning.message) for warning in caught]
-        if unknown:
-            named = ", ".join(sorted(unknown))
-            notes.append(f"the model never saw {named} in training: what it makes of that is noise")
-        return vectors, tuple(notes)
+        return vectors, tuple(dict.fromkeys(str(warning.message) for warning in caught))

@@ -152,7 +152,8 @@ def shuffled_states(
 def untrained(backbone: Backbone, seed: int) -> Backbone:
     """The same model with an image encoder of random weights, drawn on the CPU (a GPU would draw others)."""
     twin = copy.copy(backbone)
-    twin.__dict__.pop("weights_hash", None)
+    for made in ("weights_hash", "tower"):
+        twin.__dict__.pop(made, None)
     twin.model = copy.deepcopy(backbone.model).cpu()
     twin.visual = visual = twin.model.visual
     twin.pretrained = f"untrained image encoder (seed {seed})"
