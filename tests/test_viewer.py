@@ -93,7 +93,8 @@ def test_the_browser_computes_what_the_model_computes(explorer, tmp_path):
         np.testing.assert_allclose(own["maxima"], np.sort(shown.maxima), atol=1e-4)
         assert own["maximum"] == pytest.approx(shown.map.max(), abs=1e-4)
         assert own["threshold"] == pytest.approx(shown.threshold, abs=1e-4)
-        assert (own["low"], own["high"]) == pytest.approx(shown.limits, abs=1e-4)
+        high = 2 * shown.maxima.max() - shown.middle  # the maximum is the middle of the colours
+        assert (own["low"], own["high"]) == pytest.approx((shown.middle, high), abs=1e-4)
     weights = np.reshape(found["attention"], (2, 4, 16, 17))
     np.testing.assert_allclose(weights, explorer.attention(start.image), atol=1e-3, rtol=1e-3)
 
@@ -107,8 +108,8 @@ def test_an_image_of_the_demo_takes_less_than_400_kb():
     )  # fmt: skip
     explorer = Explorer(run)
     start = explorer.settings()
-    state = state_of(explorer, [start])
-    packed = len(widget.static_html(state)) - len(widget.static_html({}))
+    viewer = widget.Viewer(explorer, [start])
+    packed = len(viewer.html()) - len(widget.MODULE) - len(widget.STYLE)
     assert 0.75 * packed < 400_000  # base64 writes three bytes as four letters
 
 

@@ -71,24 +71,13 @@ class Answer:
 class Shown:
     """What there is to see with some settings."""
 
-    settings: Settings
     answer: Answer
-    image: Image.Image
-    mask: np.ndarray | None  # S x S bool, None where not known
     map: np.ndarray  # S x S, higher = more anomalous
     maxima: np.ndarray  # R, of the flawless images' maps
     threshold: float  # the quantile of the maxima that false_alarms names
-    limits: tuple[
-        float, float
-    ]  # of colours: from the flawless maps' median; their maximum is the middle
-    patch: int  # the chosen one's position among the N
-    cosines: pd.DataFrame  # of the patch, and of the whole image, with both vectors
+    middle: float  # median of the flawless images' maps, where colours begin
+    cosines: pd.DataFrame  # of the chosen patch, and of the whole image, with both vectors
     attention: dict[str, np.ndarray]  # q-k and v-v, weights of the patch over all T tokens
-
-    @property
-    def flagged(self) -> bool:
-        """Whether the map is anywhere above the threshold."""
-        return bool(self.map.max() > self.threshold)
 
 
 def patch_values(z: np.ndarray, surgery: bool = True) -> np.ndarray:
@@ -108,11 +97,9 @@ def phrases(text: str) -> tuple[str, ...]:
     ('flawless {}', '{} without scratch')
     """
     found = [part.strip() for part in text.split(",") if part.strip()]
-    found = [part if re.search("[{}]", part) else part + " {}" for part in found]
-    if not found or any(re.findall("{}|[{}]", part) != ["{}"] for part in found):
-        raise ValueError(
-            f"state words are phrases with one {{}} each and no other braces; found {text!r}"
-        )
+    found = [part if "{}" in part else part + " {}" for part in found]
+    if any(re.findall("{}|[{}]", part) != ["{}"] for part in found):
+        raise ValueError(f"state words have one {{}} each and no other braces; found {text!r}")
     return tuple(found)
 
 
@@ -152,6 +139,8 @@ class Explorer:
         highest patch of SDP's map and the last block. Raises ValueError for what is no value of a setting.
         """
         s, rule = Settings(**values), self.run.protocol
+        plus = s.detector == "sdp_plus"
+        side = rule.smoothing_240_sdp_plus if plus else rule.smoothing_240
         image = s.image or self.example(label=1)
         s = replace(
             s,
@@ -159,14 +148,11 @@ class Explorer:
             object_name=s.object_name or self.category(image),
             rvs=s.rvs or rule.rvs,
             stages=tuple(sorted(s.stages)) or self.stages,
+            smoothing=round(side / 240 * self.size, 1) if s.smoothing < 0 else s.smoothing,
             look=tuple(s.look),
         )
-        if s.smoothing < 0:
-            plus = s.detector == "sdp_plus"
-            side = rule.smoothing_240_sdp_plus if plus else rule.smoothing_240
-            s = replace(s, smoothing=round(side / 240 * self.size, 1))
-        if s.image not in self.samples and not Path(s.image).is_file():
-            hint = did_you_mean(s.image, self.samples)
+        if image not in self.samples and not Path(image).is_file():
+            hint = did_you_mean(image, self.samples)
             raise ValueError(f"{image!r} is no image of {self.run.dataset.name}, nor a file{hint}")
         if s.detector not in self.detectors:
             known = ", ".join(self.detectors)
@@ -208,7 +194,7 @@ class Explorer:
 
     def show(self, s: Settings) -> Shown:
         """Raises what :meth:`answer` raises."""
-        answer = self.answer(s)
+        answer, patch = self.answer(s), self.patch(s)
         values = answer.values
         if values.ndim == 4:
             used = [self.stages.index(block) for block in s.stages] if s.detector == "sdp" else [0]
@@ -219,23 +205,17 @@ class Explorer:
             smooth(values, sigma) if values.ndim == 3 else similarity_map(values, self.size, sigma)
         )
         own, *flawless = maps.numpy()
-        maxima, low = np.max(flawless, axis=(1, 2)), float(np.median(flawless))
-        picture, mask = self.picture(s.image)
-        patch = self.patch(s)
+        maxima = np.max(flawless, axis=(1, 2))
         cosines = np.array([*answer.z[:, 1 + patch], answer.whole])
-        q_k, v_v = self.attention(s.image)[:, self.stages.index(s.look[2]), patch]
+        attention = self.attention(s.image)[:, self.stages.index(s.look[2]), patch]
         return Shown(
-            settings=s,
             answer=answer,
-            image=picture,
-            mask=mask,
             map=own,
             maxima=maxima,
             threshold=float(np.quantile(maxima, 1 - s.false_alarms / 100)),
-            limits=(low, float(2 * maxima.max() - low)),
-            patch=patch,
+            middle=float(np.median(flawless)),
             cosines=pd.DataFrame(cosines, [*answer.rows, "whole image"], STATES),
-            attention={"q-k": q_k, "v-v": v_v},
+            attention=dict(zip(("q-k", "v-v"), attention, strict=True)),
         )
 
     @torch.no_grad()
@@ -259,22 +239,20 @@ class Explorer:
 
     def references(self, s: Settings) -> tuple[list[str], list[str]]:
         """Names of flawless images, evenly spread, without the shown one; and what is to be said of them."""
-        sample, notes = self.samples.get(s.image), []
+        known = self.samples.get(s.image)
+        category = known.category if known else s.object_name
+        good = [name for name, sample in self.samples.items() if sample.label == 0]
+        own = [name for name in good if self.samples[name].category == category]
+        notes = []
         if s.flawless:
-            names = list_images(s.flawless)
-        else:
-            category = sample.category if sample else s.object_name
-            own = [name for name, x in self.samples.items() if x.category == category]
-            if not own:
-                notes = ["flawless images of other objects: name a folder of your own"]
-            own = own or list(self.samples)
-            names = [name for name in own if self.samples[name].label == 0]
-            if not names:
-                names, notes = own, ["images of which none is known to be flawless"]
+            own = list_images(s.flawless)
+        elif not own:
+            what = "flawless images of other objects" if good else "images not known to be flawless"
+            notes.append(f"threshold and colours come from {what}: name a folder of your own")
+        names = own or good or list(self.samples)
         names = [name for name in names if name != s.image] or names
         places = np.linspace(0, len(names) - 1, min(REFERENCES, len(names))).round().astype(int)
-        said = [f"threshold and colours come from {note}" for note in notes]
-        return [names[i] for i in places], said
+        return [names[i] for i in places], notes
 
     def picture(self, image: str) -> tuple[Image.Image, np.ndarray | None]:
         """An image as it is, RGB, and its true mask S x S if one is known. Raises OSError if it cannot be read."""
@@ -300,11 +278,10 @@ class Explorer:
         token = features.image_embedding[0]
         if patch:
             token = features.tokens[self.stages.index(s.stages[-1])][0, 1 + self.patch(s)]
-        words = self._words("sdp", s.normal_words, s.anomalous_words)
-        normal, anomalous = words.sentences(s.object_name)
-        table = pd.DataFrame({"state": STATES[0], "sentence": [*normal, *anomalous]})
-        table.loc[len(normal) :, "state"] = STATES[1]
-        vectors = F.normalize(self.backbone.encode_text([*normal, *anomalous]), dim=-1)
+        asked = self._words("sdp", s.normal_words, s.anomalous_words).sentences(s.object_name)
+        rows = [(state, text) for state, texts in zip(STATES, asked, strict=True) for text in texts]
+        table = pd.DataFrame(rows, columns=["state", "sentence"])
+        vectors = F.normalize(self.backbone.encode_text(table["sentence"].tolist()), dim=-1)
         table["cosine"] = (vectors @ F.normalize(token.cpu(), dim=0)).tolist()
         return table.sort_values("cosine", ascending=False, kind="stable", ignore_index=True)
 

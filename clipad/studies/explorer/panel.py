@@ -11,7 +11,6 @@ from pathlib import Path
 
 import ipywidgets as w
 import pandas as pd
-from IPython.display import Image, display
 
 from clipad.io.files import write_atomically
 from clipad.io.images import read_image
@@ -22,16 +21,6 @@ from clipad.text import METHODS
 
 _INDENT = "6.5em"
 """width of the labels before the controls"""
-
-
-def show_still() -> None:
-    """A picture of the panel, for readers without a kernel and without scripts."""
-    alt = (
-        "Screenshot of the explorer: controls for images and words; A and B side by side, each an image under its map, "
-        "attention and cosines of the chosen patch, a histogram of the flawless images' maxima; which phrases speak."
-    )
-    picture = Path(__file__).with_name("still.png").read_bytes()
-    display(Image(picture, format="png", alt=alt), metadata={"image/png": {"alt": alt}})
 
 
 def command(explorer: Explorer, first: Settings, second: Settings, base=None) -> str:
@@ -52,10 +41,8 @@ def command(explorer: Explorer, first: Settings, second: Settings, base=None) ->
 
 
 def _make_controls(explorer: Explorer) -> dict[str, w.Widget]:
-    look = {
-        "layout": {"width": "auto", "min_width": "0"},
-        "style": {"description_width": _INDENT},
-    }
+    look = {"layout": {"width": "auto", "min_width": "0"}}
+    look |= {"style": {"description_width": _INDENT}}
     menu, text = partial(w.Dropdown, **look), partial(w.Text, continuous_update=False, **look)
     methods = [(DETECTORS[name].name, name) for name in explorer.detectors]
     upload = w.FileUpload(accept="image/*", description="Upload an image", layout={"width": "14em"})
@@ -109,8 +96,12 @@ class Controls(w.VBox):
         self._show()
         for name, control in self.controls.items():
             control.observe(lambda _, name=name: self._changed(name), "value")
-        for control in (self.sides, self.speaker, self.viewer):
-            control.observe(lambda _: self._show(), "view" if control is self.viewer else "value")
+        for control, what in (
+            (self.sides, "value"),
+            (self.speaker, "value"),
+            (self.viewer, "view"),
+        ):
+            control.observe(lambda _: self._show(), what)
 
     def _repr_mimebundle_(self, **options):
         found = super()._repr_mimebundle_(**options)
@@ -138,16 +129,16 @@ class Controls(w.VBox):
         if self._held:
             return
         self._say(name, "")
-        value, first = self.controls[name].value, self.sides.value[0]
+        value, sides = self.controls[name].value, self.sides.value
         try:
             if name == "category":  # A its first anomalous image, B its first flawless one
                 images = [self.explorer.example(label, category=value) for label in (1, 0)]
-                self._ask({n: {"image": images[n], "object_name": value} for n in self.sides.value})
+                self._ask({n: {"image": images[n], "object_name": value} for n in sides})
             elif name not in ("upload", "folder", "image"):
-                self._ask({side: {name: value} for side in self.sides.value})
+                self._ask({side: {name: value} for side in sides})
             elif value:  # two images side by side, not one twice
                 find = {"upload": self._upload, "folder": self._folder, "image": str}
-                self._ask({first: {"image": find[name](value)}})
+                self._ask({sides[0]: {"image": find[name](value)}})
         except (ValueError, OSError) as error:
             self._say(name, f"{error}. What was shown stays.")
 
@@ -194,7 +185,7 @@ class Controls(w.VBox):
 
     def _show(self) -> None:
         """The controls say what the chosen side asks (A where both are chosen), but for a text that was refused;
-        below stand notes, which phrase speaks, and the command."""
+        below stand notes, which phrase speaks (five per state, A beside B), and the command."""
         asked = self.asked[self.sides.value[0]]
         category = self.explorer.category(asked.image)
         names = [n for n, s in self.explorer.samples.items() if s.category == category]
@@ -212,19 +203,13 @@ class Controls(w.VBox):
         notes = dict.fromkeys(note for s in shown for note in self.explorer.answer(s).notes)
         paragraph = '<p role="status" style="margin: 2px 0; line-height: 1.3">{}.</p>'
         self.notes.value = "".join(paragraph.format(html.escape(note)) for note in notes)
-        self.phrases.value = self._best_phrases(shown)
+        tables = [self.explorer.speaking(s, self.speaker.value) for s in shown]
+        best = [t.groupby("state").head(5).sort_values("state", kind="stable") for t in tables]
+        table = pd.concat([t.reset_index(drop=True) for t in best], axis=1, keys=["A", "B"])
+        with pd.option_context("display.max_colwidth", None):
+            self.phrases.value = table.to_html(float_format="{:.3f}".format, index=False, border=0)
         again = html.escape(command(self.explorer, *shown, base=self.base))
         self.command.value = (
             "<b>To repeat this, in a terminal:</b>"
             f'<pre style="white-space: pre-wrap; user-select: all">{again}</pre>'
         )
-
-    def _best_phrases(self, shown: list[Settings]) -> str:
-        """The five highest phrases per state, A beside B."""
-        tables = [self.explorer.speaking(s, self.speaker.value) for s in shown]
-        best = [t.groupby("state").head(5).sort_values("state", kind="stable") for t in tables]
-        table = pd.concat([t.reset_index(drop=True) for t in best], axis=1, keys=["A", "B"])
-        look = {"index": False, "border": 0, "justify": "left", "na_rep": ""}
-        with pd.option_context("display.max_colwidth", None):
-            found = table.to_html(float_format="{:.3f}".format, **look)
-        return f'<div style="line-height: 1.4">{found}</div>'

@@ -7,7 +7,6 @@ import base64
 import hashlib
 import io
 import json
-import re
 import zlib
 from pathlib import Path
 
@@ -70,9 +69,20 @@ class Viewer(anywidget.AnyWidget):
         super().__init__(setup=setup, pictures=pictures, answers=answers, view=view)
 
     def html(self) -> str:
-        """The figure as HTML that needs no kernel and no other file; the same data give the same text."""
-        names = ("setup", "pictures", "answers", "view")
-        return static_html({name: getattr(self, name) for name in names})
+        """The figure as HTML that needs no kernel and no other file; the same data give the same text. Who runs no
+        scripts reads a sentence."""
+        state = {name: getattr(self, name) for name in ("setup", "pictures", "answers", "view")}
+        data = json.dumps(
+            state, default=lambda b: {"deflated": base64.b64encode(zlib.compress(b, 9)).decode()}
+        ).replace("<", "\\u003c")  # no name ends the script
+        name = f"clipad-{hashlib.sha256(data.encode()).hexdigest()[:12]}"
+        module = MODULE.replace("export default ", "const widget = ").replace("export ", "")
+        return (
+            f'<div id="{name}"><p><em>An interactive figure stands here in a browser that runs scripts: in JupyterLab, '
+            "once the notebook has been run, and in the book.</em></p></div>\n"
+            f"<style>{STYLE}</style>\n"
+            f'<script>(async () => {{\n{module}\nawait standAlone(widget, "{name}", {data});\n}})();</script>'
+        )
 
 
 def picture(explorer: Explorer, name: str) -> dict:
@@ -114,19 +124,3 @@ def answer(found: Answer, s: Settings) -> dict:
         "whole": list(found.whole),
         "probability": found.probability,
     }
-
-
-def static_html(state: dict) -> str:
-    """Data (bytes anywhere inside) with the module and its style. Who runs no scripts reads a sentence."""
-    data = json.dumps(
-        state, default=lambda b: {"deflated": base64.b64encode(zlib.compress(b, 9)).decode()}
-    ).replace("<", "\\u003c")  # no name ends the script
-    name = f"clipad-{hashlib.sha256(data.encode()).hexdigest()[:12]}"
-    module = re.sub(r"^export default ", "const widget = ", MODULE, flags=re.MULTILINE)
-    module = re.sub(r"^export ", "", module, flags=re.MULTILINE)
-    return (
-        f'<div id="{name}"><p><em>An interactive figure stands here in a browser that runs scripts: in JupyterLab, '
-        "once the notebook has been run, and in the book.</em></p></div>\n"
-        f"<style>{STYLE}</style>\n"
-        f'<script>(async () => {{\n{module}\nawait standAlone(widget, "{name}", {data});\n}})();</script>'
-    )

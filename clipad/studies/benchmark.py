@@ -69,45 +69,39 @@ def costs(detectors: Sequence[Detector], dataset: Dataset, repeats: int = 3) -> 
     return (1000 / len(images) * after_first.median()).rename("ms per image")
 
 
-def choose(
-    scores: Scores, metric: str, spent: pd.Series, categories: Sequence[str]
-) -> tuple[str, list[str], str]:
-    """The highest method, those not significantly below it on these categories' images, and which of these to take:
-    the highest of those that take at most one and a half times as long as the quickest.
-
-    ``spent``: milliseconds per image by method.
-    """
-    means = {m: scores.interval(metric, m, None, categories)[0].estimate for m in spent.index}
-    best = max(means, key=means.get)
-    pairs = {m: scores.interval(metric, m, best, categories)[0] for m in spent.index}
-    equals = [m for m in spent.index if pairs[m].verdict() != "lower"]
-    quick = [m for m in equals if spent[m] <= 1.5 * spent[equals].min()]
-    return best, equals, max(quick, key=means.get)
-
-
 def advice(scores: Scores, spent: pd.Series) -> pd.DataFrame:
-    """For maps of textures, maps of objects, and a decision per image without a map: a row per ``use`` with the
-    ``metric`` that decides, and :func:`choose`'s ``best``, ``equals`` and ``take``."""
+    """Which method to take for maps of textures, for maps of objects, and for a decision per image without a map.
+
+    ``spent``: milliseconds per image by method. A row per ``use``: the ``metric`` that decides, the ``best`` method,
+    ``equals``, which are not significantly below it on these categories' images, and which of them to ``take``: the
+    highest of those that need at most one and a half times as long as the quickest.
+    """
     measured = scores.table("SDP").drop("mean").notna()
-    rows = []
-    for kind, members in groups(measured.index[measured["pixel_pro"]]).items():
-        rows.append((f"maps of {kind}", "pixel_pro", *choose(scores, "pixel_pro", spent, members)))
+    kinds = groups(measured.index[measured["pixel_pro"]]).items()
+    uses = [(f"maps of {kind}", "pixel_pro", own, list(spent.index)) for kind, own in kinds]
     if measured["class_auroc"].any():
         # The same number for every method but WinCLIP; the quickest way to it is Direct's.
-        names = {"Direct": "CLIP's class probability", "WinCLIP": "WinCLIP's image score"}
-        best, equals, take = choose(scores, "class_auroc", spent[list(names)], scores.categories)
-        found = (names[best], [names[m] for m in equals], names[take])
-        rows.append(("a decision per image without a map", "class_auroc", *found))
+        alone = ("a decision per image without a map", "class_auroc", None, ["Direct", "WinCLIP"])
+        uses.append(alone)
+    rows = []
+    for use, metric, categories, methods in uses:
+        means = {m: scores.interval(metric, m, None, categories)[0].estimate for m in methods}
+        best = max(means, key=means.get)
+        pairs = {m: scores.interval(metric, m, best, categories)[0] for m in methods}
+        equals = [m for m in methods if pairs[m].verdict() != "lower"]
+        quick = [m for m in equals if spent[m] <= 1.5 * spent[equals].min()]
+        rows.append((use, metric, best, equals, max(quick, key=means.get)))
     return pd.DataFrame(rows, columns=["use", "metric", "best", "equals", "take"])
 
 
 def median_images(
     detectors: Mapping[str, Detector], dataset: Dataset, categories: Sequence[str]
 ) -> tuple[list[Sample], list[np.ndarray | None], dict[str, np.ndarray]]:
-    """The median anomalous image of SDP of each category (by the pixel AUROC inside the image, or the map's maximum
-    without masks): samples, masks S x S (None where unknown), and method -> maps N x S x S.
+    """The median anomalous image of SDP of each category (:func:`clipad.studies.common.chosen_by_rule`): samples, masks
+    S x S (None where unknown), and method -> maps N x S x S. Categories without a median or without flawless images are
+    left out.
 
-    The maps are on a scale of the category's normal images: 0 is the median of their pixels, 1 % of these exceed 1.
+    The maps are on a scale of the category's flawless images: 0 is the median of their pixels, 1 % of these exceed 1.
     """
     samples, masks, shown = [], [], {name: [] for name in detectors}
     for category in categories:
@@ -115,15 +109,13 @@ def median_images(
         maps = {name: predict(d, part)[0] for name, d in detectors.items()}
         data = labelled(part, maps["SDP"].shape[-1])
         chosen = chosen_by_rule(data, maps["SDP"])
-        pick = chosen.get("median", chosen.get("best", chosen.get("worst")))
-        if pick is None:
-            continue
-        samples.append(part[pick])
-        masks.append(None if data.masks is None else data.masks[pick])
-        normal = data.labels == 0 if (data.labels == 0).any() else data.labels == 1
-        for name, own in maps.items():
-            low, high = np.quantile(own[normal], [0.5, 0.99])
-            shown[name].append((own[pick] - low) / max(high - low, 1e-12))
+        if {"median", "flawless"} <= chosen.keys():
+            pick = chosen["median"]
+            samples.append(part[pick])
+            masks.append(None if data.masks is None else data.masks[pick])
+            for name, own in maps.items():
+                low, high = np.quantile(own[data.labels == 0], [0.5, 0.99])
+                shown[name].append((own[pick] - low) / max(high - low, 1e-12))
     return samples, masks, {name: np.array(own) for name, own in shown.items()}
 
 
@@ -134,15 +126,15 @@ def beside_published(scores: Scores, dataset: Dataset) -> pd.DataFrame:
     categories of the data set took part. The interval is for other images of these categories.
     """
     complete = set(dataset.categories) >= expected_counts(dataset.name).keys()
+    known = published_results(dataset=dataset.name)
+    known["metric"] = known["level"] + "_" + known["metric"]
+    known = known[known["category"].isin([*dataset.categories, *["mean"] * complete])]
+    known = known[known["metric"].isin(METRICS) & known["method"].isin(scores.methods)]
     rows = []
-    for row in published_results(dataset=dataset.name).itertuples():
-        metric = f"{row.level}_{row.metric}"
-        where = [c for c in dataset.categories if row.category in (c, "mean")]
-        there = where and (complete or row.category != "mean")
-        if there and metric in METRICS and row.method in scores.methods:
-            ours, _ = scores.interval(metric, row.method, None, where)
-            found = {"method": row.method, "category": row.category, "metric": metric}
-            found |= {"ours": ours.estimate, "low": ours.low, "high": ours.high}
-            found |= {"published": row.value, "difference": ours.estimate - row.value}
-            rows.append(found | {"kind": row.kind})
-    return pd.DataFrame(rows)
+    for row in known.itertuples():
+        where = None if row.category == "mean" else [row.category]
+        ours, _ = scores.interval(row.metric, row.method, None, where)
+        rows.append((ours.estimate, ours.low, ours.high, row.value, ours.estimate - row.value))
+    columns = ["ours", "low", "high", "published", "difference"]
+    numbers = pd.DataFrame(rows, known.index, columns, dtype=float)
+    return known[["method", "category", "metric"]].join(numbers).join(known["kind"])
