@@ -14,8 +14,7 @@ from clipad.io import images
 from clipad.io.files import PHOTOGRAPH, content_hash, printable, scan, skipped_lines
 
 LABELS = {0: "normal", 1: "anomalous", -1: "unlabelled"}
-COUNTS = [*LABELS.values(), "masks", "unreadable", "missing_masks"]
-COUNTS += ["wrong_size_masks", "empty_masks", "duplicates"]
+COUNTS = [*LABELS.values(), "masks", "faults", "duplicates"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ def check_dataset(
     ``name``, ``root``, ``normal_folder``, and what is raised for a layout that cannot be listed: see
     :func:`clipad.load_dataset`.
 
-    The table has a row per category: `COUNTS` (empty masks have no pixel > 0, duplicates are byte-identical to an
-    earlier image), and `anomalous_pixels` (mean share over the masks).
+    The table has a row per category: `COUNTS` (faults: files that cannot be used, duplicates: images that are
+    byte-identical to an earlier one), and `anomalous_pixels` (mean share over the masks).
     """
     dataset = datasets.list_dataset(name, root, normal_folder)
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
@@ -87,31 +86,27 @@ def check_dataset(
 
 def _facts(sample: Sample, root: Path) -> dict:
     """What reading the files of one sample shows: columns of the table, and a list of problems."""
-    found = dict.fromkeys(COUNTS, 0) | {"digest": None, "marked": np.nan, "problems": []}
-    found |= {"category": sample.category, "path": sample.image_path, LABELS[sample.label]: 1}
-    try:
-        datasets.require_usable(sample.image_path, root)
-        images.read_image(sample.image_path)
-        found["digest"] = content_hash(sample.image_path)
-    except (OSError, ValueError) as error:
-        found["unreadable"] += 1
-        found["problems"].append(str(error))
-    for path in filter(None, (sample.mask_path, sample.object_mask_path)):
+    image, problems = sample.image_path, []
+    found = {"category": sample.category, "path": image, "problems": problems, "digest": None}
+    found |= dict.fromkeys(COUNTS, 0) | {LABELS[sample.label]: 1, "marked": np.nan}
+    for path in filter(None, (image, sample.mask_path, sample.object_mask_path)):
         try:
-            datasets.require_usable(path, root, f", the mask of {sample.image_path.name},")
+            of = "" if path == image else f", the mask of {image.name},"
+            datasets.require_usable(path, root, of)
+            if path == image:
+                images.read_image(path)
+                found["digest"] = content_hash(path)
+                continue
             mask = images.read_mask(path)
             if found["digest"]:  # the image can be read
-                images.require_mask_size(path, sample.image_path)
+                images.require_mask_size(path, image)
+            if path == sample.mask_path:
+                found |= {"masks": 1, "marked": mask.mean()}
+                if not mask.any():
+                    raise ValueError(f"mask {path} has no pixel > 0")
         except (OSError, ValueError) as error:
-            kinds = {FileNotFoundError: "missing_masks", images.MaskSizeError: "wrong_size_masks"}
-            found[kinds.get(type(error), "unreadable")] += 1
-            found["problems"].append(str(error))
-            continue
-        if path == sample.mask_path:
-            found |= {"masks": 1, "marked": mask.mean(), "empty_masks": int(not mask.any())}
-            if not mask.any():
-                found["problems"].append(f"mask {path} has no pixel > 0")
-    return found
+            problems.append(str(error))
+    return found | {"faults": len(problems)}
 
 
 def _left_out(dataset: datasets.Dataset) -> list[str]:
