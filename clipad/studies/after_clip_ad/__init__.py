@@ -50,10 +50,8 @@ class Split:
     """The tested images of a data set with masks, and per category some flawless ones that are never tested."""
 
     tested: Kept
-    tokens: dict[str, list[torch.Tensor]]
-    """of the tested images, category -> per stage M x N x D"""
-    bank: dict[str, list[torch.Tensor]]
-    """of the flawless ones, category -> per stage n x N x D"""
+    tokens: dict[str, list[torch.Tensor]]  # of the tested images, category -> per stage M x N x D
+    bank: dict[str, list[torch.Tensor]]  # of the flawless ones, category -> per stage n x N x D
 
     def values(self, compute: Callable, known: Callable | None = None) -> torch.Tensor:
         """``compute(tokens, known)`` -> M x N of each category, summed over stages, in the data set's order.

@@ -91,11 +91,9 @@ class Idea:
     """``compute``: (tokens B x N x D, what is known at this stage, value of the free choice) -> B x N."""
 
     compute: Callable[[torch.Tensor, Any, Any], torch.Tensor]
-    choice: str = ""
-    """what is free"""
+    choice: str = ""  # what is free
     tried: tuple = ()
-    published: Any = None
-    """the value that the idea's authors take"""
+    published: Any = None  # the value that the idea's authors take
 
 
 LENGTHS = {"kept": standardised, "divided out": unit_length}
