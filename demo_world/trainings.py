@@ -24,12 +24,12 @@ from clipad.dual_path import staged_features
 from clipad.evaluation import evaluate
 from clipad.io.files import content_hash, write_atomically
 from clipad.linear_layers import LinearLayers
-from clipad.published import protocol
+from clipad.published import data_dir, protocol
 from clipad.studies import after_clip_ad
 from clipad.studies.common import keep
 from clipad.studies.opposite_predictions import count_phenomena, ground_truth
 from clipad.studies.sdp_plus_fine_tuning import LayersAlone
-from clipad.studies.trainings import after_file, read_trainings, trainings_file
+from clipad.studies.trainings import read_trainings
 from clipad.surgery import cosine
 from clipad.training import train
 from clipad.winclip import WinCLIP
@@ -215,15 +215,16 @@ def main() -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        default=trainings_file(),
+        default=data_dir() / "demo" / "trainings.csv",
         help="rows are added (default: %(default)s)",
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         try:
             weights, seed, steps = exported(arguments.weights, Path(folder))
-            after = arguments.output.with_name(after_file().name)
-            append_rows(weights, seed, steps, arguments.output, after)
+            file = arguments.output.resolve()
+            after = file.with_name("after_clip_ad.csv")
+            append_rows(weights, seed, steps, file, after)
         except ValueError as error:
             parser.error(str(error))
 

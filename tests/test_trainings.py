@@ -6,7 +6,7 @@ import pytest
 from clipad.datasets import load_dataset
 from clipad.io.files import content_hash
 from clipad.published import data_dir
-from clipad.studies.trainings import Finding, findings, plot_findings, read_trainings
+from clipad.studies.trainings import findings, plot_findings, read_trainings
 
 
 @pytest.fixture
@@ -29,28 +29,27 @@ def table():
 @pytest.mark.parametrize(
     ("group", "expected"),
     [
-        ("all", [0.15, -0.1]),
-        ("textures", [0.2, 0.1]),
-        ("objects", [0.1, -0.3]),
+        ([], [0.15, -0.1]),
+        (["textures"], [0.2, 0.1]),
+        (["objects"], [0.1, -0.3]),
     ],
 )
 def test_difference_per_training_is_the_mean_over_the_group(table, group, expected):
-    frame = findings(table, [Finding("x", "pixel_pro", "SDP", "Direct", group)])
+    frame = findings(table, {"x": ("pixel_pro", "SDP", "Direct", *group)})
     assert list(frame.columns) == ["seed 1, 8,000 steps", "seed 2, 8,000 steps", "turns round"]
     assert frame.iloc[0, :2].tolist() == pytest.approx(expected)
 
 
 def test_a_number_stands_for_a_level(table):
-    frame = findings(table, [Finding("x", "pixel_pro", "SDP", 0.5, "objects")])
+    frame = findings(table, {"x": ("pixel_pro", "SDP", 0.5, "objects")})
     assert frame.iloc[0, :2].tolist() == pytest.approx([0, 0])
 
 
 def test_a_finding_that_turns_round_is_marked_in_table_and_figure(table):
-    chosen = [
-        Finding("on textures", "pixel_pro", "SDP", "Direct", "textures"),
-        Finding("on objects", "pixel_pro", "SDP", "Direct", "objects"),
-    ]
-    frame = findings(table, chosen)
+    both = {
+        f"on {group}": ("pixel_pro", "SDP", "Direct", group) for group in ("textures", "objects")
+    }
+    frame = findings(table, both)
     assert frame["turns round"].tolist() == [False, True]
     figure = plot_findings(frame)
     assert "1 of 2" in figure.get_suptitle()
@@ -58,9 +57,11 @@ def test_a_finding_that_turns_round_is_marked_in_table_and_figure(table):
     assert [name for name in labels if "↔" in name] == ["on objects (PRO)  ↔"]
 
 
-def test_stored_results_hold_every_finding_for_every_training_and_the_shipped_weights():
+def test_stored_results_hold_every_method_for_every_training_and_the_shipped_weights():
     stored = read_trainings()
     assert set(stored["category"]) == set(load_dataset("demo").categories)
     shipped = data_dir() / "demo" / "model" / "model.safetensors"
     assert content_hash(shipped)[:16] in set(stored["weights"])
-    assert not findings(stored).isna().any(axis=None)
+    metrics = stored.pivot_table("pixel_pro", "method", ["seed", "steps"])
+    assert metrics.shape == (11, 4)
+    assert not metrics.isna().any(axis=None)

@@ -1,8 +1,7 @@
 """Which findings hold for other trainings of the demo model, as ``python -m demo_world.trainings`` measured them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -12,58 +11,26 @@ from clipad.studies.common import METRIC_NAMES, groups
 from clipad.studies.figures import dots, rows_and_series, subplots
 
 
-class Finding(NamedTuple):
-    """``a`` minus ``b`` (a method, or a number such as the chance level) in one metric, on one group of categories."""
+def read_trainings(file: str | Path = "trainings.csv") -> pd.DataFrame:
+    """A table of ``data/demo``: ``trainings.csv`` or, of the methods of notebook 08, ``after_clip_ad.csv``.
 
-    sentence: str
-    metric: str
-    a: str
-    b: str | float
-    group: str = "all"
-
-
-FINDINGS = (
-    Finding("SDP above Direct", "pixel_pro", "SDP", "Direct"),
-    Finding("SDP above WinCLIP", "pixel_pro", "SDP", "WinCLIP"),
-    # Added when the row above turned round: with the mean vector it does not, so the representative vector is why.
-    Finding("SDP, mean vector, above WinCLIP", "pixel_pro", "SDP, mean vector", "WinCLIP"),
-    Finding("SDP above CLIP Surgery", "pixel_pro", "SDP", "CLIP Surgery"),
-    Finding("SDP+ above SDP, textures", "pixel_pro", "SDP+", "SDP", "textures"),
-    Finding("SDP+ above SDP, objects", "pixel_pro", "SDP+", "SDP", "objects"),
-    Finding("four stages above one path", "pixel_pro", "SDP", "SDP, one path over all blocks"),
-    Finding("restarts help", "pixel_pro", "SDP, as written", "SDP, no restart"),
-    Finding("class-token weights help", "pixel_pro", "SDP", "SDP, no class-token weights"),
-    Finding("released above written", "pixel_pro", "SDP", "SDP, as written"),
-    Finding("DBSCAN above the mean", "pixel_auroc", "SDP", "SDP, mean vector"),
-    Finding("Direct: opposite on the object", "opposite_on_object", "Direct", 0.5),
-    Finding("Direct: opposite anywhere", "opposite", "Direct", 0.5),
-    Finding("SDP turns them right", "opposite_on_object", "Direct", "SDP"),
-)
+    Seed and steps of the training, hash of the weights, method, category, and fractions: metrics, and for Direct and
+    SDP the rates of opposite predictions.
+    """
+    return pd.read_csv(data_dir() / "demo" / file, dtype={"weights": str})
 
 
-def trainings_file() -> Path:
-    """``data/demo/trainings.csv``, a row per training, method and category."""
-    return data_dir() / "demo" / "trainings.csv"
+def findings(table: pd.DataFrame, asked: Mapping[str, tuple]) -> pd.DataFrame:
+    """Finding x training ("seed 1, 8,000 steps"): differences of means over categories, and ``turns round``: not all of
+    one sign.
 
-
-def after_file() -> Path:
-    """``data/demo/after_clip_ad.csv``: the same for the methods of notebook 08."""
-    return trainings_file().with_name("after_clip_ad.csv")
-
-
-def read_trainings(file: str | Path | None = None) -> pd.DataFrame:
-    """The stored table: seed and steps of the training, hash of the weights, method, category, and fractions: metrics,
-    and for Direct and SDP the rates of opposite predictions."""
-    return pd.read_csv(file or trainings_file(), dtype={"weights": str})
-
-
-def findings(table: pd.DataFrame, chosen: Sequence[Finding] = FINDINGS) -> pd.DataFrame:
-    """Finding x training ("seed 1, 8,000 steps"): differences of means over the categories of the finding's group, and
-    ``turns round``: not all of one sign."""
+    ``asked``: sentence -> metric, what is compared (a method) and with what (a method, or a number such as the chance
+    level), and perhaps the group of categories.
+    """
     categories, rows = table["category"].unique(), {}
-    of_group = {"all": categories} | groups(categories)
-    for sentence, metric, a, b, group in chosen:
-        own = table[table["category"].isin(of_group[group])]
+    for sentence, (metric, a, b, *group) in asked.items():
+        members = groups(categories)[group[0]] if group else categories
+        own = table[table["category"].isin(members)]
         means = own.pivot_table(metric, ["seed", "steps"], "method")
         found = (means[a] - (means[b] if isinstance(b, str) else b)).dropna()
         found.index = [f"seed {seed}, {steps:,} steps" for seed, steps in found.index]
