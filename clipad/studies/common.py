@@ -37,8 +37,8 @@ class Interval:
     """An estimate with the ends of its 95 % interval, as a fraction."""
 
     estimate: float
-    low: float
-    high: float
+    low: float = float("nan")
+    high: float = float("nan")
     p: float = float("nan")
     """two-sided bootstrap p-value against 0, for the correction of many comparisons"""
 
@@ -52,7 +52,7 @@ class Interval:
     def __format__(self, spec: str) -> str:
         """Percent or points, with a sign for ``+``; what would be printed as 0.0 gets a further digit.
 
-        >>> f"{Interval(0.009, 0.0004, 0.018):+}", f"{Interval(0.6, np.nan, np.nan)}"
+        >>> f"{Interval(0.009, 0.0004, 0.018):+}", f"{Interval(0.6)}"
         ('+0.9 [+0.04, +1.8]', '60.0')
         """
         estimate, low, high = (_percent(v, spec) for v in (self.estimate, self.low, self.high))
@@ -68,7 +68,7 @@ def from_draws(estimate: float, draws: np.ndarray) -> Interval:
     """The percentile interval of bootstrap draws; draws that are NaN (nothing to measure) are left out."""
     draws = np.asarray(draws)[~np.isnan(draws)]
     if not len(draws) or np.isnan(estimate):
-        return Interval(float(estimate), np.nan, np.nan)
+        return Interval(float(estimate))
     low, high = np.quantile(draws, [0.025, 0.975])
     tail = min((draws <= 0).sum(), (draws >= 0).sum())
     p = min(1.0, 2 * (1 + tail) / (1 + len(draws)))
@@ -130,23 +130,19 @@ class Scores:
 
     def differences(self, baseline: str, metrics: Sequence[str]) -> pd.DataFrame:
         """Method - baseline, a row per metric and method: ``method``, ``metric``, ``estimate``, ``low`` and ``high``
-        (images), ``low_wide`` and ``high_wide``, ``verdict`` (by the wide interval)."""
-        rows = []
-        for metric, method in product(metrics, self.methods):
-            if method != baseline:
-                images, wide = self.interval(metric, method, baseline)
-                row = {"method": method, "metric": metric} | both_ends(images, wide)
-                rows.append(row | {"verdict": wide.verdict()})
-        return pd.DataFrame(rows)
+        (images), ``low_wide`` and ``high_wide``."""
+        others = [m for m in self.methods if m != baseline]
+        return pd.DataFrame(
+            {"method": method, "metric": metric}
+            | both_ends(*self.interval(metric, method, baseline))
+            for metric, method in product(metrics, others)
+        )
 
     def by_category(self, metric: str, method: str, minus: str | None = None) -> pd.DataFrame:
-        """A row per category: ``category``, ``group`` (textures or objects), ``estimate``, ``low``, ``high``."""
-        group = {c: name for name, members in groups(self.categories).items() for c in members}
-        rows = []
-        for category in self.categories:
-            images, _ = self.interval(metric, method, minus, [category])
-            rows.append((category, group[category], images.estimate, images.low, images.high))
-        return pd.DataFrame(rows, columns=["category", "group", "estimate", "low", "high"])
+        """A row per category: ``category``, ``group`` (textures or objects), and the interval over its images."""
+        rows = [vars(self.interval(metric, method, minus, [c])[0]) for c in self.categories]
+        group = ["textures" if c in TEXTURES else "objects" for c in self.categories]
+        return pd.DataFrame(rows).assign(category=self.categories, group=group)
 
 
 def both_ends(images: Interval, wide: Interval) -> dict[str, float]:
@@ -159,7 +155,7 @@ def intervals_over_categories(values: np.ndarray, seed: int = 0) -> tuple[Interv
     """(images, wide) of the mean over categories, from K x (1 + R), the estimate first; NaN estimates are left out."""
     values = values[~np.isnan(values[:, 0])]
     if not len(values):
-        return (Interval(np.nan, np.nan, np.nan),) * 2
+        return (Interval(np.nan),) * 2
     estimate, draws = values[:, 0].mean(), values.shape[1] - 1
     rng = np.random.default_rng(seed)
     picked = rng.integers(len(values), size=(RESAMPLES, len(values)))
@@ -218,29 +214,9 @@ class Labelled:
         """Positions of a category's images."""
         return np.flatnonzero(self.categories == category)
 
-    def metrics_by_category(
-        self, maps: np.ndarray, probabilities: np.ndarray, with_map=True, resamples=0, seed: int = 0
-    ) -> dict[str, dict[str, Any]]:
-        """Category -> ``METRICS`` that can be taken of maps N x S x S and class probabilities N.
-
-        With ``resamples`` each is an array: the estimate, then as many draws of the images, for a seed always the same.
-        ``with_map``: see :func:`clipad.evaluation.category_metrics`.
-        """
-        found, counts = {}, None
-        for c, category in enumerate(self.dataset.categories):
-            at = self.where(category)
-            masks = None if self.masks is None else self.masks[at]
-            if resamples:
-                rng = np.random.default_rng([seed, c])
-                counts = draw_counts(self.labels[at], resamples, rng)
-            known = maps[at], masks, probabilities[at], self.labels[at]
-            found[category] = category_metrics(*known, with_map, counts)
-        return found
-
     def mean_metrics(self, maps: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
         """``METRICS``, mean over categories, without intervals; NaN where undefined."""
-        rows = self.metrics_by_category(maps, probabilities)
-        return pd.DataFrame(rows.values()).reindex(columns=METRICS).mean().to_dict()
+        return score({"": (maps, probabilities)}, self, resamples=0).means().loc[""].to_dict()
 
 
 def labelled(dataset: Dataset, image_size: int) -> Labelled:
@@ -282,10 +258,9 @@ class Kept(Labelled):
 
 def keep(detector: Detector, dataset: Dataset, batch_size: int = 16) -> Kept:
     """Run the backbone once over a data set. The features stay on the CPU."""
-    backbone = detector.backbone
-    found = batches(backbone, list(dataset), batch_size)
+    found = batches(detector.backbone, list(dataset), batch_size)
     parts = [detector.features(images).to("cpu") for _, images in found]
-    masks = labelled(dataset, backbone.image_size).masks
+    masks = labelled(dataset, detector.backbone.image_size).masks
     return Kept(dataset, masks, detector.reads, Features.cat(parts))
 
 
@@ -308,11 +283,19 @@ def score(
     without_map: Collection[str] = (),
 ) -> Scores:
     """``METRICS`` of several methods on the same draws: name -> maps N x S x S and class probabilities N.
-    ``without_map``: methods whose image score is the class probability alone."""
-    found = {
-        name: data.metrics_by_category(*pair, name not in without_map, resamples, seed)
-        for name, pair in predictions.items()
-    }
+
+    ``resamples`` 0: no draws; else for a seed always the same ones. ``without_map``: methods whose image score is the
+    class probability alone.
+    """
+    found = {name: {} for name in predictions}
+    for c, category in enumerate(data.dataset.categories):
+        at, counts = data.where(category), None
+        labels, masks = data.labels[at], None if data.masks is None else data.masks[at]
+        if resamples:
+            counts = draw_counts(labels, resamples, np.random.default_rng([seed, c]))
+        for name, (maps, probabilities) in predictions.items():
+            known, with_map = (maps[at], masks, probabilities[at], labels), name not in without_map
+            found[name][category] = category_metrics(*known, with_map, counts)
     return scores_of(found, METRICS, resamples, seed)
 
 
@@ -385,7 +368,7 @@ def claim(
 
 def fact(run, id: str, sentence: str, holds: bool, *, source: str = "ours", then: str = "") -> None:
     """The same for what is exact and needs no interval, such as an identity: ``holds`` or ``does not hold``."""
-    verdict, unmeasured = "holds" if holds else "does not hold", Interval(np.nan, np.nan, np.nan)
+    verdict, unmeasured = "holds" if holds else "does not hold", Interval(np.nan)
     kept = {"id": id, "sentence": sentence, "source": source, "metric": "", "scope": "as computed"}
     kept |= {"verdict": verdict, "level": 0.0, "p": np.nan} | both_ends(unmeasured, unmeasured)
     _state(run, kept, f"{sentence}: **{verdict}**.", then)
@@ -395,18 +378,6 @@ def _state(run, kept: dict, text: str, follows: str) -> None:
     display(Markdown(f"**Found here:** {text} {follows}".strip()))
     others = [c for c in run.results.get("claims", []) if c["id"] != kept["id"]]
     run.record("claims", [*others, kept])
-
-
-def holm(p_values: Sequence[float]) -> np.ndarray:
-    """Holm's step-down correction for many p-values; NaN stays NaN.
-
-    >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
-    [0.03, 0.06, 0.06]
-    """
-    p = pd.Series(p_values, dtype=float)
-    ordered = p.dropna().sort_values()
-    steps = (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1)
-    return steps.reindex(p.index).to_numpy()
 
 
 def measured(claim: Mapping[str, Any]) -> str:
@@ -422,15 +393,16 @@ def measured(claim: Mapping[str, Any]) -> str:
 def show_claims(run) -> None:
     """The notebook's claims and facts as a table, with Holm's correction over the claims: shown at its end."""
     claims: list[dict[str, Any]] = run.results.get("claims", [])
-    adjusted = holm([c["p"] for c in claims])
+    ordered = pd.Series([c["p"] for c in claims], dtype=float).dropna().sort_values()
+    adjusted = (ordered * np.arange(len(ordered), 0, -1)).cummax()  # Holm's step-down correction
+    holds = adjusted.lt(0.05).map({True: "significant", False: "not significant"})
     rows = ["| | verdict | 95 % | about | after Holm |", "|---|---|---|---|---|"]
-    for entry, p in zip(claims, adjusted, strict=True):
+    for i, entry in enumerate(claims):
         source = "" if entry["source"] == "ours" else f" ({entry['source']})"
-        holds = "" if np.isnan(p) else "significant" if p < 0.05 else "not significant"
         cells = (entry["sentence"] + source, entry["verdict"], measured(entry), entry["scope"])
-        rows.append(f"| {' | '.join(cells)} | {holds} |")
+        rows.append(f"| {' | '.join(cells)} | {holds.get(i, '')} |")
     rows.append(
-        f"\n*After Holm*: still significant at 95 % when the {(~np.isnan(adjusted)).sum()} differences of this "
+        f"\n*After Holm*: still significant at 95 % when the {len(adjusted)} differences of this "
         "notebook are tested together (Holm 1979); a blank was not tested against 0. A fact *holds* or not for what "
         "was computed; nothing is tested."
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import seaborn as sns
-from IPython.display import SVG, Image, Markdown, display
+from IPython.display import SVG, Markdown, display
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from seaborn.utils import relative_luminance
@@ -41,6 +41,7 @@ plt.rcParams.update(dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "axes.l
 plt.rcParams.update({"legend.fontsize": 9, "legend.frameon": False, "figure.titlesize": 11})
 plt.rcParams.update({"axes.titlesize": 10, "figure.constrained_layout.use": True})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update({"savefig.bbox": "tight", "svg.hashsalt": "clipad"})
 
 
 def show(figure: Figure, caption: str) -> None:
@@ -49,11 +50,10 @@ def show(figure: Figure, caption: str) -> None:
     ``caption``: what is to be seen, with numbers; the alt text, too.
     """
     if any(ax.images for ax in figure.axes):
-        width = round(figure.get_size_inches()[0] * 100)
-        image = Image(_png(figure), format="png", width=width, alt=caption)
-        display(image, metadata={"image/png": {"alt": caption, "width": width}})
+        kind, data, about = "image/png", _png(figure), {"width": round(100 * figure.get_figwidth())}
     else:
-        display(SVG(_svg(figure, caption)), metadata={"image/svg+xml": {"alt": caption}})
+        kind, data, about = "image/svg+xml", _svg(figure, caption), {}
+    display({kind: data}, metadata={kind: {"alt": caption} | about}, raw=True)
     plt.close(figure)
     display(Markdown(f"*{caption}*"))
 
@@ -67,16 +67,14 @@ def show_drawing(name: str, caption: str) -> None:
 
 def _svg(figure: Figure, alt: str) -> str:
     buffer = io.StringIO()
-    told = {"Date": None, "Title": alt}
-    with plt.rc_context({"svg.hashsalt": "clipad", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=told)
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": alt})
     # A wide chart shrinks to the page's width instead of being cut off.
     return buffer.getvalue().replace("<svg ", '<svg style="max-width: 100%; height: auto" ', 1)
 
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=200)
     picture = PIL.Image.open(buffer).convert("RGB")
     # 256 colours without dithering: a third of the space, and flat areas stay flat. Maximum coverage keeps rare ones.
     palette = picture.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=4)
@@ -107,12 +105,9 @@ def name_rows(ax, names: Sequence[str]) -> None:
 
 
 def legend_below(figure: Figure, columns: int = 3) -> None:
-    """One legend below all axes, each name once."""
-    drawn = {}
-    for ax in figure.axes:
-        marks, names = ax.get_legend_handles_labels()
-        drawn |= dict(zip(names, marks, strict=True))
-    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=columns)
+    """One legend below all axes: the names in the first of them."""
+    drawn = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*drawn, loc="outside lower center", ncols=columns)
 
 
 def image_array(image, size: int) -> np.ndarray:
@@ -143,15 +138,13 @@ def gallery(
     colours: Mapping[str, str] | None = None,
     landscape: bool = False,
     masks_on: str = "maps",
-    regions: Mapping[str, np.ndarray] | None = None,
     below: Mapping[str, Sequence[str]] | None = None,
 ) -> Figure:
     """Images in the first column, a column of heat maps per method, a row per image; ``landscape``: transposed.
 
     ``images``: S x S x 3; ``maps``: per method N x S x S. ``limits``: of a method's colours, shown in its bar; 1st to
     99.8th percentile if not given, each map's own if (None, None). ``colours``: another colour map than ``MAP``.
-    Contours: ``masks`` (N x S x S) on the "maps", the "images" or "both", and per method ``regions`` (N x S x S) on its
-    maps. ``below``: per method a text under each map.
+    ``masks`` (N x S x S) are outlined on "maps", "images" or "both". ``below``: per method texts under its maps.
     """
     titles, lines = titles or [""] * len(images), ["image", *maps]
     rows, columns = (lines, titles) if landscape else (titles, lines)
@@ -176,8 +169,6 @@ def gallery(
             shown = ax.imshow(picture, **look)
             if masks is not None and masks_on in ("images" if name == "image" else "maps", "both"):
                 contour(ax, masks[i])
-            if regions and name in regions:
-                contour(ax, regions[name][i])
             if below and name in below:
                 ax.set_xlabel(below[name][i])
         bar = figure.colorbar(shown, ax=list(line), ticks=plt.MaxNLocator(3), **place)
@@ -267,7 +258,10 @@ def forest(table: pd.DataFrame, title: str, baseline: str) -> Figure:
     right = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
     for ax, metric in zip(axes[0], metrics, strict=True):
         rows = table[table["metric"] == metric].set_index("method").loc[names]
-        limit = _limit_of_most(rows)
+        size = rows["estimate"].abs()
+        ordinary = rows[size <= max(4 * size.median(), 0.02)]
+        ends = ordinary[["low_wide", "high_wide", "low", "high"]].abs().to_numpy()
+        limit = 115 * float(np.nanmax(ends)) if np.isfinite(ends).any() else 1.0
         edge = 0.93 * limit  # a cut-off row's arrow stays in the panel
         for low, high, width in (("low_wide", "high_wide", 1.2), ("low", "high", 4)):
             ends = 100 * rows[low], 100 * rows[high]
@@ -284,14 +278,6 @@ def forest(table: pd.DataFrame, title: str, baseline: str) -> Figure:
         name_rows(ax, names)
         ax.spines["left"].set_visible(False)
     return figure
-
-
-def _limit_of_most(rows: pd.DataFrame) -> float:
-    """Half the width of the axis: the furthest end among rows of ordinary size, in points."""
-    size = rows["estimate"].abs()
-    ordinary = rows[size <= max(4 * size.median(), 0.02)]
-    ends = ordinary[["low_wide", "high_wide", "low", "high"]].abs().to_numpy()
-    return 115 * float(np.nanmax(ends)) if np.isfinite(ends).any() else 1.0
 
 
 def category_dots(table: pd.DataFrame, title: str, before: str, after: str) -> Figure:
@@ -324,13 +310,20 @@ def growth(
     size = (max(4 * len(frames), 5) + (1.6 if looks else 0), 2.1 * len(metrics) + 0.5)
     figure, axes = subplots(len(metrics), len(frames), size, title, sharey="row", sharex="col")
     looks = looks or {"": ("blue", "o")}
-    for column, (name, frame) in enumerate(frames.items()):
+    for column, (name, frame) in zip(axes.T, frames.items(), strict=True):
         counted = name.startswith("number of")
-        for ax, metric in zip(axes[:, column], metrics, strict=True):
-            for place, (series, look) in enumerate(looks.items()):
+        for ax, metric in zip(column, metrics, strict=True):
+            for place, (series, (colour, marker)) in enumerate(looks.items()):
                 own = frame[frame["series"] == series] if series else frame
                 beside = 1.04 ** (place - (len(looks) - 1) / 2) if counted else 1
-                _grow(ax, own.set_axis(own.index * beside), metric, *look, label=series)
+                own, colour = own.set_axis(own.index * beside), COLOURS[colour]
+                means = 100 * own.groupby(level=0)[metric].mean()
+                ax.plot(own.index, 100 * own[metric], marker, color=colour, alpha=0.4, ms=4)
+                ax.plot(means, color=colour, marker=marker if series else "", label=series)
+                if "low" in own:
+                    ax.vlines(
+                        own.index, 100 * own["low"], 100 * own["high"], color=colour, alpha=0.6
+                    )
             if base is not None and metric in base:
                 ax.axhline(100 * base[metric], color="0.4", linestyle="--", linewidth=1)
         ax.set_xlabel(name)
@@ -344,14 +337,6 @@ def growth(
     if len(looks) > 1:
         axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
-
-
-def _grow(ax, rows: pd.DataFrame, metric: str, colour: str, marker: str, label: str) -> None:
-    colour, means = COLOURS[colour], 100 * rows.groupby(level=0)[metric].mean()
-    ax.plot(rows.index, 100 * rows[metric], marker, color=colour, alpha=0.4, markersize=4)
-    ax.plot(means.index, means, color=colour, marker=marker if label else "", label=label)
-    if "low" in rows:
-        ax.vlines(rows.index, 100 * rows["low"], 100 * rows["high"], color=colour, alpha=0.6)
 
 
 def styled(table: pd.DataFrame, caption: str, name: str):

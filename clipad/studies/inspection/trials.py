@@ -83,7 +83,7 @@ def over_categories(
         means = means - minus.groupby("category")[column].mean()
     means = means.dropna()
     if len(means) < 3:
-        return Interval(means.mean(), np.nan, np.nan)
+        return Interval(means.mean())
     drawn = np.column_stack([means, means])  # a category's own number is no draw of images
     return intervals_over_categories(drawn)[1]
 

@@ -93,7 +93,7 @@ def shares(
 def entry(row: str, series: str, found: Interval | float) -> dict:
     """One mark of :func:`shares`: an estimate with its interval, or a number without one."""
     if not isinstance(found, Interval):
-        found = Interval(found, np.nan, np.nan)
+        found = Interval(found)
     return {"row": row, "series": series} | vars(found)
 
 
