@@ -72,6 +72,22 @@ def test_contours_of_a_gallery_stand_where_they_are_promised(landscape, masks_on
     assert contours(figure) == (expected.T if landscape else expected).ravel().tolist()
 
 
+def test_regions_are_outlined_on_the_maps_of_their_method():
+    masks, regions = np.zeros((1, 8, 8), bool), np.zeros((1, 8, 8), bool)
+    masks[0, 2:4, 2:4] = regions[0, 5:7, 5:7] = True
+    maps = {"SDP": np.eye(8)[None], "Direct": np.eye(8)[None]}
+    figure = plots.gallery(
+        np.zeros((1, 8, 8, 3)),
+        maps,
+        masks,
+        masks_on="images",
+        regions={"SDP": regions, "Direct": ~np.ones_like(regions)},
+    )
+    assert contours(figure) == [True, True, False]
+    line = figure.axes[1].collections[0].get_paths()[0].vertices
+    assert (line.min(axis=0) > 4).all()
+
+
 def test_texts_stand_below_the_maps_of_their_method():
     maps = {"SDP": np.stack([np.eye(8)] * 2), "Direct": np.stack([np.eye(8)] * 2)}
     below = {"SDP": ["a", "b"], "Direct": ["c", "d"]}

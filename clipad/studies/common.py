@@ -139,10 +139,15 @@ class Scores:
         )
 
     def by_category(self, metric: str, method: str, minus: str | None = None) -> pd.DataFrame:
-        """A row per category: ``category``, ``group`` (textures or objects), and the interval over its images."""
-        rows = [vars(self.interval(metric, method, minus, [c])[0]) for c in self.categories]
-        group = ["textures" if c in TEXTURES else "objects" for c in self.categories]
-        return pd.DataFrame(rows).assign(category=self.categories, group=group)
+        """Textures, then objects, the highest first: ``row`` (such as "tile (texture)"), ``series`` (textures) and the
+        interval over its images."""
+        rows = [
+            {"row": f"{category} ({group[:-1]})", "series": group}
+            | vars(self.interval(metric, method, minus, [category])[0])
+            for group, members in groups(self.categories).items()
+            for category in members
+        ]
+        return pd.DataFrame(rows).sort_values(["series", "estimate"], ascending=False)
 
 
 def both_ends(images: Interval, wide: Interval) -> dict[str, float]:
@@ -361,16 +366,17 @@ def claim(
     if narrow != verdict:
         text += f" For other images of these categories alone: {images:{sign}}, {narrow}."
     follows = then if isinstance(then, str) else then.get(verdict, "")
-    kept = {"id": id, "sentence": sentence, "source": source, "metric": metric, "scope": scope}
-    kept |= {"verdict": verdict, "level": level or 0.0, "p": wide.p} | both_ends(images, wide)
-    _state(run, kept, text, follows)
+    kept = {"id": id, "sentence": sentence, "source": source, "metric": metric, "measured": told}
+    kept |= {"verdict": verdict, "scope": scope, "level": level or 0.0, "p": wide.p}
+    _state(run, kept | both_ends(images, wide), text, follows)
 
 
 def fact(run, id: str, sentence: str, holds: bool, *, source: str = "ours", then: str = "") -> None:
     """The same for what is exact and needs no interval, such as an identity: ``holds`` or ``does not hold``."""
     verdict, unmeasured = "holds" if holds else "does not hold", Interval(np.nan)
-    kept = {"id": id, "sentence": sentence, "source": source, "metric": "", "scope": "as computed"}
-    kept |= {"verdict": verdict, "level": 0.0, "p": np.nan} | both_ends(unmeasured, unmeasured)
+    kept = {"id": id, "sentence": sentence, "source": source, "metric": "", "measured": ""}
+    kept |= {"verdict": verdict, "scope": "as computed", "level": 0.0, "p": np.nan}
+    kept |= both_ends(unmeasured, unmeasured)
     _state(run, kept, f"{sentence}: **{verdict}**.", then)
 
 
@@ -378,16 +384,6 @@ def _state(run, kept: dict, text: str, follows: str) -> None:
     display(Markdown(f"**Found here:** {text} {follows}".strip()))
     others = [c for c in run.results.get("claims", []) if c["id"] != kept["id"]]
     run.record("claims", [*others, kept])
-
-
-def measured(claim: Mapping[str, Any]) -> str:
-    """What a claim of a record measured, with its wide interval: "PRO +1.5 [+0.7, +4.3]"; empty for a fact."""
-    ends = [claim[name] for name in ("estimate", "low_wide", "high_wide")]
-    if pd.isna(ends).any():
-        return ""
-    sign = "" if claim["level"] else "+"  # against 0: a difference
-    name = METRIC_NAMES.get(claim["metric"], claim["metric"])
-    return f"{name} {Interval(*ends):{sign}}".strip()
 
 
 def show_claims(run) -> None:
@@ -399,7 +395,7 @@ def show_claims(run) -> None:
     rows = ["| | verdict | 95 % | about | after Holm |", "|---|---|---|---|---|"]
     for i, entry in enumerate(claims):
         source = "" if entry["source"] == "ours" else f" ({entry['source']})"
-        cells = (entry["sentence"] + source, entry["verdict"], measured(entry), entry["scope"])
+        cells = (entry["sentence"] + source, entry["verdict"], entry["measured"], entry["scope"])
         rows.append(f"| {' | '.join(cells)} | {holds.get(i, '')} |")
     rows.append(
         f"\n*After Holm*: still significant at 95 % when the {len(adjusted)} differences of this "

@@ -5,7 +5,6 @@ run. A parameter left empty ("" or 0 or []) means what the preset says; a given 
 import json
 import platform
 import random
-import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -64,8 +63,7 @@ class Experiment:
     def tolerance(self) -> float:
         """How near a map that a notebook computes in float32 has to be to a detector's, in half precision on a GPU."""
         with self.backbone.autocast():
-            half = torch.is_autocast_enabled(self.backbone.device.type)
-        return 0.02 if half else 1e-4
+            return 0.02 if torch.is_autocast_enabled(self.backbone.device.type) else 1e-4
 
     def has_masks(self) -> bool:
         """Whether there are masks; where not, says so: the guard of a cell that needs them."""
@@ -90,21 +88,8 @@ class Experiment:
         self.results[name] = _plain(value)
 
     def finish(self) -> None:
-        """Last cell of a notebook: show what it ran with, and write the record of the run, JSON beside the executed
-        notebook and a private MIME bundle in it."""
-        about = self.provenance()
-        record = {"notebook": self.notebook, "parameters": self.parameters, "provenance": about}
-        text = json.dumps(
-            record | {"results": self.results}, indent=1, sort_keys=True, allow_nan=False
-        )
-        write_atomically(self.output_dir / f"{self.notebook}.json", text + "\n")
-        rows = "\n".join(f"| {key} | {value} |" for key, value in about.items())
-        table = f"| this run | |\n|---|---|\n{rows}"
-        shown = {"text/markdown": table, "text/plain": table, RESULT_MIME: json.loads(text)}
-        display(shown, raw=True)
-
-    def provenance(self) -> dict[str, str]:
-        """Versions, device, seed and hashes: what somebody needs to get the same numbers."""
+        """Last cell of a notebook: show what it ran with (versions, device, seed, hashes: what gives the same numbers),
+        and write the record of the run, JSON beside the executed notebook and a private MIME bundle in it."""
         packages = ("torch", "open_clip_torch", "numpy", "scikit-learn", "umap-learn")
         versions = ", ".join(f"{name} {version(name)}" for name in packages)
         model, data = self.backbone, self.dataset
@@ -112,7 +97,7 @@ class Experiment:
         if model.device.type == "cuda":
             on = torch.cuda.get_device_name(model.device)
         mean, std = (" ".join(f"{v:.4f}" for v in values) for values in (model.mean, model.std))
-        return {
+        about = {
             "model": f"{model.name}, {model.pretrained}, {model.activation}, weights {model.weights_hash}",
             "pre-processing": f"{model.image_size} px, mean {mean}, std {std}",
             "data": f"{data.name}, {len(data)} images, samples {fingerprint(data)}",
@@ -121,15 +106,22 @@ class Experiment:
             "device": on,
             "seed": str(self.seed),
         }
+        record = {"notebook": self.notebook, "parameters": self.parameters, "provenance": about}
+        record["results"] = self.results
+        text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False)
+        write_atomically(self.output_dir / f"{self.notebook}.json", text + "\n")
+        rows = "\n".join(f"| {key} | {value} |" for key, value in about.items())
+        table = f"| this run | |\n|---|---|\n{rows}"
+        shown = {"text/markdown": table, "text/plain": table, RESULT_MIME: record}
+        display(shown, raw=True)
 
     def __str__(self) -> str:
         model, data = self.backbone, self.dataset
         kinds = {"image labels": data.has_image_labels, "pixel masks": data.has_masks}
         known = ", ".join(kind for kind, there in kinds.items() if there) or "no labels"
-        many = "1 category" if len(data.categories) == 1 else f"{len(data.categories)} categories"
         return (
             f"model **{model.name}** ({model.pretrained}, {model.image_size} px, {model.device}) on **{data.name}**: "
-            f"{len(data)} images in {many} ({known})"
+            f"{len(data)} images, categories {', '.join(data.categories)} ({known})"
         )
 
     __repr__ = _repr_markdown_ = __str__  # no path of the machine in a stored notebook
@@ -174,8 +166,7 @@ def _known(what: str, name: str, table: dict[str, Any]) -> Any:
 
 def run_folder(preset="demo", dataset="", **_others) -> Path:
     """Where results go if nothing else is said, such as ``outputs/paper-visa`` of the clone."""
-    name = re.sub(r"[^\w.-]+", "_", f"{preset}-{dataset or PRESETS[preset]['dataset']}")
-    return REPOSITORY / "outputs" / name
+    return REPOSITORY / "outputs" / f"{preset}-{dataset or PRESETS[preset]['dataset']}"
 
 
 def experiment(

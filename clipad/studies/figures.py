@@ -146,7 +146,8 @@ def gallery(
     99.8th percentile if not given, each map's own if (None, None). ``colours``: another colour map than ``MAP``.
     ``masks`` (N x S x S) are outlined on "maps", "images" or "both". ``below``: per method texts under its maps.
     """
-    titles, lines = titles or [""] * len(images), ["image", *maps]
+    titles, lines = titles or [""] * len(images), {"image": images} | dict(maps)
+    limits = {"image": (None, None)} | dict(limits or {})
     rows, columns = (lines, titles) if landscape else (titles, lines)
     side = min(2.2, 9.5 / len(images)) if landscape else 1.8
     right, under = (0.9, 0) if landscape else (0, 0.6)  # inches for the colour bars
@@ -159,11 +160,8 @@ def gallery(
     for ax, name in zip(axes[:, 0], rows, strict=True):
         ax.set_ylabel(name)
     place = {"location": "right" if landscape else "bottom", "shrink": 0.85, "aspect": 14}
-    for line, name in zip(axes if landscape else axes.T, lines, strict=True):
-        pictures, low, high = images, None, None
-        if name != "image":
-            pictures = maps[name]
-            low, high = (limits or {}).get(name) or np.percentile(pictures, [1, 99.8])
+    for line, (name, pictures) in zip(axes if landscape else axes.T, lines.items(), strict=True):
+        low, high = limits.get(name) or np.percentile(pictures, [1, 99.8])
         look = {"cmap": (colours or {}).get(name, MAP), "vmin": low, "vmax": high}
         for i, (ax, picture) in enumerate(zip(line, pictures, strict=True)):
             shown = ax.imshow(picture, **look)
@@ -231,8 +229,10 @@ def dot_panels(
     title: str = "",
     looks: Mapping[str, tuple[str, str]] | None = None,
     rows: Sequence[str] | None = None,
+    zero: bool = False,
 ) -> Figure:
-    """A panel of :func:`dots` per table (or rows x series), with the same rows, as in the first one or as given."""
+    """A panel of :func:`dots` per table (or rows x series), with the same rows, as in the first one or as given.
+    ``zero``: with a line at 0, for differences."""
     tables = {n: t if "series" in t else rows_and_series(t) for n, t in panels.items()}
     first = next(iter(tables.values()))
     rows = list(first["row"].unique() if rows is None else rows)
@@ -241,6 +241,8 @@ def dot_panels(
     for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
         dots(ax, table, looks, rows)
         ax.set(title=name, xlabel=xlabel)
+        if zero:
+            ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
     if len(first) > len(rows):  # else the rows name the series
         legend_below(figure)
     return figure
@@ -277,19 +279,6 @@ def forest(table: pd.DataFrame, title: str, baseline: str) -> Figure:
         ax.set(xlabel=f"points against {baseline}")
         name_rows(ax, names)
         ax.spines["left"].set_visible(False)
-    return figure
-
-
-def category_dots(table: pd.DataFrame, title: str, before: str, after: str) -> Figure:
-    """Difference of two methods per category, textures and objects apart, a panel per metric: a table of
-    :meth:`clipad.studies.common.Scores.by_category` with a column ``metric``."""
-    row = table["category"] + " (" + table["group"].str[:-1] + ")"
-    table = table.assign(row=row, series=table["group"])
-    panels = {METRIC_NAMES.get(m, m): t for m, t in table.groupby("metric", sort=False)}
-    first = next(iter(panels.values())).sort_values(["group", "estimate"], ascending=False)
-    figure = dot_panels(panels, f"{after} − {before}, points", title, KINDS, first["row"])
-    for ax in figure.axes:
-        ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
     return figure
 
 

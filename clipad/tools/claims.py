@@ -7,17 +7,15 @@ from pathlib import Path
 import pandas as pd
 
 from clipad.io.files import write_atomically
-from clipad.studies.common import measured
 
 
 def markdown(claims: pd.DataFrame, folder: str = "") -> str:
     """The claims as a Markdown table, with wide intervals; ``folder``: of the notebooks, seen from the page."""
     rows = []
-    for claim in claims.fillna({"metric": ""}).to_dict(orient="records"):
+    for claim in claims.fillna({"measured": ""}).to_dict(orient="records"):
         notebook = f"[{claim['notebook'][:2]}]({folder}{claim['notebook']}.ipynb)"
-        verdict, shown = f"**{claim['verdict']}**", measured(claim)
-        row = claim["sentence"], claim["source"], verdict, shown, claim["scope"], notebook
-        rows.append(row)
+        found = f"**{claim['verdict']}**", claim["measured"], claim["scope"]
+        rows.append((claim["sentence"], claim["source"], *found, notebook))
     return _table(["claim", "source", "verdict", "95 %", "scope", "notebook"], rows)
 
 
