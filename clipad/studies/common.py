@@ -5,7 +5,7 @@ category and label, so it speaks of other images of these categories. *Wide*: ca
 too, and within each its images, so it speaks of other categories as well. Methods see the same draws (paired).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -281,7 +281,7 @@ def thinned(dataset: Dataset, per_category: int) -> Dataset:
 
 
 def score(
-    predictions: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    predictions: Mapping[str, tuple[np.ndarray, np.ndarray]] | Iterable[tuple],
     data: Labelled,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -289,18 +289,22 @@ def score(
 ) -> Scores:
     """``METRICS`` of several methods on the same draws: name -> maps N x S x S and class probabilities N.
 
+    ``predictions``: a mapping, or pairs that are made one after the other, where all maps would fill the memory.
     ``resamples`` 0: no draws; else for a seed always the same ones. ``without_map``: methods whose image score is the
     class probability alone.
     """
-    found = {name: {} for name in predictions}
-    for c, category in enumerate(data.dataset.categories):
-        at, counts = data.where(category), None
-        labels, masks = data.labels[at], None if data.masks is None else data.masks[at]
-        if resamples:
-            counts = draw_counts(labels, resamples, np.random.default_rng([seed, c]))
-        for name, (maps, probabilities) in predictions.items():
-            known, with_map = (maps[at], masks, probabilities[at], labels), name not in without_map
-            found[name][category] = category_metrics(*known, with_map, counts)
+    found = {}
+    pairs = predictions.items() if isinstance(predictions, Mapping) else predictions
+    for name, (maps, p) in pairs:
+        found[name], with_map = {}, name not in without_map
+        for c, category in enumerate(data.dataset.categories):
+            at, counts = data.where(category), None
+            labels, masks = data.labels[at], None if data.masks is None else data.masks[at]
+            if resamples:
+                counts = draw_counts(labels, resamples, np.random.default_rng([seed, c]))
+            found[name][category] = category_metrics(
+                maps[at], masks, p[at], labels, with_map, counts
+            )
     return scores_of(found, METRICS, resamples, seed)
 
 

@@ -138,13 +138,15 @@ def gallery(
     colours: Mapping[str, str] | None = None,
     landscape: bool = False,
     masks_on: str = "maps",
+    regions: Mapping[str, np.ndarray] | None = None,
     below: Mapping[str, Sequence[str]] | None = None,
 ) -> Figure:
     """Images in the first column, a column of heat maps per method, a row per image; ``landscape``: transposed.
 
     ``images``: S x S x 3; ``maps``: per method N x S x S. ``limits``: of a method's colours, shown in its bar; 1st to
     99.8th percentile if not given, each map's own if (None, None). ``colours``: another colour map than ``MAP``.
-    ``masks`` (N x S x S) are outlined on "maps", "images" or "both". ``below``: per method texts under its maps.
+    Outlined: ``masks`` (N x S x S) on "maps", "images" or "both", and per method ``regions`` (N x S x S) on its maps.
+    ``below``: per method texts under its maps.
     """
     titles, lines = titles or [""] * len(images), {"image": images} | dict(maps)
     limits = {"image": (None, None)} | dict(limits or {})
@@ -167,6 +169,8 @@ def gallery(
             shown = ax.imshow(picture, **look)
             if masks is not None and masks_on in ("images" if name == "image" else "maps", "both"):
                 contour(ax, masks[i])
+            if regions and name in regions:
+                contour(ax, regions[name][i])
             if below and name in below:
                 ax.set_xlabel(below[name][i])
         bar = figure.colorbar(shown, ax=list(line), ticks=plt.MaxNLocator(3), **place)
