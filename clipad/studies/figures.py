@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import seaborn as sns
-from IPython.display import SVG, Markdown, display
+from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from seaborn.utils import relative_luminance
@@ -44,24 +44,22 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 plt.rcParams.update({"savefig.bbox": "tight", "svg.hashsalt": "clipad"})
 
 
-def show(figure: Figure, caption: str) -> None:
+def show(figure: Figure | str, caption: str) -> None:
     """Display a figure with its caption below it, and close it. Charts are SVG, images and maps PNG at twice the size.
 
-    ``caption``: what is to be seen, with numbers; the alt text, too.
+    ``figure``: or the name of a drawing, an SVG file in ``notebooks/``. ``caption``: what is to be seen, with numbers;
+    the alt text, too.
     """
-    if any(ax.images for ax in figure.axes):
-        kind, data, about = "image/png", _png(figure), {"width": round(100 * figure.get_figwidth())}
+    kind, about = "image/svg+xml", {"alt": caption}
+    if isinstance(figure, str):
+        data = (REPOSITORY / "notebooks" / figure).read_text(encoding="utf-8")
+    elif any(ax.images for ax in figure.axes):
+        kind, data = "image/png", _png(figure)
+        about["width"] = round(100 * figure.get_figwidth())
     else:
-        kind, data, about = "image/svg+xml", _svg(figure, caption), {}
-    display({kind: data}, metadata={kind: {"alt": caption} | about}, raw=True)
+        data = _svg(figure, caption)
+    display({kind: data}, metadata={kind: about}, raw=True)
     plt.close(figure)
-    display(Markdown(f"*{caption}*"))
-
-
-def show_drawing(name: str, caption: str) -> None:
-    """Display a drawing, an SVG file in ``notebooks/``, with its caption below it."""
-    path = REPOSITORY / "notebooks" / name
-    display(SVG(filename=path), metadata={"image/svg+xml": {"alt": caption}})
     display(Markdown(f"*{caption}*"))
 
 
@@ -330,12 +328,3 @@ def growth(
     if len(looks) > 1:
         axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
-
-
-def styled(table: pd.DataFrame, caption: str, name: str):
-    """A results table for people: percent with one decimal, the mean row set off, identical in every run."""
-    last = {"selector": "tbody tr:last-child", "props": "border-top: 1px solid; font-weight: bold"}
-    above = {"selector": "caption", "props": "text-align: left; padding: 4px 0"}
-    shown = (100 * table).rename(columns=METRIC_NAMES).style.format("{:.1f}", na_rep="–")
-    shown = shown.set_caption(f"{caption} (percent)").set_table_styles([last, above])
-    return shown.set_uuid(name)
