@@ -33,10 +33,8 @@ from clipad.winclip import WinCLIP
 
 RESULT_MIME = "application/vnd.clipad.result+json"
 
-PRESETS = {
-    "demo": {"model": "demo", "pretrained": "", "dataset": "demo"},
-    "paper": {"model": "ViT-B-16-plus-240", "pretrained": "laion400m_e31", "dataset": "mvtec"},
-}
+PRESETS = {"demo": "demo", "paper": "mvtec"}
+"""preset -> the data set whose protocol it takes"""
 
 
 @dataclass(repr=False)
@@ -134,7 +132,8 @@ def resolve(
 
     ValueError for what does not go together, and for models and weights that do not exist.
     """
-    chosen = dict(_known("preset", preset, PRESETS))
+    rule = protocol(_known("preset", preset, PRESETS))
+    chosen = {"model": rule.model, "pretrained": rule.pretrained or "", "dataset": rule.dataset}
     if data_root and not dataset and chosen["dataset"] == "demo":
         raise ValueError(
             "data_root is given, dataset is not: did you mean dataset folder? (mvtec, visa, ... for those)"
@@ -143,8 +142,7 @@ def resolve(
         chosen |= {"model": model, "pretrained": ""}
     given = {"pretrained": pretrained, "dataset": dataset}
     chosen |= {name: value for name, value in given.items() if value}
-    random_demo = chosen["model"] == "demo" and chosen["pretrained"] == "random"
-    if random_demo or not (chosen["model"] == "demo" or chosen["pretrained"]):
+    if chosen["pretrained"] == ("random" if chosen["model"] == "demo" else ""):
         raise ValueError(
             f"model={chosen['model']!r} needs pretrained: an open_clip tag, a checkpoint file, or 'random'; the demo "
             f"model its own weights or a file; found {chosen['pretrained']!r}"
@@ -166,7 +164,7 @@ def _known(what: str, name: str, table: dict[str, Any]) -> Any:
 
 def run_folder(preset="demo", dataset="", **_others) -> Path:
     """Where results go if nothing else is said, such as ``outputs/paper-visa`` of the clone."""
-    return REPOSITORY / "outputs" / f"{preset}-{dataset or PRESETS[preset]['dataset']}"
+    return REPOSITORY / "outputs" / f"{preset}-{dataset or PRESETS[preset]}"
 
 
 def experiment(
