@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import seaborn as sns
-from IPython.display import Markdown, display
+from IPython.display import SVG, Image, Markdown, display
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from seaborn.utils import relative_luminance
@@ -50,15 +50,15 @@ def show(figure: Figure | str, caption: str) -> None:
     ``figure``: or the name of a drawing, an SVG file in ``notebooks/``. ``caption``: what is to be seen, with numbers;
     the alt text, too.
     """
-    kind, about = "image/svg+xml", {"alt": caption}
+    kind = "image/svg+xml"
     if isinstance(figure, str):
-        data = (REPOSITORY / "notebooks" / figure).read_text(encoding="utf-8")
+        picture = SVG(filename=REPOSITORY / "notebooks" / figure)
     elif any(ax.images for ax in figure.axes):
-        kind, data = "image/png", _png(figure)
-        about["width"] = round(100 * figure.get_figwidth())
+        kind = "image/png"
+        picture = Image(_png(figure), width=round(100 * figure.get_figwidth()))
     else:
-        data = _svg(figure, caption)
-    display({kind: data}, metadata={kind: about}, raw=True)
+        picture = SVG(_svg(figure, caption))
+    display(picture, metadata={kind: {"alt": caption}})
     plt.close(figure)
     display(Markdown(f"*{caption}*"))
 
