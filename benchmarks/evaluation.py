@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from benchmarks.measure import REPEATS, Row, largest_difference, numpy_peak, seconds
 from clipad.backbone import Backbone, load_backbone
 from clipad.detectors import SDP
-from clipad.evaluation import evaluate, load_images
+from clipad.evaluation import batches, evaluate
+from clipad.io.images import read_image
 from tests.conftest import tiny_clip
 from tests.small_data import files_of, make_folder
 
@@ -83,15 +84,15 @@ def _memory(folder: Path, quick: bool) -> Iterator[Row]:
 def _loading(folder: Path, quick: bool) -> Row:
     """A stand-in for a device: it needs for an image as long as one thread needs to read it, and no processor."""
     data = make_folder(folder, ["bolt"], normal=16 if quick else 128, anomalous=0, side=400)
-    samples, preprocess = list(data), load_backbone("demo", device="cpu").preprocess
+    samples, backbone = list(data), load_backbone("demo", device="cpu")
     shares, each = [], 0.0
     for _ in range(REPEATS):
         start = time.perf_counter()
-        for _ in load_images(samples[:16], preprocess, batch_size=1, workers=1):
-            pass
+        for sample in samples[:16]:
+            backbone.preprocess(read_image(sample.image_path))
         each = (time.perf_counter() - start) / 16
         start, busy = time.perf_counter(), 0.0
-        for images in load_images(samples, preprocess, batch_size=8):
+        for _, images in batches(backbone, samples, batch_size=8):
             began = time.perf_counter()
             time.sleep(each * len(images))
             busy += time.perf_counter() - began

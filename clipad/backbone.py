@@ -52,16 +52,6 @@ class Backbone:
         return f"Backbone({self.name!r}, {self.pretrained}, {self.image_size} px, {self.device})"
 
     @property
-    def settings(self) -> dict[str, str | int]:
-        """What of the model decides numbers."""
-        return {
-            "model": self.name,
-            "weights": self.weights_hash,
-            "image_size": self.image_size,
-            "device": self.device.type,
-        }
-
-    @property
     def activation(self) -> str:
         """``"GELU"`` or ``"QuickGELU"`` (OpenAI's): equal weights give other features with the other one."""
         return type(self.visual.transformer.resblocks[0].mlp.gelu).__name__

@@ -3,8 +3,6 @@
 Only test images are listed: the method is zero-shot.
 """
 
-import contextlib
-import csv
 import json
 import os
 import re
@@ -14,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
+
+import pandas as pd
 
 from clipad.io.files import (
     BROKEN_LINK,
@@ -110,9 +110,9 @@ def load_dataset(
     """List the test images of a data set. Nothing is decoded here.
 
     ``name``: "mvtec", "visa", "isic", "clinicdb", "headct", "brainmri", "folder", or, shipped with clipad and without a
-    root, "demo" and "demo_aux". ``root``: its folder, or the one just above, in the layout of data/README.md.
-    ``categories``: None or empty for all that are present. ``normal_folder``: of data set "folder", the name of the
-    sub-folders that hold normal images, or "none".
+    root, "demo" and "demo_aux". ``root``: its folder, in the layout of data/README.md. ``categories``: None or empty
+    for all that are present. ``normal_folder``: of data set "folder", the name of the sub-folders that hold normal
+    images, or "none".
 
     Data set "folder" takes images of any origin. Labels are never guessed: normal are the images in ``normal_folder``,
     or else in the one sub-folder called good, normal or ok; where there is none, or two, the answer is asked for.
@@ -146,14 +146,14 @@ def list_dataset(name: str, root: str | Path | None = None, normal_folder: str =
     if not root.is_dir():
         kind = "is no folder (unpack an archive first)" if root.exists() else "does not exist"
         raise FileNotFoundError(f"the root of data set {name!r} {kind}: {root}")
-    samples = _find(name, root, normal_folder)
-    if not samples and name != "folder":  # which has looked into sub-folders itself
-        inside = [(place, _find(name, place, normal_folder)) for place in _folders(root)]
-        inside = [found for found in inside if found[1]]
-        if len(inside) > 1:
-            places = ", ".join(str(place) for place, _ in inside)
-            raise LayoutError(f"{root} holds data set {name!r} more than once: {places}. Give one")
-        root, samples = inside[0] if inside else (root, ())
+    layout, find = LAYOUTS[name]
+    try:
+        samples = tuple(find(root, normal_folder) if name == "folder" else find(root))
+    except LayoutError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        expected, why = META if name == "folder" else layout, f"{type(error).__name__}: {error}"
+        raise LayoutError(f"a list in {root} is not as expected, {expected} ({why})") from error
     if not samples:
         raise LayoutError(f"{root} holds no test images of {name!r}. {_expected(name, root)}")
     categories = tuple(dict.fromkeys(s.category for s in samples))
@@ -164,9 +164,9 @@ def list_dataset(name: str, root: str | Path | None = None, normal_folder: str =
 
 def expected_counts(name: str) -> dict[str, tuple[int, int]]:
     """Category -> numbers of (normal, anomalous) test images that a data set has; empty for "folder"."""
-    with open(data_dir() / "test_images.csv", encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["dataset"] == name]
-    return {row["category"]: (int(row["normal"]), int(row["anomalous"])) for row in rows}
+    table = pd.read_csv(data_dir() / "test_images.csv").query("dataset == @name")
+    counts = zip(table["normal"], table["anomalous"], strict=True)
+    return dict(zip(table["category"], counts, strict=True))
 
 
 def require_usable(path: Path, root: Path, of: str = "") -> None:
@@ -183,27 +183,11 @@ def require_usable(path: Path, root: Path, of: str = "") -> None:
         raise LayoutError(f"{path} leads to {real}, outside the root {root}: copy it into the root")
 
 
-def _find(name: str, root: Path, normal_folder: str = "") -> tuple[Sample, ...]:
-    """The samples of a data set below a root; none where another layout is."""
-    layout, find = LAYOUTS[name]
-    try:
-        return tuple(find(root, normal_folder) if name == "folder" else find(root))
-    except LayoutError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        expected = META if name == "folder" else layout
-        why = f"{type(error).__name__}: {error}"
-        raise LayoutError(f"a list in {root} is not as expected, {expected} ({why})") from error
-
-
 def _expected(name: str, root: Path) -> str:
-    """What was expected at a root, what is there, and for which data set that would do."""
+    """What was expected at a root, and what is there."""
     names = [path.name for path in _visible(root)]
     found = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "an empty folder"
     hint = "" if name == "folder" else " Images of your own are dataset='folder'."
-    with contextlib.suppress(LayoutError, StopIteration):
-        others = (o for o in LAYOUTS if o not in (name, "folder") and _find(o, root))
-        hint = f" This is a layout for dataset={next(others)!r}."
     return f"Expected {LAYOUTS[name][0]}; found {found}.{hint}"
 
 
@@ -295,8 +279,7 @@ def _brainmri(root: Path) -> Iterator[Sample]:
 def _rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file, skipinitialspace=True))
+    return pd.read_csv(path, dtype=str, skipinitialspace=True).to_dict("records")
 
 
 def _meta_json(path: Path) -> list[Sample]:
@@ -328,12 +311,10 @@ def _folder(root: Path, normal_folder: str = "") -> list[Sample]:
     if normal_folder.lower() not in ("", "none") and all(sample.label for sample in samples):
         names = ", ".join(sorted({folder.name for folder in by_folder})[:20])
         raise LayoutError(f"{root} has no folder {normal_folder!r}; found {names}")
-    used = {sample.image_path for sample in samples}
-    rest = [path for path in images if path not in used]
-    if len(rest) > len(samples):
+    if len(images) > 2 * len(samples):
         raise LayoutError(
-            f"{len(samples)} images of {root} fit a layout and {len(rest)} do not, such as "
-            f"{rest[0].relative_to(root)}: give the folder that holds them. {_expected('folder', root)}"
+            f"only {len(samples)} of the {len(images)} images of {root} fit a layout: give the folder that holds "
+            f"them. {_expected('folder', root)}"
         )
     return samples
 

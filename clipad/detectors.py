@@ -1,6 +1,6 @@
 """Zero-shot detectors behind one protocol: ``predict(images, category) -> Prediction``.
 
-Each is split in two: ``features(images)`` runs the backbone, ``score(features, category)`` is cheap and reads the text.
+Each is split in two: ``features(images)`` runs the backbone, ``score_with(features, text)`` is cheap.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ class Prediction:
 
 @dataclass
 class Features:
-    """What ``score`` needs, not normalised: the image embedding B x C and, per stage, ``tokens`` B x (N+1) x C and, for
+    """What scores need, not normalised: the image embedding B x C and, per stage, ``tokens`` B x (N+1) x C and, for
     SDP+ only, ``ordinary`` ones B x (N+1) x D."""
 
     image_embedding: torch.Tensor
@@ -98,16 +98,13 @@ class Detector:
 
     def predict(self, images: torch.Tensor, category: str) -> Prediction:
         """Maps and class probabilities of pre-processed images B x 3 x S x S; batch size and order do not matter."""
-        return self.score(self.features(images), category)
+        return self.score_with(self.features(images), self.text_vectors(category))
 
     def features(self, images: torch.Tensor) -> Features:
         """Everything that does not depend on the text, float32 on the backbone's device."""
         with torch.no_grad(), self.backbone.autocast():
             found = self.encode(images.to(self.backbone.device, non_blocking=True))
         return found.apply(torch.Tensor.float)
-
-    def score(self, features: Features, category: str) -> Prediction:
-        return self.score_with(features, self.text_vectors(category))
 
     def score_with(self, features: Features, text: torch.Tensor) -> Prediction:
         """Maps and class probabilities with given text vectors, C x 2 unit columns."""
@@ -132,11 +129,11 @@ class Detector:
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers, JSON-able: a stopped run continues only if it is equal."""
-        found = {"detector": self.name, **self.backbone.settings, "prompts": asdict(self.prompts)}
-        return found | {name: getattr(self, name) for name in ("rvs", "rvs_options", "smoothing")}
-
-    def __repr__(self):
-        return f"{self.name}({self.backbone.name}, rvs={self.rvs}, smoothing={self.smoothing:g} px)"
+        model = self.backbone
+        found = {"detector": self.name, "model": model.name, "weights": model.weights_hash}
+        found |= {"image_size": model.image_size, "device": model.device.type}
+        found |= {"prompts": asdict(self.prompts), "rvs": self.rvs, "rvs_options": self.rvs_options}
+        return found | {"smoothing": self.smoothing}
 
 
 class Direct(Detector):

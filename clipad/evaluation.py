@@ -44,12 +44,9 @@ def published_image_score(probabilities, map_maxima) -> np.ndarray:
     """Min-max of the class probability plus min-max of the map's maximum, over one category's images (METHOD.md
     section 5). Where all values are equal that part is 0: the released program divides 0 by 0 there."""
 
-    def min_max(values):
-        values = np.asarray(values, dtype=np.float64)
-        span = values.max() - values.min()
-        return (values - values.min()) / span if span > 0 else np.zeros_like(values)
-
-    return min_max(probabilities) + min_max(map_maxima)
+    values = np.array([probabilities, map_maxima], dtype=np.float64)
+    low, span = values.min(axis=1, keepdims=True), np.ptp(values, axis=1, keepdims=True)
+    return ((values - low) / np.where(span > 0, span, 1)).sum(axis=0)
 
 
 def evaluate(
@@ -113,27 +110,6 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_images(
-    samples: list[Sample], preprocess, batch_size: int, workers: int = WORKERS, pin: bool = False
-) -> Iterator[torch.Tensor]:
-    """Batches of pre-processed images, B x 3 x S x S; threads decode two more while the caller computes."""
-
-    def read(sample: Sample) -> torch.Tensor:
-        return preprocess(read_image(sample.image_path))
-
-    def stack(futures: list[Future]) -> torch.Tensor:
-        images = torch.stack([future.result() for future in futures])
-        return images.pin_memory() if pin else images
-
-    waiting: deque = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(samples), batch_size):
-            waiting.append([pool.submit(read, s) for s in samples[start : start + batch_size]])
-            if len(waiting) > 2:
-                yield stack(waiting.popleft())
-        yield from map(stack, waiting)
-
-
 def category_metrics(
     maps, masks, probabilities, labels, map_in_image_score: bool = True, counts=None
 ) -> dict[str, float | np.ndarray]:
@@ -164,11 +140,29 @@ def category_metrics(
 def batches(
     backbone, samples: Iterable[Sample], batch_size: int = 16
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(category, images B x 3 x S x S on the backbone's device), in order; a batch is of one category."""
-    pin = backbone.device.type == "cuda"
-    for category, group in groupby(samples, key=lambda sample: sample.category):
-        for images in load_images(list(group), backbone.preprocess, batch_size, pin=pin):
-            yield category, images.to(backbone.device, non_blocking=True)
+    """(category, pre-processed images B x 3 x S x S on the backbone's device), in order; a batch is of one category.
+
+    Threads decode two more while the caller computes.
+    """
+    device, waiting = backbone.device, deque()
+
+    def read(sample: Sample) -> torch.Tensor:
+        return backbone.preprocess(read_image(sample.image_path))
+
+    def stack(category: str, futures: list[Future]) -> tuple[str, torch.Tensor]:
+        images = torch.stack([future.result() for future in futures])
+        images = images.pin_memory() if device.type == "cuda" else images
+        return category, images.to(device, non_blocking=True)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for category, group in groupby(samples, key=lambda sample: sample.category):
+            group = list(group)
+            for start in range(0, len(group), batch_size):
+                futures = [pool.submit(read, s) for s in group[start : start + batch_size]]
+                waiting.append((category, futures))
+                if len(waiting) > 2:
+                    yield stack(*waiting.popleft())
+        yield from (stack(*found) for found in waiting)
 
 
 def in_parts(compute: Callable[[torch.Tensor], Any], images: torch.Tensor) -> list:

@@ -14,12 +14,6 @@ from torch import nn
 
 from clipad.surgery import cosine
 
-TEMPERATURE = 100.0
-FOCAL_GAMMA = 2
-EPSILON = 1e-5
-"""keeps the focal loss's target and probability away from 0"""
-DICE_SMOOTH = 1.0
-
 
 class LinearLayers(nn.Module):
     """``fc[i]``: one linear layer with bias, D -> C, per stage.
@@ -48,18 +42,16 @@ class LinearLayers(nn.Module):
 
     def require_fit(self, backbone, stages: Sequence[int], as_released: bool) -> None:
         """ValueError if these layers cannot belong to that backbone, those stages or that way of reading them."""
-        shapes = self.fc[0].weight.T.shape, backbone.visual.proj.shape
-        numbers = len(self.fc), len(stages)
-        found, needed = (f"{n} of {d} -> {c}" for n, (d, c) in zip(numbers, shapes, strict=True))
-        if found != needed:
-            raise ValueError(f"the layers are {found}, {backbone.name} needs {needed}")
-        # The size first: another one also has other position embeddings, so other weights.
-        used = {"image_size": backbone.image_size, "weights": backbone.weights_hash}
+        # The size before the weights: another one also has other position embeddings, so other weights.
+        used = {"layers (number, from, to)": [len(stages), *backbone.visual.proj.shape]}
+        used |= {"image_size": backbone.image_size, "weights": backbone.weights_hash}
         used |= {"stages": list(stages), "as_released": as_released}
+        shape = [len(self.fc), *self.fc[0].weight.T.shape]
+        trained = self.settings | {"layers (number, from, to)": shape}
         for key, value in used.items():
-            if self.settings.get(key, value) != value:
+            if trained.get(key, value) != value:
                 raise ValueError(
-                    f"the layers were trained with {key}={self.settings[key]!r}, but are used with {value!r}"
+                    f"the layers were trained with {key}={trained[key]!r}, but are used with {value!r}"
                 )
 
 
@@ -71,7 +63,7 @@ def linear_logits(
     ``tokens``: per stage B x N x D, patches only; ``text``: unit columns C x 2 or B x C x 2.
     """
     cosines = torch.stack([cosine(mapped, text) for mapped in layers(tokens)], dim=1)
-    return TEMPERATURE * (cosines[..., 1] - cosines[..., 0])
+    return 100 * (cosines[..., 1] - cosines[..., 0])
 
 
 def linear_maps(
@@ -93,16 +85,16 @@ def focal_loss(probability: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
     As released: the one-hot target is clamped to [1e-5, 1 - 1e-5] and 1e-5 added to p.
     """
-    target = mask.to(probability).clamp(EPSILON, 1 - EPSILON)
-    p = target * probability + (1 - target) * (1 - probability) + EPSILON
-    return -((1 - p) ** FOCAL_GAMMA * p.log()).mean()
+    target = mask.to(probability).clamp(1e-5, 1 - 1e-5)
+    p = target * probability + (1 - target) * (1 - probability) + 1e-5
+    return -((1 - p) ** 2 * p.log()).mean()
 
 
 def dice_loss(probability: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """1 - (2 sum(p m) + 1) / (sum p + sum m + 1), averaged over images. Both arguments B x S x S."""
     p, m = probability.flatten(1), mask.to(probability).flatten(1)
-    overlap = 2 * (p * m).sum(dim=1) + DICE_SMOOTH
-    return (1 - overlap / (p.sum(dim=1) + m.sum(dim=1) + DICE_SMOOTH)).mean()
+    overlap = 2 * (p * m).sum(dim=1) + 1
+    return (1 - overlap / (p.sum(dim=1) + m.sum(dim=1) + 1)).mean()
 
 
 def stage_losses(maps: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

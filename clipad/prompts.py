@@ -89,35 +89,29 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
         templates: ["a photo of a {}."]
         object_names: {brain_mri: "brain scan"}
 
-    A list that is left out is the paper's. Raises ValueError for an entry without exactly one ``{}`` or that stands
-    twice, and for an unknown key.
+    A list that is left out is the paper's. Raises ValueError for an entry without exactly one ``{}`` and for an unknown
+    key.
     """
     if path is None:
         return CLIP_AD
-    path = Path(path)
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a YAML file in UTF-8 ({error})") from None
     lists = {key: list(getattr(CLIP_AD, key)) for key in ("normal", "anomalous", "templates")}
-    keys = [*lists, "object_names"]
-    if not isinstance(found, dict) or not set(found) <= set(keys):
-        raise ValueError(f"{path}: expected keys out of {', '.join(keys)}, found {found!r}")
-    names = found.pop("object_names", {})
+    if not isinstance(found, dict) or not set(found) <= {*lists, "object_names"}:
+        expected = ", ".join([*lists, "object_names"])
+        raise ValueError(f"{path}: expected keys out of {expected}, found {found!r}")
+    names = found.pop("object_names", None) or {}
     lists |= found
     for key, entries in lists.items():
         texts = entries if isinstance(entries, list) else []
         good = [t for t in texts if isinstance(t, str) and re.findall("{}|[{}]", t) == ["{}"]]
-        if not good or good != texts or len(set(good)) < len(good):
+        if not good or good != texts:
             raise ValueError(
-                f"{path}: '{key}' has to be a list of texts with exactly one {{}} each, none of them twice; "
-                f"found {entries!r}"
+                f"{path}: '{key}' has to be a list of texts with exactly one {{}} each; found {entries!r}"
             )
-    both = set(lists["normal"]) & set(lists["anomalous"])
-    if both:
-        raise ValueError(f"{path}: {min(both)!r} is listed as normal and as anomalous")
-    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
-        raise ValueError(f"{path}: 'object_names' has to map categories to words, found {names!r}")
+    names = {category: str(name) for category, name in names.items()}
     return Prompts(**{key: tuple(lists[key]) for key in lists}, object_names=names)
 
 

@@ -35,19 +35,13 @@ DEMO_LEARNING_RATE = 3e-3
 class Protocol:
     """The hyper-parameters with which results on one data set were published (METHOD.md sections 1, 2, 5, 6)."""
 
-    dataset: str
+    trained_on: str  # the data set whose test split trained the layers of SDP+
     rvs_options: dict
     smoothing_240_sdp_plus: float
-    trained_on: str  # the data set whose test split trained the layers of SDP+
-    training_rvs_options: dict  # in training, the training set's own
-    model: str = "ViT-B-16-plus-240"  # open_clip's name, or "demo"
-    pretrained: str | None = "laion400m_e31"  # open_clip's tag; the demo brings its weights
-    image_size: int = 240  # side in pixels
-    stages: tuple[int, ...] = (3, 6, 9, 12)  # 1-based blocks after which a stage is read
+    learning_rate: float
     rvs: str = "dbscan"
     smoothing_240: float = 8.0  # sigma in pixels of a 240-pixel side; scale it with the side
-    learning_rate: float = 1e-4
-    batch_size: int = 8
+    stages: tuple[int, ...] = (3, 6, 9, 12)  # 1-based blocks after which a stage is read
     epochs: int = 5
     shuffle: bool = False  # in training
 
@@ -62,17 +56,12 @@ def protocol(dataset: str) -> Protocol:
     if dataset not in TRAINED_ON:
         hint = did_you_mean(dataset, TRAINED_ON)
         raise ValueError(f"unknown data set {dataset!r}{hint}. Known: {', '.join(TRAINED_ON)}")
-    demo = {"model": "demo", "pretrained": None, "image_size": 96}
-    demo["learning_rate"] = DEMO_LEARNING_RATE
-    both = dataset, TRAINED_ON[dataset]
-    rvs, training_rvs = (dict(DBSCAN_VISA if d == "visa" else DBSCAN_MVTEC) for d in both)
+    visa, demo = dataset == "visa", dataset in ("demo", "demo_aux")
     return Protocol(
-        dataset=dataset,
-        rvs_options=rvs,
-        smoothing_240_sdp_plus=2.0 if dataset == "visa" else 8.0,
         trained_on=TRAINED_ON[dataset],
-        training_rvs_options=training_rvs,
-        **(demo if dataset in ("demo", "demo_aux") else {}),
+        rvs_options=dict(DBSCAN_VISA if visa else DBSCAN_MVTEC),
+        smoothing_240_sdp_plus=2.0 if visa else 8.0,
+        learning_rate=DEMO_LEARNING_RATE if demo else 1e-4,
     )
 
 
@@ -83,11 +72,11 @@ def published_results(dataset: str | None = None) -> pd.DataFrame:
     ("auroc", "f1_max", "ap", "pro"), value (a fraction), kind ("published" by the authors, "derived" from what they
     state, "run by others") and source. Raises ValueError for an unknown data set.
     """
-    table = pd.read_csv(data_dir() / "published_results.csv")
-    table["percent"] = (table["percent"] / 100).round(6)  # rounded: 0.918, not 0.9179999999999999
-    table = table.rename(columns={"percent": "value"})
+    table = pd.read_csv(data_dir() / "published_results.csv").rename(columns={"percent": "value"})
+    table["value"] = (table["value"] / 100).round(6)  # rounded: 0.918, not 0.9179999999999999
     if dataset is not None:
-        table = table[table["dataset"] == protocol(dataset).dataset]
+        protocol(dataset)  # refuses unknown names
+        table = table[table["dataset"] == dataset]
     return table.reset_index(drop=True)
 
 

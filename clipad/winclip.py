@@ -8,7 +8,6 @@ Shapes: B images, N patches (a G x G grid), W = (G - k + 1)^2 windows of size k,
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -63,18 +62,12 @@ class WinCLIP(Detector):
     def probabilities(self, features, text):
         return anomalous_share(features.image_embedding[:, None], text)[:, 0]
 
-    @property
-    def settings(self):
-        own = {"rvs": "mean of sentences that are not normalised", "windows": list(SIZES)}
-        return super().settings | own
-
 
 def anomalous_share(embeddings: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """B x W x C -> B x W: softmax over the two states of cos / 0.07, anomalous column."""
     return (cosine(embeddings, text) / TEMPERATURE).softmax(dim=-1)[..., 1]
 
 
-@lru_cache(maxsize=8)
 def windows(grid: int, size: int) -> torch.Tensor:
     """W x size^2: the patches (row by row) of each size x size window of a grid x grid image, stride 1.
 
@@ -91,7 +84,6 @@ def harmonic_mean(scores: torch.Tensor, grid: int, size: int) -> torch.Tensor:
     return cover.sum(dim=0) / ((1 / scores) @ cover)
 
 
-@lru_cache(maxsize=8)
 def coverage(grid: int, size: int) -> torch.Tensor:
     """W x N: 1 where a window covers a patch."""
     members = windows(grid, size)

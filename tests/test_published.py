@@ -36,9 +36,7 @@ def test_unknown_data_set_names_the_nearest(call):
 @pytest.mark.parametrize("name", published.TRAINED_ON)
 def test_protocol_is_cross_data_set(name):
     p = protocol(name)
-    assert p.dataset == name
     assert p.trained_on != name
-    assert p.training_rvs_options == protocol(p.trained_on).rvs_options
     # They are shown in notebooks and stored with results.
     assert json.loads(json.dumps(dataclasses.asdict(p)))["rvs"] == "dbscan"
 
@@ -46,7 +44,7 @@ def test_protocol_is_cross_data_set(name):
 def test_protocol_differs_where_the_paper_differs():
     mvtec, visa = protocol("mvtec"), protocol("visa")
     assert mvtec.rvs_options == {"eps": 0.5, "min_samples": 15}
-    assert mvtec.training_rvs_options == visa.rvs_options == {"eps": 1.5, "min_samples": 25}
+    assert visa.rvs_options == {"eps": 1.5, "min_samples": 25}
     assert (mvtec.smoothing_240, mvtec.smoothing_240_sdp_plus) == (8, 8)
     assert (visa.smoothing_240, visa.smoothing_240_sdp_plus) == (8, 2)
     assert {protocol(name).trained_on for name in ("headct", "brainmri")} == {"visa"}
@@ -64,7 +62,6 @@ def test_demo_protocol_fits_the_shipped_model():
         pytest.skip("the demo model is not there")
     vision = json.loads(file.read_text())["model_cfg"]["vision_cfg"]
     p = protocol("demo")
-    assert p.image_size == vision["image_size"]
     assert p.stages == tuple(vision["layers"] * i // 4 for i in (1, 2, 3, 4))
 
 

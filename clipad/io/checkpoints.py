@@ -3,7 +3,6 @@
 Nothing in a file is ever executed. What cannot be used is refused with what was found in it.
 """
 
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -119,16 +118,12 @@ def read_content(path: Path) -> Mapping:
                 content = torch.load(file, map_location="cpu", weights_only=True)
         else:
             content = load_file(path)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # zip, torch and safetensors each have their own
         raise ValueError(
-            "beside weights it holds objects of Python, and pickled code is never executed. If you trust its source, "
-            "save the weights alone: found = torch.load(path, weights_only=False); torch.save(found['state_dict'], "
-            "'weights.pt'), or found.state_dict() for a whole model"
-        ) from error
-    except Exception as error:  # zip, torch and safetensors each have their own for a broken file
-        raise ValueError(
-            f"it is damaged, or no file of weights ({_short(error)}): it begins with {head!r}. Of a TorchScript "
-            "archive, as OpenAI's, save the weights: torch.save(torch.jit.load(path).state_dict(), 'weights.pt')"
+            f"it is damaged, no file of weights, or holds objects of Python, which are never executed "
+            f"({_short(error)}); it begins with {head!r}. If you trust its source, save the weights alone: found = "
+            "torch.load(path, weights_only=False), or torch.jit.load(path) for OpenAI's archives, then "
+            "torch.save(found.state_dict(), 'weights.pt'), or of found['state_dict']"
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(

@@ -115,13 +115,7 @@ def code_version() -> str:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes; read again only when its size or time of change is another."""
-    status = path.stat()
-    return _content_hash(path, status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-@cache
-def _content_hash(path: Path, *status: int) -> str:
+    """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -66,9 +66,6 @@ def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
 
 def decode(path: str | Path, header_only: bool = False) -> Image.Image:
     """The image as its file has it, or only its header; errors as `read_image`."""
-    path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():  # opening it would wait for ever
-        raise UnreadableImageError(f"{path} is a pipe or device, no image file")
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > PIXEL_LIMIT:  # before any pixel is decoded
