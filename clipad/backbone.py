@@ -132,8 +132,6 @@ class Backbone:
         """The text tower on no more positions than the longest sentence needs: its mask is causal, so what stands
         behind the end token cannot change it, and 77 positions become about 18."""
         model = self.model
-        if model.text_pool_type != "argmax":
-            return model.encode_text(tokens)
         length = int(tokens.argmax(dim=-1).max()) + 1
         tokens = tokens[:, :length]
         x = model.token_embedding(tokens) + model.positional_embedding[:length]
@@ -177,14 +175,13 @@ def load_backbone(
         except ValueError as error:
             message = f"the weights {str(path)!r} cannot be loaded into {name}: {error}"
             raise ValueError(message) from error
-    known_words, tokenizer = None, None
+    known_words = None
     if name == "demo":
         words_file = data_dir() / "demo" / "model" / "words.txt"
         known_words = frozenset(words_file.read_text(encoding="utf-8").split())
-        tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
     return Backbone(
         model.to(device),
-        tokenizer or open_clip.get_tokenizer(name),
+        open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"]),
         name=name,
         pretrained=said,
         mean=own.get("mean", open_clip.OPENAI_DATASET_MEAN),
@@ -209,8 +206,12 @@ def find_device(device: str | None = None) -> torch.device:
     return torch.device(device or seen[0])
 
 
-PLAIN = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "ls_init_value"}
-"""all that the configuration of a plain CLIP vision transformer says; anything else changes what its blocks compute"""
+SIZES = {"layers", "width", "ls_init_value"}
+PLAIN = {
+    "vision_cfg": SIZES | {"image_size", "patch_size", "head_width", "mlp_ratio"},
+    "text_cfg": SIZES | {"context_length", "vocab_size", "heads"},
+}
+"""all that the configuration of a plain CLIP says; anything else changes what it computes"""
 
 
 def require_model(
@@ -227,8 +228,7 @@ def require_model(
     side, patch = image_size or vision["image_size"], vision["patch_size"]
     if side < patch or side % patch:
         raise ValueError(
-            f"image_size={side} is no multiple of the model's patches of {patch} pixels; "
-            f"{max(1, round(side / patch)) * patch} is one"
+            f"image_size={side} is no multiple of the model's patches of {patch} pixels"
         )
     vision["image_size"] = side
     if not pretrained and not demo:
@@ -262,9 +262,9 @@ def _published_model(name: str) -> dict:
     if name not in known:
         raise ValueError(f"unknown model {name!r}{did_you_mean(name, ['demo', *known])}")
     config = open_clip.get_model_config(name)
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    plain = set(vision) <= PLAIN and isinstance(vision["layers"], int)  # a list: a ResNet
-    if not plain or config.get("custom_text") or "hf_model_name" in text:
+    plain = all(config[tower].keys() <= parts for tower, parts in PLAIN.items())
+    resnet = isinstance(config["vision_cfg"]["layers"], list)
+    if not plain or resnet or config.get("custom_text"):
         raise ValueError(
             f"{name} is not a plain CLIP vision transformer: the staged dual path needs one, such as "
             "ViT-B-16-plus-240, ViT-B-32, ViT-B-16 or ViT-L-14"

@@ -3,7 +3,6 @@
 Only test images are listed: the method is zero-shot.
 """
 
-import json
 import os
 import re
 from collections import defaultdict
@@ -33,10 +32,6 @@ STATES = {
     "defects", "defective", "anomaly", "anomalous", "abnormal", "nominal", "healthy", "clean", "free", "okay",
 }  # fmt: skip
 NO_TEST_IMAGES = {"train", "validation", "test_private", "test_private_mixed", "object"}
-
-
-class LayoutError(ValueError):
-    """The root does not have the layout of the data set that was asked for, or a file of it lies outside."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +112,8 @@ def load_dataset(
     Data set "folder" takes images of any origin. Labels are never guessed: normal are the images in ``normal_folder``,
     or else in the one sub-folder called good, normal or ok; where there is none, or two, the answer is asked for.
 
-    Raises ValueError (unknown name or category, with the nearest one), FileNotFoundError (root, image or mask
-    missing), `LayoutError`.
+    Raises ValueError (unknown name or category, with the nearest one; another layout; a file that lies outside the
+    root), FileNotFoundError (root, image or mask missing).
     """
     dataset = list_dataset(name, root, normal_folder)
     for sample in dataset:
@@ -149,13 +144,15 @@ def list_dataset(name: str, root: str | Path | None = None, normal_folder: str =
     layout, find = LAYOUTS[name]
     try:
         samples = tuple(find(root, normal_folder) if name == "folder" else find(root))
-    except LayoutError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        expected, why = META if name == "folder" else layout, f"{type(error).__name__}: {error}"
-        raise LayoutError(f"a list in {root} is not as expected, {expected} ({why})") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"a list in {root} is not as expected, {layout} ({why})") from error
     if not samples:
-        raise LayoutError(f"{root} holds no test images of {name!r}. {_expected(name, root)}")
+        found = ", ".join(path.name for path in _visible(root)[:8]) or "an empty folder"
+        raise ValueError(
+            f"{root} holds no test images of {name!r}. Expected {layout}; found {found}. Images of your own are "
+            "dataset='folder'"
+        )
     categories = tuple(dict.fromkeys(s.category for s in samples))
     if "mean" in categories:
         raise ValueError("a category cannot be called 'mean', as a table's last row is")
@@ -170,8 +167,8 @@ def expected_counts(name: str) -> dict[str, tuple[int, int]]:
 
 
 def require_usable(path: Path, root: Path, of: str = "") -> None:
-    """FileNotFoundError for a missing file, LayoutError for one outside the root once links are followed, ValueError
-    for a name that is not UTF-8. ``of``: what it belongs to, for the message."""
+    """FileNotFoundError for a missing file; ValueError for one outside the root once links are followed, or with a name
+    that is not UTF-8. ``of``: what it belongs to, for the message."""
     if printable(str(path)) != str(path):
         raise ValueError(f"{printable(str(path))}: the name is not UTF-8, rename it")
     try:
@@ -180,15 +177,7 @@ def require_usable(path: Path, root: Path, of: str = "") -> None:
         kind = "a broken link" if path.is_symlink() else "missing"
         raise FileNotFoundError(f"{path}{of} is {kind} ({error.strerror})") from None
     if not Path(real).is_relative_to(os.path.realpath(root)):
-        raise LayoutError(f"{path} leads to {real}, outside the root {root}: copy it into the root")
-
-
-def _expected(name: str, root: Path) -> str:
-    """What was expected at a root, and what is there."""
-    names = [path.name for path in _visible(root)]
-    found = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "an empty folder"
-    hint = "" if name == "folder" else " Images of your own are dataset='folder'."
-    return f"Expected {LAYOUTS[name][0]}; found {found}.{hint}"
+        raise ValueError(f"{path} leads to {real}, outside the root {root}: copy it into the root")
 
 
 def _samples(images, category, label, defect, masks=None, ending="_mask", objects=None):
@@ -207,7 +196,7 @@ def _by_stem(folder: Path | None, ending: str) -> dict[str, Path]:
     for path in _images(folder) if folder else []:
         other = masks.setdefault(nfc(path.stem).removesuffix(ending), path)
         if other != path:
-            raise LayoutError(f"two masks for one image: {other} and {path}. Remove one")
+            raise ValueError(f"two masks for one image: {other} and {path}. Remove one")
     return masks
 
 
@@ -227,7 +216,7 @@ def _mvtec(root: Path, name: str = "mvtec") -> Iterator[Sample]:
     unknown = sorted(found.keys() - known)
     if unknown and found.keys() & known:  # misspelt: its images would be missing without a word
         hint = f"{did_you_mean(unknown[0], known)}. Other data are dataset='folder'"
-        raise LayoutError(f"{found[unknown[0]]} is no category of {name!r}{hint}")
+        raise ValueError(f"{found[unknown[0]]} is no category of {name!r}{hint}")
     for category in sorted(found.keys() & known):
         images = {path: _images(path) for path in _folders(found[category] / "test")}
         yield from _by_defect(images, category, found[category])
@@ -237,14 +226,14 @@ def _visa(root: Path) -> Iterable[Sample]:
     path = root / "split_csv" / "1cls.csv"
     if not path.is_file():  # as the data set's own script converts it
         return _mvtec(root, "visa")
-    samples = []
-    for row in _rows(path):
+    samples, table = [], pd.read_csv(path)
+    for row in table[table["split"] == "test"].itertuples():
         # A category whose folder is absent was not unpacked; one that is there must be complete.
-        if row["split"] == "test" and (root / row["object"]).is_dir():
-            label = {"normal": 0, "anomaly": 1}[row["label"]]
-            mask = root / row["mask"] if label else None
+        if (root / row.object).is_dir():
+            label = {"normal": 0, "anomaly": 1}[row.label]
+            mask = root / row.mask if label else None
             kind = "anomaly" if label else "good"
-            samples.append(Sample(root / row["image"], mask, nfc(row["object"]), label, kind))
+            samples.append(Sample(root / row.image, mask, nfc(row.object), label, kind))
     return sorted(samples, key=lambda s: (s.category, s.label, s.image_path.name))
 
 
@@ -258,13 +247,15 @@ def _clinicdb(root: Path) -> Iterator[Sample]:
 
 
 def _headct(root: Path) -> list[Sample]:
-    folder = root / "head_ct" / "head_ct"
+    table, folder = root / "labels.csv", root / "head_ct" / "head_ct"
     folder = folder if folder.is_dir() else folder.parent
+    if not table.is_file():
+        return []
     samples = []
-    for row in _rows(root / "labels.csv"):
-        label = {"0": 0, "1": 1}[row["hemorrhage"]]
+    for row in pd.read_csv(table, dtype=str, skipinitialspace=True).itertuples():
+        label = {"0": 0, "1": 1}[row.hemorrhage]
         kind = "hemorrhage" if label else "good"
-        samples.append(Sample(folder / f"{row['id'].zfill(3)}.png", None, "head ct", label, kind))
+        samples.append(Sample(folder / f"{row.id.zfill(3)}.png", None, "head ct", label, kind))
     return sorted(samples, key=lambda s: s.image_path.name)
 
 
@@ -276,28 +267,8 @@ def _brainmri(root: Path) -> Iterator[Sample]:
     yield from _samples(_images(root / "yes"), "brain ct", 1, "tumour")
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    return pd.read_csv(path, dtype=str, skipinitialspace=True).to_dict("records")
-
-
-def _meta_json(path: Path) -> list[Sample]:
-    """The list that AdaCLIP, AnomalyCLIP and others write, see ``META``."""
-    samples, root = [], path.parent
-    for category, rows in json.loads(path.read_text(encoding="utf-8"))["test"].items():
-        for row in rows:
-            label = {0: 0, 1: 1}[int(row["anomaly"])]
-            mask = root / row["mask_path"] if label and row.get("mask_path") else None
-            kind = str(row.get("specie_name") or "anomaly") if label else "good"
-            samples.append(Sample(root / row["img_path"], mask, nfc(category), label, kind))
-    return sorted(samples, key=lambda s: (s.category, s.image_path))
-
-
 def _folder(root: Path, normal_folder: str = "") -> list[Sample]:
     """Data set "folder", see `load_dataset`: one category, or else one in each sub-folder."""
-    if (root / "meta.json").is_file():
-        return _meta_json(root / "meta.json")
     found = scan(root)
     images = for_testing([*found[PHOTOGRAPH], *found.get(BROKEN_LINK, [])], root)
     by_folder = defaultdict(list)
@@ -310,11 +281,10 @@ def _folder(root: Path, normal_folder: str = "") -> list[Sample]:
         samples = [sample for category in found if category for sample in category]
     if normal_folder.lower() not in ("", "none") and all(sample.label for sample in samples):
         names = ", ".join(sorted({folder.name for folder in by_folder})[:20])
-        raise LayoutError(f"{root} has no folder {normal_folder!r}; found {names}")
+        raise ValueError(f"{root} has no folder {normal_folder!r}; found {names}")
     if len(images) > 2 * len(samples):
-        raise LayoutError(
-            f"only {len(samples)} of the {len(images)} images of {root} fit a layout: give the folder that holds "
-            f"them. {_expected('folder', root)}"
+        raise ValueError(
+            f"only {len(samples)} of the {len(images)} images of {root} fit a layout: give the folder that holds them"
         )
     return samples
 
@@ -333,7 +303,7 @@ def _folder_category(folder: Path, photographs, normal_folder: str) -> list[Samp
     classes = {path: found for path, found in photographs.items() if path.parent == images}
     names = [path.name for path in classes]
     if flat and classes:
-        raise LayoutError(
+        raise ValueError(
             f"{images} holds images ({flat[0].name}, ...) beside sub-folders of images ({', '.join(names)}): move "
             "them into a sub-folder, so that they have a label"
         )
@@ -342,7 +312,7 @@ def _folder_category(folder: Path, photographs, normal_folder: str) -> list[Samp
     normal = normal_name(names, normal_folder)
     words = {word for name in names for word in re.split("[-_ ]", nfc(name).lower())}
     if classes and normal is None and not normal_folder and (tests or words & STATES):
-        raise LayoutError(
+        raise ValueError(
             f"{images} has the sub-folders {', '.join(names[:20])}: which one holds flawless images? Labels are not "
             "guessed: give normal_folder=NAME (--normal-folder on the command line), or none if no image is flawless"
         )
@@ -361,7 +331,6 @@ def normal_name(names: Iterable[str], given: str) -> str | None:
     return known[0] if len(known) == 1 or wanted in known else None
 
 
-META = 'meta.json: {"test": {category: [{"img_path", "mask_path", "anomaly": 0 or 1}, ...]}}'
 # Data set -> its layout in words, and a function that gives the samples below a root.
 _BY_DEFECT = "<category>/test/<defect>/NNN.png and <category>/ground_truth/<defect>/NNN_mask.png"
 LAYOUTS: dict[str, tuple[str, Callable[[Path], Iterable[Sample]]]] = {

@@ -61,14 +61,10 @@ def evaluate(
     ``output_dir``: where results are kept, None for memory only; ``batch_size``: halved by itself where a GPU runs out
     of memory.
 
-    Raises ValueError for an empty data set, a mask of another size than its image, maps that are not finite, and an
-    ``output_dir`` that holds results of other settings; OSError if it cannot be written; what
-    :func:`clipad.read_image` raises for a broken image, with everything finished so far kept.
+    Raises ValueError for a mask of another size than its image, maps that are not finite, and an ``output_dir`` that
+    holds results of other settings; OSError if it cannot be written; what :func:`clipad.read_image` raises for a broken
+    image, with everything finished so far kept.
     """
-    if not len(dataset):
-        raise ValueError(f"the data set {dataset.name} has no images")
-    if batch_size < 1:
-        raise ValueError(f"batch_size has to be 1 or more, found {batch_size}")
     with ThreadPoolExecutor(WORKERS) as pool:  # from the headers, so that no run stops at its end
         masked = [s for s in dataset if s.mask_path is not None]
         list(pool.map(lambda s: require_mask_size(s.mask_path, s.image_path), masked))

@@ -111,15 +111,12 @@ def resampled_metrics(scores: ArrayLike, truth: ArrayLike, counts: ArrayLike) ->
     """The metrics of many resamples of the images: R numbers for each.
 
     ``scores``, ``truth``: as in ``pixel_metrics`` (N x H x W), or as in ``image_metrics`` (N; then without ``pro``);
-    ``counts``: R x N, how often each image was drawn (``draw_counts``). Raises ValueError as these, or for counts that
-    are not R x N numbers of 0 or more. A resample with one class only (an anomalous image's mask can be empty) is NaN;
-    where others are not, a warning says how many.
+    ``counts``: R x N, how often each image was drawn (``draw_counts``). Raises ValueError as these. A resample with one
+    class only (an anomalous image's mask can be empty) is NaN; where others are not, a warning says how many.
     """
     per_pixel = np.ndim(scores) == 3
     scores, truth = _checked(scores, truth, "N x H x W" if per_pixel else "N")
     counts = np.asarray(counts, dtype=np.float64)  # sums of them are whole numbers far below 2^53
-    if counts.ndim != 2 or counts.shape[1] != len(scores) or (counts < 0).any():
-        raise ValueError(f"counts must be R x {len(scores)}, 0 or more, found {counts.shape}.")
     weights, regions = _region_weights(truth)
     scores, truth = scores.reshape(len(scores), -1), truth.reshape(len(truth), -1)
     found = _measure(scores, truth, weights, regions, counts)

@@ -8,10 +8,6 @@ import pandas as pd
 
 from clipad.io.files import did_you_mean
 
-DBSCAN_MVTEC = {"eps": 0.5, "min_samples": 15}
-# Nearly always the mean: unit vectors are at most 2 apart.
-DBSCAN_VISA = {"eps": 1.5, "min_samples": 25}
-
 # On whose test split the layers of SDP+ were trained (METHOD.md section 6); for the demo and for own images what
 # comes closest.
 TRAINED_ON = {
@@ -25,10 +21,6 @@ TRAINED_ON = {
     "demo_aux": "demo",
     "folder": "visa",
 }
-
-# Nothing is published for the demo: with the released program's 5 epochs in its fixed order this and 1e-2 had the
-# highest pixel AUROC on the validation rendering. ``python -m demo_world.sdp_plus`` repeats the search.
-DEMO_LEARNING_RATE = 3e-3
 
 
 @dataclass(frozen=True)
@@ -59,9 +51,12 @@ def protocol(dataset: str) -> Protocol:
     visa, demo = dataset == "visa", dataset in ("demo", "demo_aux")
     return Protocol(
         trained_on=TRAINED_ON[dataset],
-        rvs_options=dict(DBSCAN_VISA if visa else DBSCAN_MVTEC),
+        # VisA's is nearly always the mean: unit vectors are at most 2 apart.
+        rvs_options={"eps": 1.5, "min_samples": 25} if visa else {"eps": 0.5, "min_samples": 15},
         smoothing_240_sdp_plus=2.0 if visa else 8.0,
-        learning_rate=DEMO_LEARNING_RATE if demo else 1e-4,
+        # Nothing is published for the demo: with the released program's 5 epochs in its fixed order this and 1e-2 had
+        # the highest pixel AUROC on the validation rendering. ``python -m demo_world.sdp_plus`` repeats the search.
+        learning_rate=3e-3 if demo else 1e-4,
     )
 
 

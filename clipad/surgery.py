@@ -39,8 +39,6 @@ def similarity_map(values: torch.Tensor, image_size: int, sigma: float) -> torch
     """Patch values B x N -> maps B x S x S: G x G, bilinear (corners not aligned), SciPy's Gaussian of ``sigma`` pixels
     (0: none). Both steps are linear and separable, so they are one S x G matrix M: out = M map M^T."""
     grid = round(values.shape[1] ** 0.5)
-    if grid * grid != values.shape[1]:
-        raise ValueError(f"{values.shape[1]} patch values are not a square grid")
     m = _matrix(grid, image_size, float(sigma)).to(values.device)
     return m @ values.float().unflatten(1, (grid, grid)) @ m.T
 

@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import struct
@@ -14,10 +13,9 @@ from stand_ins import counts_of, make_stand_in
 from torchvision import transforms
 
 from clipad.backbone import Backbone
-from clipad.datasets import LayoutError, expected_counts, load_dataset
+from clipad.datasets import expected_counts, load_dataset
 from clipad.io.images import (
     MaskSizeError,
-    UnreadableImageError,
     read_image,
     read_mask,
     require_mask_size,
@@ -137,17 +135,15 @@ def test_a_list_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"077\.png is missing"):
         load_dataset("headct", root)
     labels.write_text(text.replace("0,1", "0,yes"))
-    with pytest.raises(
-        LayoutError, match=r"not as expected, labels\.csv \(id, hemorrhage\).*'yes'"
-    ):
+    with pytest.raises(ValueError, match=r"not as expected, labels\.csv \(id, hemorrhage\).*'yes'"):
         load_dataset("headct", root)
     labels.write_text(text.replace("hemorrhage", "bleeding"))
-    with pytest.raises(LayoutError, match=r"\(id, hemorrhage\).*'hemorrhage'"):
+    with pytest.raises(ValueError, match=r"\(id, hemorrhage\).*'hemorrhage'"):
         load_dataset("headct", root)
 
 
 def test_wrong_layout_says_what_was_expected_and_found(stand_ins):
-    with pytest.raises(LayoutError, match=r"Expected Original/N.tif.*found .*bottle"):
+    with pytest.raises(ValueError, match=r"Expected Original/N.tif.*found .*bottle"):
         load_dataset("clinicdb", stand_ins["mvtec"])
 
 
@@ -163,9 +159,9 @@ def test_unknown_names_get_the_nearest_one(mvtec):
 def test_missing_empty_and_file_roots(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_dataset("visa", tmp_path / "nowhere")
-    with pytest.raises(LayoutError, match="an empty folder"):
+    with pytest.raises(ValueError, match="an empty folder"):
         load_dataset("visa", tmp_path)
-    with pytest.raises(LayoutError, match="an empty folder"):
+    with pytest.raises(ValueError, match="an empty folder"):
         load_dataset("folder", tmp_path)
     (tmp_path / "visa.zip").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="unpack"):
@@ -219,7 +215,7 @@ def test_a_linked_product_is_a_product(tmp_path):
 def test_two_folders_of_one_name_are_asked_about(tmp_path):
     for part in ("good", "Good", "bad"):
         png(tmp_path / "nut" / "test" / part / "0.png")
-    with pytest.raises(LayoutError, match="which one holds flawless images"):
+    with pytest.raises(ValueError, match="which one holds flawless images"):
         load_dataset("folder", tmp_path / "nut")
 
 
@@ -236,7 +232,7 @@ def test_links_that_lead_outside_are_refused(mvtec, tmp_path, part):
     inside.rename(outside)
     inside.symlink_to(outside)
     with pytest.raises(
-        LayoutError, match=rf"{inside.name} leads to .*secret\.png, outside the root"
+        ValueError, match=rf"{inside.name} leads to .*secret\.png, outside the root"
     ):
         load_dataset("mvtec", mvtec)
 
@@ -244,7 +240,7 @@ def test_links_that_lead_outside_are_refused(mvtec, tmp_path, part):
 def test_linked_folder_that_leads_outside_is_refused(mvtec, tmp_path):
     (mvtec / "bottle" / "test").rename(tmp_path / "elsewhere")
     (mvtec / "bottle" / "test").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    with pytest.raises(LayoutError, match="outside the root"):
+    with pytest.raises(ValueError, match="outside the root"):
         load_dataset("mvtec", mvtec)
 
 
@@ -273,7 +269,7 @@ def test_paths_in_a_list_that_lead_outside_are_refused(tmp_path, path):
     png(tmp_path / "secret.png")
     table = root / "split_csv" / "1cls.csv"
     table.write_text(table.read_text().replace("candle/Data/Images/Normal/0000.JPG", path))
-    with pytest.raises(LayoutError, match="outside the root"):
+    with pytest.raises(ValueError, match="outside the root"):
         load_dataset("visa", root)
 
 
@@ -355,11 +351,9 @@ def test_folder_of_sub_folders_with_a_normal_one(tmp_path, names, given, normal,
 def test_labels_are_asked_for_where_names_do_not_say_them(tmp_path, names, parent):
     for name in names:
         png(tmp_path / parent / name / "0.png")
-    with pytest.raises(
-        LayoutError, match=rf"{sorted(names)[0]}, .*which one .* normal_folder=NAME"
-    ):
+    with pytest.raises(ValueError, match=rf"{sorted(names)[0]}, .*which one .* normal_folder=NAME"):
         load_dataset("folder", tmp_path)
-    with pytest.raises(LayoutError, match="no folder 'flawless'"):
+    with pytest.raises(ValueError, match="no folder 'flawless'"):
         load_dataset("folder", tmp_path, normal_folder="flawless")
     with pytest.raises(ValueError, match="normal_folder is for data set 'folder'"):
         load_dataset("mvtec", tmp_path, normal_folder="yes")
@@ -369,7 +363,7 @@ def test_a_folder_without_defects_or_without_flawless_images(tmp_path):
     png(tmp_path / "a" / "good" / "0.png")
     assert [s.label for s in load_dataset("folder", tmp_path)] == [0]
     png(tmp_path / "b" / "test" / "bent" / "0.png")
-    with pytest.raises(LayoutError, match="which one holds flawless images"):
+    with pytest.raises(ValueError, match="which one holds flawless images"):
         load_dataset("folder", tmp_path)
     dataset = load_dataset("folder", tmp_path / "b", normal_folder="none")
     assert [(s.label, s.category) for s in dataset] == [(1, "b")]
@@ -399,7 +393,7 @@ def test_a_stray_picture_does_not_hide_the_others(tmp_path):
     png(tmp_path / "stray.png")
     for number in range(2):
         png(tmp_path / "line 1" / "camera 2" / f"{number}.png")
-    with pytest.raises(LayoutError, match="only 1 of the 3 images"):
+    with pytest.raises(ValueError, match="only 1 of the 3 images"):
         load_dataset("folder", tmp_path)
 
 
@@ -414,7 +408,7 @@ def test_mvtec_ad_2_is_read_by_its_public_test(tmp_path):
     dataset = load_dataset("folder", tmp_path)
     assert dataset.categories == ("can",)
     assert [(s.label, s.mask_path) for s in dataset] == [(1, mask), (0, None)]
-    with pytest.raises(LayoutError, match="dataset='folder'"):
+    with pytest.raises(ValueError, match="dataset='folder'"):
         load_dataset("mvtec", tmp_path)
 
 
@@ -437,30 +431,6 @@ def test_visa_as_its_own_script_converts_it(tmp_path):
     ]
 
 
-def test_lists_of_the_field_are_read(tmp_path):
-    png(tmp_path / "a" / "1.png")
-    png(tmp_path / "a" / "2.png")
-    mask = mask_png(tmp_path / "m" / "2.png")
-    row = {
-        "cls_name": "nut",
-        "specie_name": "bent",
-        "anomaly": 1,
-        "img_path": "a/2.png",
-        "mask_path": "m/2.png",
-    }
-    flawless = row | {"anomaly": 0, "specie_name": "good", "img_path": "a/1.png", "mask_path": ""}
-    listed = tmp_path / "meta.json"
-    listed.write_text(json.dumps({"train": {}, "test": {"nut": [row, flawless]}}))
-    dataset = load_dataset("folder", tmp_path)
-    assert [(s.category, s.label, s.defect, s.mask_path) for s in dataset] == [
-        ("nut", 0, "good", None),
-        ("nut", 1, "bent", mask),
-    ]
-    listed.write_text(json.dumps({"test": {"nut": [{"file": "a/1.png"}]}}))
-    with pytest.raises(LayoutError, match=r"meta\.json.*anomaly"):
-        load_dataset("folder", tmp_path)
-
-
 def test_names_that_tables_cannot_hold_are_refused(tmp_path):
     png(tmp_path / "a" / "mean" / "0.png")
     with pytest.raises(ValueError, match="a category cannot be called 'mean'"):
@@ -474,7 +444,7 @@ def test_names_that_tables_cannot_hold_are_refused(tmp_path):
 
 def test_other_data_does_not_run_under_the_demo_s_name(tmp_path):
     png(tmp_path / "nuts" / "test" / "good" / "0.png")
-    with pytest.raises(LayoutError, match="dataset='folder'"):
+    with pytest.raises(ValueError, match="dataset='folder'"):
         load_dataset("demo", tmp_path)
 
 
@@ -500,7 +470,7 @@ def test_folder_never_guesses_labels(tmp_path):
 def test_folder_refuses_images_beside_labelled_sub_folders(tmp_path):
     png(tmp_path / "good" / "0.png")
     png(tmp_path / "1.png")
-    with pytest.raises(LayoutError, match=r"holds images \(1\.png, \.\.\.\) beside sub-folders"):
+    with pytest.raises(ValueError, match=r"holds images \(1\.png, \.\.\.\) beside sub-folders"):
         load_dataset("folder", tmp_path)
 
 
@@ -543,7 +513,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
 @pytest.mark.parametrize("values", [np.ones((3, 3), np.float32), np.full((3, 3), 70000, np.int32)])
 def test_pixels_without_a_defined_scale_are_refused(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "x.tif")
-    with pytest.raises(UnreadableImageError, match=r"x\.tif: the pixels are"):
+    with pytest.raises(OSError, match=r"x\.tif: the pixels are"):
         read_image(tmp_path / "x.tif")
 
 
@@ -625,7 +595,7 @@ def test_truncated_files_are_named(tmp_path, suffix):
     path = tmp_path / f"cut.{suffix}"
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UnreadableImageError, match=rf"cut\.{suffix}"):
+    with pytest.raises(OSError, match=rf"cut\.{suffix}"):
         read_image(path)
 
 
@@ -634,9 +604,9 @@ def test_truncated_files_are_named(tmp_path, suffix):
 )
 def test_non_images_are_named(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(UnreadableImageError, match=r"x\.png"):
+    with pytest.raises(OSError, match=r"x\.png"):
         read_image(tmp_path / "x.png")
-    with pytest.raises(UnreadableImageError, match=r"x\.png"):
+    with pytest.raises(OSError, match=r"x\.png"):
         read_mask(tmp_path / "x.png", 4)
 
 
@@ -644,9 +614,7 @@ def test_non_images_are_named(tmp_path, content):
 def test_other_formats_stay_closed(tmp_path, kind):
     """Pillow would hand an EPS file to a PostScript interpreter, whatever its suffix."""
     Image.new("RGB", (5, 5)).save(tmp_path / "x.png", format=kind)
-    with pytest.raises(
-        UnreadableImageError, match=r"x\.png.*Expected a complete PNG, JPEG, BMP, TIFF, WEBP"
-    ):
+    with pytest.raises(OSError, match=r"x\.png.*Expected a complete PNG, JPEG, BMP, TIFF, WEBP"):
         read_image(tmp_path / "x.png")
 
 
@@ -676,7 +644,7 @@ def bomb(path, width, height):
 def test_decompression_bombs_are_refused_before_decoding(tmp_path, size):
     bomb(tmp_path / "bomb.png", *size)
     for read in (read_image, read_mask, lambda path: require_mask_size(path, path)):
-        with pytest.raises(UnreadableImageError, match=r"bomb\.png.*at most 64,000,000"):
+        with pytest.raises(OSError, match=r"bomb\.png.*at most 64,000,000"):
             read(tmp_path / "bomb.png")
 
 

@@ -288,13 +288,6 @@ def test_constant_scores_and_one_image_do_not_divide_by_zero():
     assert published_image_score([0.5, 0.5], [1.0, 2.0]).tolist() == [0.0, 1.0]
 
 
-def test_an_empty_data_set_and_wrong_sizes_are_refused(detector, data):
-    with pytest.raises(ValueError, match="batch_size"):
-        evaluate(detector, data, batch_size=0)
-    with pytest.raises(ValueError, match="no images"):
-        evaluate(detector, type(data)(data.name, data.root, (), ()))
-
-
 def test_a_mask_of_another_size_stops_the_run_before_it_starts(detector, data, monkeypatch):
     Image.new("L", (7, 9)).save(data.root / "bolt" / "ground_truth" / "dent" / "001_mask.png")
     monkeypatch.setattr(type(detector), "predict", lambda *a: pytest.fail("work started"))

@@ -354,12 +354,6 @@ def test_resampled_scores_have_to_be_finite(value):
             function(scores, masks, np.ones((3, 2)))
 
 
-@pytest.mark.parametrize("counts", [np.ones((3, 4)), np.ones(5), -np.ones((3, 5))])
-def test_counts_that_do_not_fit_are_refused(counts):
-    with pytest.raises(ValueError, match="R x 5"):
-        resampled_metrics(np.arange(5.0), [0, 1, 0, 1, 1], counts)
-
-
 # --- input ---
 
 

@@ -68,5 +68,5 @@ def test_one_matrix_equals_bilinear_and_scipy(grid, side, sigma):
 
 
 def test_a_grid_that_is_not_square_is_refused():
-    with pytest.raises(ValueError, match="17"):
+    with pytest.raises(RuntimeError, match="17"):
         similarity_map(torch.randn(1, 17), 32, 0)

@@ -113,11 +113,11 @@ def read_content(path: Path) -> Mapping:
     with open(path, "rb") as file:
         head = file.read(40)
     try:
-        if head[8:9] != b"{" and head.startswith((b"PK", b"\x80")):  # a zip file, or the older form
+        if head[8:9] == b"{":
+            content = load_file(path)
+        else:
             with open(path, "rb") as file:
                 content = torch.load(file, map_location="cpu", weights_only=True)
-        else:
-            content = load_file(path)
     except Exception as error:  # zip, torch and safetensors each have their own
         raise ValueError(
             f"it is damaged, no file of weights, or holds objects of Python, which are never executed "

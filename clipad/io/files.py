@@ -126,17 +126,13 @@ def file_name(name: str) -> str:
     >>> file_name("a_b c.png"), file_name("a/b c.png")
     ('a_b c.png', 'a_b c.png-65036e')
     """
-    raw = os.fsencode(name)
-    shown = raw.decode("utf-8", "replace")
-    safe = "".join(c if c.isprintable() and c not in '/\\:*?"<>|%#[]' else "_" for c in shown)
-    short = safe.encode()[:140].decode("utf-8", "ignore")
+    short = re.sub(r"[^\w .,()+=@-]", "_", name)[:45]  # of four bytes each, at most
     if short == name and not name.startswith("."):
         return name
-    return f"{short}-{hashlib.sha256(raw).hexdigest()[:6]}"
+    return f"{short}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:6]}"
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".png")
-"""of two images of one name that with the first of these is the photograph"""
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found")
 MASK_FOLDER = re.compile("masks?|gt|groundtruth|labels?|annotations?|segmentations?")
 MASK_ENDING = re.compile("_(masks?|gt|label|seg|segmentation|annotation)$", re.IGNORECASE)
@@ -158,7 +154,9 @@ def scan(root: Path) -> dict[str, list[Path]]:
         if folder / RESULT_MARK in paths:
             reason = reason or "results of clipad"
         images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-        images.sort(key=lambda path: IMAGE_SUFFIXES.index(path.suffix.lower()), reverse=True)
+        images.sort(
+            key=lambda path: path.suffix.lower() != ".png"
+        )  # x.png of x.jpg is no photograph
         by_stem = {path.stem: path for path in images}
         for path in paths:
             why = reason or _no_photograph(path, by_stem)

@@ -9,10 +9,6 @@ PIXEL_LIMIT = 64_000_000  # of one image: 8000 x 8000
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # others (EPS runs a program) stay closed
 
 
-class UnreadableImageError(OSError):
-    """The file is no image that can be decoded: another format, truncated, too large, or without a range of values."""
-
-
 class MaskSizeError(ValueError):
     """A mask has another size than its image."""
 
@@ -21,7 +17,7 @@ def read_image(path: str | Path) -> Image.Image:
     """Decode an image into mode L or RGB, 8 bits a channel, at its stored size and orientation.
 
     L and RGB stay as they are; palette, 1-bit, LA, RGBA and CMYK images become RGB, alpha is dropped, 16-bit grey is
-    scaled by 255/65535 (METHOD.md section 1). Raises `UnreadableImageError` (naming the file) for anything that is not
+    scaled by 255/65535 (METHOD.md section 1). Raises OSError (naming the file) for anything that is not
     a complete PNG, JPEG, BMP, TIFF or WebP image of at most `PIXEL_LIMIT` pixels of 8 or 16 bits.
     """
     return eight_bit(decode(path))
@@ -76,7 +72,7 @@ def decode(path: str | Path, header_only: bool = False) -> Image.Image:
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # a decoder meets broken data with whatever it happens to raise
-        raise UnreadableImageError(
+        raise OSError(
             f"cannot read image {path}: {error}. Expected a complete {', '.join(IMAGE_FORMATS)} file of at most "
             f"{PIXEL_LIMIT:,} pixels"
         ) from error
@@ -89,7 +85,7 @@ def eight_bit(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise UnreadableImageError(
+            raise OSError(
                 f"cannot read image {getattr(image, 'filename', '')}: the pixels are floating-point or 32-bit numbers "
                 "without a defined range; save it with 8 or 16 bits"
             )
