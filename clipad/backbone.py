@@ -263,7 +263,7 @@ def _published_model(name: str) -> dict:
         raise ValueError(f"unknown model {name!r}{did_you_mean(name, ['demo', *known])}")
     config = open_clip.get_model_config(name)
     plain = all(config[tower].keys() <= parts for tower, parts in PLAIN.items())
-    resnet = isinstance(config["vision_cfg"]["layers"], list)
+    resnet = isinstance(config["vision_cfg"].get("layers"), list)
     if not plain or resnet or config.get("custom_text"):
         raise ValueError(
             f"{name} is not a plain CLIP vision transformer: the staged dual path needs one, such as "

@@ -95,9 +95,7 @@ def test_unknown_devices_are_refused():
 @pytest.mark.parametrize("name", ["demo", "ViT-B-16-plus-240"])
 @pytest.mark.parametrize("size", [100 + 1, 4, -16])
 def test_image_sizes_that_patches_do_not_fill_are_refused(name, size):
-    with pytest.raises(
-        ValueError, match=rf"image_size={size} is no multiple .* of (8|16) pixels; \d+ is one"
-    ):
+    with pytest.raises(ValueError, match=rf"image_size={size} is no multiple .* of (8|16) pixels"):
         load_backbone(name, image_size=size, device="cpu")
 
 
