@@ -75,8 +75,7 @@ def _png(figure: Figure) -> bytes:
     figure.savefig(buffer, format="png", dpi=200)
     picture = PIL.Image.open(buffer).convert("RGB")
     # 256 colours without dithering: a third of the space, and flat areas stay flat. Maximum coverage keeps rare ones.
-    palette = picture.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=4)
-    picture = picture.quantize(palette=palette, dither=PIL.Image.Dither.NONE)
+    picture = picture.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=4)
     small = io.BytesIO()
     picture.save(small, "PNG", optimize=True)
     return small.getvalue()
@@ -90,22 +89,10 @@ def subplots(rows: int, columns: int, size: tuple[float, float], title: str = ""
     return figure, axes
 
 
-def bare(ax) -> None:
-    """No ticks and no frame, as around a picture."""
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
-
-
 def name_rows(ax, names: Sequence[str]) -> None:
     """Rows 0, 1, ... with names, the first one at the top."""
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
-
-
-def legend_below(figure: Figure, columns: int = 3) -> None:
-    """One legend below all axes: the names in the first of them."""
-    drawn = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*drawn, loc="outside lower center", ncols=columns)
 
 
 def image_array(image, size: int) -> np.ndarray:
@@ -113,11 +100,11 @@ def image_array(image, size: int) -> np.ndarray:
     return np.asarray(image.convert("RGB").resize((size, size))) / 255
 
 
-def contour(ax, mask: np.ndarray | None, colour: str = "white") -> None:
+def contour(ax, mask: np.ndarray | None) -> None:
     """A region's edge as a white line on a black one, visible on any map."""
     if mask is not None and mask.any():
-        for line, width in (("black", 1.6), (colour, 0.8)):
-            ax.contour(mask, levels=[0.5], colors=[line], linewidths=width)
+        for colour, width in (("black", 1.6), ("white", 0.8)):
+            ax.contour(mask, levels=[0.5], colors=[colour], linewidths=width)
 
 
 def mark_patch(ax, patch: int, grid: int, side: float, colour: str = "cyan") -> None:
@@ -154,7 +141,8 @@ def gallery(
     size = (side * len(columns) + 0.4 + right, side * len(rows) + 0.6 + under)
     figure, axes = subplots(len(rows), len(columns), size, layout="compressed")
     for ax in axes.flat:
-        bare(ax)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
     for ax, title in zip(axes[0], columns, strict=True):
         ax.set_title(title, fontsize=9)
     for ax, name in zip(axes[:, 0], rows, strict=True):
@@ -246,7 +234,7 @@ def dot_panels(
         if zero:
             ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
     if len(first) > len(rows):  # else the rows name the series
-        legend_below(figure)
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from clipad.studies.common import METRIC_NAMES, Scores
-from clipad.studies.figures import COLOURS, dot_panels, legend_below, subplots
+from clipad.studies.figures import COLOURS, dot_panels, subplots
 
 KINDS = {
     "text": ("blue", "o"),
@@ -29,7 +29,8 @@ def standing(scores: Scores, uses: Mapping[str, str], metrics: Sequence[str]) ->
     figure = dot_panels(panels, "percent", looks=KINDS)
     for ax, metric in zip(figure.axes, metrics, strict=True):
         ax.axvline(100 * scores.interval(metric, "SDP")[0].estimate, color="0.6", zorder=0)
-    legend_below(figure, len(KINDS))
+    drawn = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*drawn, loc="outside lower center", ncols=len(KINDS))
     return figure
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from clipad.studies.common import METRIC_NAMES
-from clipad.studies.figures import ANOMALOUS, COLOURS, NORMAL, dots, legend_below, subplots
+from clipad.studies.figures import ANOMALOUS, COLOURS, NORMAL, dots, subplots
 
 
 def loss_curve(focal: Sequence[float], dice: Sequence[float], per_epoch: int) -> Figure:
@@ -41,7 +41,7 @@ def margins(table: pd.DataFrame, aurocs: pd.Series, title: str) -> Figure:
         line[0].set_ylabel("patches")
     for ax in axes[-1]:
         ax.set_xlabel("100 (cos $t_a$ − cos $t_n$)")
-    legend_below(figure)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
