@@ -304,8 +304,7 @@ def _folder_category(folder: Path, photographs, normal_folder: str) -> list[Samp
     names = [path.name for path in classes]
     if flat and classes:
         raise ValueError(
-            f"{images} holds images ({flat[0].name}, ...) beside sub-folders of images ({', '.join(names)}): move "
-            "them into a sub-folder, so that they have a label"
+            f"{images} holds images ({flat[0].name}, ...) beside sub-folders of images: move them into one of these"
         )
     if flat:
         return list(_samples(flat, category, -1, "unknown"))

@@ -118,6 +118,8 @@ def read_content(path: Path) -> Mapping:
         else:
             with open(path, "rb") as file:
                 content = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(content, Mapping):
+            raise TypeError(f"a {type(content).__name__}, not weights by name")
     except Exception as error:  # zip, torch and safetensors each have their own
         raise ValueError(
             f"it is damaged, no file of weights, or holds objects of Python, which are never executed "
@@ -125,8 +127,4 @@ def read_content(path: Path) -> Mapping:
             "torch.load(path, weights_only=False), or torch.jit.load(path) for OpenAI's archives, then "
             "torch.save(found.state_dict(), 'weights.pt'), or of found['state_dict']"
         ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(
-            f"it holds a {type(content).__name__}, not weights by name: save model.state_dict()"
-        )
     return content
