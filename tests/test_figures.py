@@ -191,6 +191,12 @@ def test_panels_share_the_row_order_of_the_first_table():
     assert second["a"] == {"x": 90, "y": 80, "z": 70}
 
 
+def test_the_legend_names_the_series_of_every_panel_once():
+    panels = {"one": TABLE, "other": TABLE.rename(columns={"b": "c"})}
+    (legend,) = plots.dot_panels(panels, "percent", zero=True).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "c"]
+
+
 def test_the_arrow_of_a_cut_off_row_stays_inside_the_panel():
     near, far = (0.01, 0, 0.02, -0.01, 0.03), (-0.5, -0.6, -0.4, -0.7, -0.3)
     ends = ["estimate", "low", "high", "low_wide", "high_wide"]

@@ -231,10 +231,11 @@ def dot_panels(
     for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
         dots(ax, table, looks, rows)
         ax.set(title=name, xlabel=xlabel)
-        if zero:
-            ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
     if len(first) > len(rows):  # else the rows name the series
-        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        drawn = {line.get_label(): line for ax in axes[0] for line in ax.lines}
+        figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3)
+    for ax in axes[0] if zero else ():
+        ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
     return figure
 
 
