@@ -17,7 +17,7 @@ from open_clip.model import convert_weights_to_lp
 from PIL import Image
 
 from clipad.io.checkpoints import download, load_weights
-from clipad.io.files import address, cached, did_you_mean, require_writable
+from clipad.io.files import address, cached, did_you_mean
 from clipad.io.images import eight_bit
 from clipad.prompts import words
 from clipad.published import data_dir
@@ -95,7 +95,10 @@ class Backbone:
         return tower
 
     def encode_text(self, sentences: Sequence[str]) -> torch.Tensor:
-        """Sentences -> M x C float32 embeddings on the CPU, not normalised; kept on disk once they are computed."""
+        """Sentences -> M x C float32 embeddings on the CPU, not normalised.
+
+        They are kept in ``$CLIPAD_CACHE``, else ``~/.cache/clipad``, where that can be written.
+        """
         texts = [] if isinstance(sentences, str) else list(sentences)
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(
@@ -110,8 +113,10 @@ class Backbone:
                     stacklevel=2,
                 )
         key = address([self.weights_hash, self.device.type, "float32", texts])
-        folder = cache_dir()
-        path = folder and folder / f"{key}.npz"
+        folder = Path(os.environ.get("CLIPAD_CACHE") or Path.home() / ".cache" / "clipad") / "text"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{key}.npz" if os.access(folder, os.W_OK) else None
         found = cached(path, lambda: {"embeddings": self._encode(texts)})
         return torch.from_numpy(found["embeddings"])
 
@@ -276,12 +281,3 @@ def _beside(folder: Path) -> dict:
     """The configuration that open_clip keeps beside weights; empty where there is none."""
     path = folder / "open_clip_config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def cache_dir() -> Path | None:
-    """Where text embeddings are kept: ``$CLIPAD_CACHE``, else ``~/.cache/clipad``; None if it cannot be written."""
-    folder = Path(os.environ.get("CLIPAD_CACHE") or Path.home() / ".cache" / "clipad") / "text"
-    with contextlib.suppress(OSError):
-        require_writable(folder)
-        return folder
-    return None

@@ -67,7 +67,6 @@ class Detector:
     precision, and ``patch_values(features, text) -> B x N``, the anomalous column before up-sampling, or ``maps``.
     """
 
-    name = "Detector"
     map_in_image_score = True
     """whether an image's score adds the maximum of its map to the class probability (METHOD.md section 5)"""
 
@@ -79,7 +78,7 @@ class Detector:
         rvs_options: dict[str, Any] | None = None,
         smoothing: float | None = None,
     ):
-        check_method(rvs, rvs_options or {})
+        check_method(rvs)
         if smoothing is not None and not 0 <= smoothing < float("inf"):
             raise ValueError(f"smoothing is a sigma in pixels, 0 or more; found {smoothing}")
         self.backbone = backbone

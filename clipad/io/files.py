@@ -90,7 +90,7 @@ def claim(folder: Path, settings: dict, results: Iterable[str], option: str = "o
     require_writable(folder)
     path = folder / "settings.json"
     text = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    if not path.is_file() and not any(list(folder.glob(pattern)) for pattern in results):
+    if not any(list(folder.glob(pattern)) for pattern in results):
         write_atomically(path, text)
     found, wanted = {}, json.loads(text)
     with contextlib.suppress(FileNotFoundError, ValueError):
