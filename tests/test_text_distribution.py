@@ -11,7 +11,6 @@ from clipad.evaluation import evaluate
 from clipad.prompts import CLIP_AD, Prompts
 from clipad.studies import common
 from clipad.studies import text_distribution as study
-from clipad.studies.text_distribution import figures
 from clipad.text import representative_vector, representative_vectors
 
 PROMPTS = Prompts(
@@ -106,7 +105,7 @@ def test_layouts_are_equal_for_a_seed(two_clouds):
 
 def test_every_mark_says_its_sentence(two_clouds):
     layout = np.random.default_rng(0).normal(size=(len(two_clouds), 2))
-    found = figures.find_a_sentence(layout, two_clouds, "the sentences").data
+    found = study.find_a_sentence(layout, two_clouds, "the sentences").data
     assert found.count("<title>") == len(two_clouds)
     assert 'aria-label="the sentences"' in found
     assert all(f"<title>{text}</title>" in found for text in two_clouds.index.unique("sentence"))

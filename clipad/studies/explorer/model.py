@@ -281,7 +281,8 @@ class Explorer:
         asked = self._words("sdp", s.normal_words, s.anomalous_words).sentences(s.object_name)
         rows = [(state, text) for state, texts in zip(STATES, asked, strict=True) for text in texts]
         table = pd.DataFrame(rows, columns=["state", "sentence"])
-        vectors = F.normalize(self.backbone.encode_text(table["sentence"].tolist()), dim=-1)
+        with warnings.catch_warnings(action="ignore"):  # what an answer's notes say
+            vectors = F.normalize(self.backbone.encode_text(table["sentence"].tolist()), dim=-1)
         table["cosine"] = (vectors @ F.normalize(token.cpu(), dim=0)).tolist()
         return table.sort_values("cosine", ascending=False, kind="stable", ignore_index=True)
 

@@ -4,6 +4,7 @@
 ``state``, ``word`` (the state word, such as "{} with flaw"), ``template`` and ``sentence``.
 """
 
+import html
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
@@ -12,12 +13,17 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from IPython.display import HTML
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from sklearn.cluster import DBSCAN
 
 from clipad.studies.common import Kept
+from clipad.studies.figures import ANOMALOUS, NORMAL, dots, rows_and_series, subplots
 from clipad.text import representative_vector
 
 STATES = ("normal", "anomalous")
+LOOKS = {"normal": (NORMAL, "o"), "anomalous": (ANOMALOUS, "^")}
 UMAP_OPTIONS = {"n_neighbors": 50, "min_dist": 0.4, "metric": "cosine", "n_epochs": 200}
 UMAP_OPTIONS |= {"init": "pca"}
 
@@ -78,8 +84,7 @@ def what_dbscan_keeps(
 def vectors(sentences: pd.DataFrame, method: str = "mean", **options) -> dict[str, torch.Tensor]:
     """Per category the two text vectors, C x 2 unit columns."""
     found = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # all noise: the mean is taken, as what_dbscan_keeps tells
+    with warnings.catch_warnings(action="ignore"):  # all noise: as what_dbscan_keeps tells
         for category in sentences.index.unique("category"):
             states = [sentences.loc[category].loc[state].to_numpy() for state in STATES]
             pair = [representative_vector(torch.tensor(e), method, **options) for e in states]
@@ -93,3 +98,36 @@ def measure(
     """Metrics of a detector with each of many sets of text vectors: means over categories, from features kept."""
     rows = {name: kept.mean_metrics(*kept.predict_all(detector, t)) for name, t in texts.items()}
     return pd.DataFrame(rows).T
+
+
+def find_a_sentence(layout: np.ndarray, sentences: pd.DataFrame, alt: str) -> HTML:
+    """The sentences in the plane as inline SVG: pointing at a mark says which sentence it is. No script is needed."""
+    low, high = layout.min(axis=0), layout.max(axis=0)
+    places = (20 + 720 * (layout - low) / (high - low)) * (1, 0.55)
+    shapes = {"normal": "M-5 0a5 5 0 1 1 10 0a5 5 0 1 1-10 0", "anomalous": "M0-6-5 4 5 4"}
+    marks = []
+    for (x, y), (_, state, _, _, text) in zip(places, sentences.index, strict=True):
+        look = f'd="{shapes[state]}" fill="{to_hex(LOOKS[state][0])}"'
+        told = f"<title>{html.escape(text)}</title>"
+        marks.append(f'<path {look} transform="translate({x:.0f} {y:.0f})">{told}</path>')
+    return HTML(
+        f'<svg viewBox="0 0 760 430" role="img" aria-label="{html.escape(alt)}" style="max-width:760px;'
+        f'background:white" fill-opacity="0.7">{"".join(marks)}</svg>'
+    )
+
+
+def layout_and_variance(
+    layout: np.ndarray, sentences: pd.DataFrame, variance: pd.DataFrame, title: str
+) -> Figure:
+    """Left the sentences in the plane by state; right what explains their spread in the full space."""
+    figure, axes = subplots(1, 2, (9.6, 3.6), title, width_ratios=[1.5, 1])
+    plane, bars = axes[0]
+    for state, (colour, marker) in LOOKS.items():
+        own = layout[sentences.index.get_level_values("state") == state]
+        plane.scatter(*own.T, s=16, color=colour, marker=marker, alpha=0.6, label=state, lw=0)
+    plane.legend()
+    plane.set(xticks=[], yticks=[], xlabel="UMAP: neither axes nor distances have a meaning")
+    dots(bars, rows_and_series(variance))
+    bars.set(xlabel="share of the spread, percent", xlim=(-3, 100))
+    bars.legend()
+    return figure
