@@ -121,12 +121,12 @@ def detect(
     Exit code: 0 all images were read, 1 some could not be, 2 wrong usage, 130 stopped; the same command continues.
     """
     with one_line_errors():
-        from clipad.studies.inspection import require_enough
+        from clipad.studies.inspection import alarms_allowed
         from clipad.tools.photographs import collect
 
         images = collect(path, normal, normal_folder or "")
         if normal:  # before the model is loaded
-            require_enough(len(images.flawless), false_alarms)
+            alarms_allowed(len(images.flawless), false_alarms)
         if model != "demo" and not pretrained:
             raise ValueError(f"--model {model} needs --pretrained: an open_clip tag or a file")
         from clipad.backbone import load_backbone

@@ -4,40 +4,27 @@ The numbers are :mod:`clipad.studies.inspection`'s. First the model looks at eve
 stopped run continues; then maps become pictures and rows of the table. Memory does not grow with the photographs.
 """
 
-import hashlib
-import zipfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pandas as pd
-import torch
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
-from clipad.io.files import (
-    RESULT_MARK,
-    claim,
-    code_version,
-    content_hash,
-    file_name,
-    printable,
-    write_arrays,
-    write_atomically,
-)
+from clipad.io import files
+from clipad.io.files import content_hash, printable
 from clipad.metrics import image_metrics
 from clipad.published import data_dir
 from clipad.studies.common import exact_share
-from clipad.studies.inspection import Inspector, Look, require_enough, without_specks
+from clipad.studies.inspection import Inspector, Look, alarms_allowed, without_specks
 from clipad.tools import report
 from clipad.tools.photographs import Images, read_photograph
 
-BATCH = 16
-THREADS = 4
-# Folders of the results, a file per image in each (masks: where there is a region).
+# Folders of the results, a file per image in each (masks: with flawless images only).
 ENDINGS = {"images": ".jpg", "overlays": ".jpg", "heat": ".png", "masks": ".png", "maps": ".npz"}
+in_threads = partial(thread_map, max_workers=4, unit="image", disable=None)
 
 
 def detect(
@@ -61,64 +48,59 @@ def detect(
     inspector = Inspector(detector, object_name, neighbours, tiles)
     detector.text_vectors(object_name)  # an empty name is refused before anything is written
     if images.flawless:
-        require_enough(len(images.flawless), false_alarms)
+        alarms_allowed(len(images.flawless), false_alarms)
     elif neighbours != "no":
         raise ValueError("nearest neighbours need flawless images: give a folder (--normal)")
     settings = _settings(inspector, images, false_alarms)
-    work = _Work(inspector, images.root, _own(Path(output_dir), settings))
+    folder = Path(output_dir).expanduser()
+    mark = folder / files.RESULT_MARK
+    if folder.is_dir() and any(folder.iterdir()) and not mark.is_file():
+        raise ValueError(f"{folder} holds files that are not ours: choose another --out")
+    files.claim(folder, settings, ["maps"], option="--out")
+    files.write_atomically(mark, b"")
+    work = _Work(inspector, images.root, folder)
     notes = list(images.notes)
     if images.flawless:
-        looks = work.looks(images.flawless, "flawless images", copy=False)
-        inspector.fit((look for _, look in looks), false_alarms)
-        unread, work.unread = work.unread, {}
-        notes += [f"flawless, but not used: {printable(p.name)}: {w}" for p, w in unread.items()]
-    if before := work.keep_maps(list(images.labels)):
+        found = in_threads(work.look, images.flawless, desc="flawless images")
+        looks = [look for look, _ in filter(None, found)]
+        alarms_allowed(len(looks), false_alarms)
+        inspector.fit(Look.cat(looks), false_alarms)
+        unused = [f"{printable(path.name)}: {why}" for path, why in work.unread.items()]
+        notes += [f"flawless, but not used: {line}" for line in unused]
+        work.unread.clear()
+    if before := sum(in_threads(work.keep, list(images.labels), desc="photographs")):
         notes.append(f"{before} of {len(images.labels)} images were finished before, skipped")
     scale, scores = work.table(images.labels)
     found = report.Report(
         scores=scores,
         scale=scale,
         unread={printable(work.name(path)): why for path, why in work.unread.items()},
-        skipped=images.skipped,
         notes=notes + _notes(scores, inspector),
         settings=settings,
         rule=inspector.rule,
         warning=demo_warning(detector, images.labels),
         observed=_observed(scores),
     )
-    report.write_report(found, work.folder, detector.backbone)
-    work.remove_others(scores)
+    report.write_report(found, folder, detector.backbone)
     return found
 
 
 def _settings(inspector: Inspector, images: Images, false_alarms: float) -> dict:
-    hashes = "".join(map(content_hash, images.flawless))
     return inspector.detector.settings | {
         "object": inspector.name,
         "images": printable(images.root.name),
         "neighbours": inspector.neighbours,
         "tiles": inspector.tiles,
-        "flawless": hashlib.sha256(hashes.encode()).hexdigest()[:16],
+        "flawless": files.address([*map(content_hash, images.flawless)]),
         "false_alarms": false_alarms if images.flawless else None,
-        "code": code_version(),
+        "code": files.code_version(),
     }
-
-
-def _own(folder: Path, settings: dict) -> Path:
-    """The output folder for results of these settings. ValueError if it holds any other content."""
-    folder = folder.expanduser().absolute()
-    mark = folder / RESULT_MARK
-    if folder.is_dir() and any(folder.iterdir()) and not mark.is_file():
-        raise ValueError(f"{folder} holds files that are not ours: choose another --out")
-    claim(folder, settings, ["maps"], option="--out")
-    write_atomically(mark, b"")
-    return folder
 
 
 def demo_warning(detector, photographs) -> str:
     """Empty, or what has to be said first: the demo model on pictures that are not the demo's, by content."""
-    shipped = {content_hash(p) for p in (data_dir() / "demo" / "collections").glob("*/*/test/*/*")}
-    if detector.backbone.name != "demo" or all(content_hash(p) in shipped for p in photographs):
+    shipped = map(content_hash, (data_dir() / "demo" / "collections").glob("*/*/test/*/*"))
+    if detector.backbone.name != "demo" or {*map(content_hash, photographs)} <= {*shipped}:
         return ""
     return (
         "These scores mean nothing: the demo model is a 96-pixel toy that was trained on rendered pictures, and these "
@@ -134,65 +116,52 @@ class _Work:
     root: Path
     folder: Path
     unread: dict[Path, str] = field(default_factory=dict)  # image -> why
+    model: Lock = field(default_factory=Lock)  # one image at a time; meanwhile others are read
 
     def name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
 
     def file(self, kind: str, path: Path) -> Path:
-        return self.folder / kind / (file_name(self.name(path)) + ENDINGS[kind])
+        content = f"-{content_hash(path)[:12]}" if kind == "maps" else ""
+        return self.folder / kind / (files.file_name(self.name(path)) + content + ENDINGS[kind])
 
-    def looks(self, paths: list[Path], what: str, copy: bool) -> Iterator[tuple[dict, Look]]:
-        """Of each batch path -> facts, and what the model sees; images that cannot be read go to ``unread``."""
-        with ThreadPoolExecutor(THREADS) as readers:
-            for start in tqdm(range(0, len(paths), BATCH), what, unit="batch", disable=None):
-                group = paths[start : start + BATCH]
-                found = zip(group, readers.map(partial(self._load, copy=copy), group), strict=True)
-                read = {path: loaded for path, loaded in found if loaded}
-                if read:
-                    tensors, facts = zip(*read.values(), strict=True)
-                    look = self.inspector.look(torch.stack(tensors))
-                    yield dict(zip(read, facts, strict=True)), look
-
-    def _load(self, path: Path, copy: bool) -> tuple[torch.Tensor, dict] | None:
-        """What the model takes of an image, and facts. Writes the report's copy, if asked."""
+    def look(self, path: Path, copy: bool = False) -> tuple[Look, dict] | None:
+        """What the model sees in an image, and facts; None, and the reason in ``unread``, if it cannot be read."""
         try:
-            image, remarks = read_photograph(path)
-            if image.getcolors(2):  # None if there are more
-                raise ValueError("at most two grey levels, so a mask or empty")
+            image, remark = read_photograph(path)
         except (OSError, ValueError, MemoryError) as error:
             self.unread[path] = str(error).replace(f"{self.root}/", "")
             return None
-        if copy:
+        if copy:  # the report's
             report.write_picture(self.file("images", path), image)
-        facts = {"size": image.size, "remarks": ",".join(sorted(remarks))}
-        return self.inspector.prepare(image), {"sha256": content_hash(path)} | facts
+        prepared = self.inspector.prepare(image)[None]
+        with self.model:
+            return self.inspector.look(prepared), {"size": image.size, "remark": remark}
 
-    def keep_maps(self, photographs: list[Path]) -> int:
-        """Keep the map of every image that has none yet; returns how many had one."""
-        todo = [path for path in photographs if not self._is_finished(path)]
-        for facts, look in self.looks(todo, "photographs", copy=True):
-            maps = self.inspector.maps(look)
-            for (path, known), logit, heat in zip(facts.items(), look.logits, maps, strict=True):
-                write_arrays(self.file("maps", path), known | {"logit": logit, "map": heat})
-        return len(photographs) - len(todo)
-
-    def _is_finished(self, path: Path) -> bool:
-        try:
-            with np.load(self.file("maps", path)) as kept:
-                same = str(kept["sha256"]) == content_hash(path)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-            return False  # none, or a damaged one
-        return same and self.file("images", path).is_file()
+    def keep(self, path: Path) -> bool:
+        """Keep the map of an image, its logit and facts; whether they were kept before."""
+        place = self.file("maps", path)
+        before = place.is_file() and self.file("images", path).is_file()
+        if not before and (found := self.look(path, copy=True)):
+            look, facts = found
+            with self.model:
+                heat = self.inspector.maps(look)[0]
+            files.write_arrays(place, facts | {"logit": look.logits[0], "map": heat})
+        return before
 
     def table(self, labels: dict[Path, int]) -> tuple[tuple[float, float], pd.DataFrame]:
-        """The colours' scale, and a row per image that was read, highest score first; draws on the way."""
+        """The colours' scale, and a row per image that was read, highest score first. Draws on the way, and removes
+        what is left of images that are gone."""
         paths = [path for path in labels if path not in self.unread]
         if not paths:
             path, why = next(iter(self.unread.items()))
             raise ValueError(f"not one of {len(labels)} images can be read; {path.name}: {why}")
         scale = self._scale(paths)
-        with ThreadPoolExecutor(THREADS) as pool:
-            rows = list(pool.map(lambda path: self._row(path, labels[path], scale), paths))
+        rows = in_threads(lambda path: self._row(path, labels[path], scale), paths, desc="pictures")
+        present = {self.file(kind, path) for kind in ENDINGS for path in paths}
+        for kind in ENDINGS:
+            for path in {*self.folder.glob(f"{kind}/*")} - present:
+                path.unlink()
         table = pd.DataFrame(sorted(rows, key=lambda row: -row["score"]))
         return scale, table.drop(columns="label") if -1 in labels.values() else table
 
@@ -203,85 +172,66 @@ class _Work:
             middle = float(np.median(self.inspector.flawless_maps[:, ::4, ::4]))
             return middle, middle + 1.5 * (rule.map_threshold - middle)
         maps = [np.load(self.file("maps", p))["map"] for p in paths[:: 1 + (len(paths) - 1) // 32]]
-        low, high = np.percentile(maps, [1, 99.9])
-        return float(low), float(high)
+        low, high = map(float, np.percentile(maps, [1, 99.9]))
+        return low, high if high > low else low + 1
 
     def _row(self, path: Path, label: int, scale: tuple[float, float]) -> dict:
         rule = self.inspector.rule
         with np.load(self.file("maps", path)) as kept:
             heat, logit = kept["map"], float(kept["logit"])
-            size, remarks = tuple(map(int, kept["size"])), str(kept["remarks"])
+            size, remark = tuple(map(int, kept["size"])), str(kept["remark"])
         highest = float(heat.max())
         score = rule.score(logit, highest) if rule else logit
-        verdict = rule.verdict(score, highest) if rule else ""
         threshold = rule.map_threshold if rule else np.inf
         above = without_specks(heat, threshold)
         boxes, outlines = report.find_regions(above, threshold, size)
         layer = report.heat_layer(heat, scale)
         overlay = report.draw(self.file("images", path), layer, outlines)
         pictures = {"overlays": overlay, "heat": layer}
-        if boxes:
+        if rule:
             pictures["masks"] = report.region_mask(above, threshold, size)
         for kind, picture in pictures.items():
             report.write_picture(self.file(kind, path), picture)
         return {
             "image": printable(self.name(path)),
-            "verdict": verdict,
+            "verdict": rule.verdict(score, highest) if rule else "",
             "score": score,
             "p_value": rule.p_value(score) if rule else None,
             "logit": logit,
             "map_max": highest,
             "regions": len(boxes),
-            "area": float((above > threshold).mean()) if rule else None,
             "boxes": boxes,
             "width": size[0],
             "height": size[1],
             "label": label,
             "file": self.file("images", path).stem,
             "outlines": outlines,
-            "remarks": remarks,
-            "no_region": "" if boxes else report.NO_REGION.get(verdict, ""),
+            "remark": remark,
         }
-
-    def remove_others(self, scores: pd.DataFrame) -> None:
-        """Remove what is left of images that are gone, and of regions that are none any more."""
-        for kind in ENDINGS:
-            rows = scores[scores["regions"] > 0] if kind == "masks" else scores
-            present = set(rows["file"])
-            for path in self.folder.glob(f"{kind}/*"):
-                if path.stem not in present:
-                    path.unlink()
 
 
 def _notes(scores: pd.DataFrame, inspector: Inspector) -> list[str]:
     """What was done to the images that a reader has to know."""
-    turned, twelve = (scores["remarks"].str.contains(x).sum() for x in ("turned", "twelve bit"))
-    sides = scores[["width", "height"]]
-    long = (sides.max(axis=1) > 3 * sides.min(axis=1)).sum()
+    remarks = scores["remark"][scores["remark"] != ""].value_counts()
     grid = inspector.detector.backbone.visual.grid_size[0] * inspector.tiles
-    width, height = sides.value_counts().index[0]
-    said = [
-        (turned, "images were turned as their EXIF orientation says"),
-        (
-            twelve,
-            "images are 16-bit files with 12-bit values, nearly black as read: multiply by 16",
-        ),
-        (long, "images are more than three times as long as wide: squashed to a square"),
-    ]
-    return [f"{number} {what}" for number, what in said if number] + [
+    width, height = scores[["width", "height"]].value_counts().index[0]
+    return [f"{number} images {what}" for what, number in remarks.items()] + [
         f"the model reads {grid} x {grid} patches: one covers {width / grid:.0f} x {height / grid:.0f} pixels of an "
         f"image of {width} x {height} (the most frequent size); much smaller defects are hardly seen (--tiles)"
     ]
 
 
-def _observed(scores: pd.DataFrame) -> dict[str, float] | None:
-    """What the labels say: AUROC, and with verdicts false alarms and defects found, with exact 95 % intervals."""
+def _observed(scores: pd.DataFrame) -> dict[str, str]:
+    """What the labels say, in percent: AUROC, and with verdicts false alarms and defects found, with exact 95 %
+    intervals."""
     if "label" not in scores:
-        return None
-    found = {"auroc": float(image_metrics(scores["score"], scores["label"])["auroc"])}
-    for label, what in ((0, "false_alarms"), (1, "defects_found")):
+        return {}
+    found = {}
+    if scores["label"].nunique() == 2:
+        auroc = image_metrics(scores["score"], scores["label"])["auroc"]
+        found["AUROC"] = f"{100 * auroc:.1f}"
+    for label, what in ((0, "false alarms"), (1, "defects called bad")):
         verdicts = scores["verdict"][scores["label"] == label]
         if verdicts.any():
-            share = exact_share(int((verdicts == "bad").sum()), len(verdicts))
-            found |= {what: share.estimate, f"{what}_low": share.low, f"{what}_high": share.high}
-    return {key: value for key, value in found.items() if not np.isnan(value)}
+            found[what] = f"{exact_share((verdicts == 'bad').sum(), len(verdicts))}"
+    return found

@@ -13,18 +13,18 @@ from clipad.io.images import decode, eight_bit
 ORIENTATION = 0x0112  # EXIF tag
 
 
-def read_photograph(path: Path) -> tuple[Image.Image, set[str]]:
-    """As :func:`clipad.read_image`, but turned as the EXIF orientation says, as viewers do: there are no masks.
-
-    Also what a reader has to know: "turned", "twelve bit" (a 16-bit file whose values stay below 4096).
-    """
-    image, remarks = decode(path), set()
-    if image.mode.startswith("I") and 255 < np.asarray(image).max() < 4096:
-        remarks.add("twelve bit")
+def read_photograph(path: Path) -> tuple[Image.Image, str]:
+    """As :func:`clipad.read_image`, but turned as the EXIF orientation says, as viewers do: there are no masks. Also a
+    remark on what a reader has to know, or "". ValueError for a mask or an empty image."""
+    image, remark = decode(path), ""
     if image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1:
-        remarks.add("turned")
-        image = ImageOps.exif_transpose(image)
-    return eight_bit(image), remarks
+        remark, image = "were turned as their EXIF orientation says", ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") and 255 < np.asarray(image).max() < 4096:
+        remark = "are 16-bit files with 12-bit values, nearly black as read: multiply by 16"
+    image = eight_bit(image)
+    if image.getcolors(2):  # None if there are more
+        raise ValueError("at most two grey levels, so a mask or empty")
+    return image, remark
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class Images:
     root: Path  # from which names count
     labels: dict[Path, int]  # photograph -> 1, 0 (flawless), or -1 if not known
     flawless: list[Path]  # photographs that set scale and threshold
-    skipped: list[str]  # lines on files that are no photographs
-    notes: list[str]  # lines on what was left out of the flawless ones
+    notes: list[str]  # lines on what was left out
 
 
 def collect(path, normal=None, normal_folder: str = "") -> Images:
@@ -47,8 +46,8 @@ def collect(path, normal=None, normal_folder: str = "") -> Images:
     Raises FileNotFoundError or ValueError for a folder without photographs, for images that are in both, and where it
     is not clear which are flawless.
     """
-    root, photographs, skipped = _photographs(path)
-    flawless, notes = _flawless(normal, normal_folder) if normal else ([], [])
+    root, photographs, notes = _photographs(path)
+    flawless, more = _flawless(normal, normal_folder) if normal else ([], [])
     labels = dict.fromkeys(photographs, -1)
     if normal_folder not in ("", "."):
         named = {path: int(not _below(path, normal_folder, root)) for path in labels}
@@ -63,22 +62,21 @@ def collect(path, normal=None, normal_folder: str = "") -> Images:
             f"{len(shared)} images are among the flawless ones as well ({printable(shared[0].name)}, ...): their "
             "scores would look better than those of new images. Take them out of one of the two folders"
         )
-    return Images(root, labels, flawless, skipped, notes)
+    return Images(root, labels, flawless, notes + more)
 
 
 def _photographs(path) -> tuple[Path, list[Path], list[str]]:
     """The folder from which names count, the photographs in it (or the one image), and lines on the rest."""
-    path = Path(path).expanduser()
-    path = path.resolve() if ".." in path.parts else path.absolute()
+    path = Path(path).expanduser().resolve()
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: expected an image or a folder of images")
     if path.is_file():
         return path.parent, [path], []
     found = scan(path)
-    skipped = skipped_lines(found, path)
+    notes = [f"left out of {printable(path.name)}: {line}" for line in skipped_lines(found, path)]
     if not found[PHOTOGRAPH]:
-        raise ValueError(f"{path} holds no images. Left out: {'; '.join(skipped) or 'nothing'}")
-    return path, found[PHOTOGRAPH], skipped
+        raise ValueError(f"{path} holds no images; {'; '.join(notes) or 'it is empty'}")
+    return path, found[PHOTOGRAPH], notes
 
 
 def _flawless(folder, normal_folder: str) -> tuple[list[Path], list[str]]:
@@ -87,8 +85,8 @@ def _flawless(folder, normal_folder: str) -> tuple[list[Path], list[str]]:
     Images directly in the folder all count. With sub-folders those do that :func:`clipad.datasets.normal_name` names;
     "." for all.
     """
-    root, photographs, skipped = _photographs(folder)
-    chosen, name = photographs, normal_folder
+    root, photographs, notes = _photographs(folder)
+    chosen, name = photographs, "any folder"
     folders = {part for path in photographs for part in path.relative_to(root).parts[:-1]}
     if folders and normal_folder != ".":
         name = normal_name(folders, normal_folder)
@@ -98,12 +96,9 @@ def _flawless(folder, normal_folder: str) -> tuple[list[Path], list[str]]:
             f"{root} has images in the sub-folders {_folders(photographs)}: which of them are flawless? "
             "Give the folder that holds only these, or its name (--normal-folder NAME; . for all)"
         )
-    once = list({content_hash(path): path for path in reversed(chosen)}.values())[::-1]
-    notes = [f"beside the flawless images: {line}" for line in skipped]
-    if others := len(photographs) - len(chosen):
-        notes.append(f"flawless: the {len(chosen)} images in {name}; {others} others not")
-    if copies := len(chosen) - len(once):
-        notes.append(f"flawless: {copies} copies of another flawless image count once")
+    once = list({content_hash(path): path for path in chosen}.values())
+    if len(once) < len(photographs):
+        notes.append(f"flawless: {len(once)} of {len(photographs)} images, in {name}, copies once")
     return once, notes
 
 

@@ -18,9 +18,7 @@ from clipad.io.files import write_atomically
 from clipad.studies.inspection import Rule
 
 MAP = "inferno"
-MOST_REGIONS = 20  # that get a box in one image, the highest ones
-NO_REGION = {"bad": "bad by score, no region", "check": "too small to outline"}
-ONLY_DRAWN = ["outlines", "remarks", "no_region"]  # columns of the table that no file holds
+ONLY_DRAWN = ["outlines", "remark"]  # columns of the table that no file holds
 
 
 @dataclass(frozen=True)
@@ -28,19 +26,18 @@ class Report:
     """What ``detect`` found.
 
     ``scores``: a row per image that was read, highest score first: image, verdict (good, check, bad; "" without
-    flawless images), score, p_value, logit, map_max, regions, area (share of the image), boxes (left, top, right,
-    bottom in pixels), width, height, label (1 or 0; no column where not known), file (the stem of its files).
+    flawless images), score, p_value, logit, map_max, regions, boxes (left, top, right, bottom in pixels), width,
+    height, label (1 or 0; no column where not known), file (the stem of its files).
     """
 
     scores: pd.DataFrame
     scale: tuple[float, float]  # the colours of maps
     unread: dict[str, str]  # image -> why
-    skipped: list[str]  # a line per kind of file that is no photograph
-    notes: list[str]
+    notes: list[str]  # what was left out or changed
     settings: dict  # all that decides the numbers
     rule: Rule | None
     warning: str
-    observed: dict[str, float] | None  # what the labels say
+    observed: dict[str, str]  # what the labels say, in percent
 
     @property
     def counts(self) -> dict[str, int]:
@@ -59,14 +56,14 @@ def find_regions(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> t
     framed = np.pad(np.pad(heat, 1, mode="edge"), 1, constant_values=heat.min() - 1)
     lines = contourpy.contour_generator(z=framed).lines(threshold)
     outlines = [np.clip((line - 1.5) * scale, 0, size).round(1).tolist() for line in lines]
-    labels, _ = ndimage.label(heat > threshold, structure=np.ones((3, 3)))
+    labels, count = ndimage.label(heat > threshold, structure=np.ones((3, 3)))
     boxes = []
-    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
-        left, top = np.floor((columns.start, rows.start) * scale).astype(int).tolist()
-        right, below = np.ceil((columns.stop, rows.stop) * scale).astype(int).tolist()
-        boxes.append((heat[labels == number].max(), (left, top, right, below)))
-    boxes.sort(key=lambda pair: -pair[0])
-    return [box for _, box in boxes[:MOST_REGIONS]], outlines
+    for rows, columns in ndimage.find_objects(labels):
+        start = np.floor((columns.start, rows.start) * scale)
+        stop = np.ceil((columns.stop, rows.stop) * scale)
+        boxes.append((*start.astype(int).tolist(), *stop.astype(int).tolist()))
+    highest = ndimage.maximum(heat, labels, range(1, count + 1))
+    return [boxes[i] for i in np.argsort(highest)[::-1]], outlines
 
 
 def region_mask(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> Image.Image:
@@ -109,17 +106,11 @@ def write_picture(path: Path, picture: Image.Image) -> None:
 def write_report(report: Report, folder: Path, backbone) -> None:
     """report.html, scores.csv and scores.json; the report opens offline and can be moved with its folder."""
     rule, rows = report.rule, report.scores.drop(columns=ONLY_DRAWN)
-    content = {
-        "warning": report.warning,
+    content = vars(report) | {
+        "scores": json.loads(rows.to_json(orient="records")),
+        "counts": report.counts,
         "rule": rule and rule.words(),
         "thresholds": rule and {"score": rule.threshold, "map": rule.map_threshold},
-        "counts": report.counts,
-        "observed": report.observed,
-        "images": json.loads(rows.to_json(orient="records")),
-        "unread": report.unread,
-        "skipped": report.skipped,
-        "notes": report.notes,
-        "settings": report.settings,
     }
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     write_atomically(folder / "scores.csv", _csv(rows.drop(columns="file"), report.warning))
@@ -130,8 +121,8 @@ def write_report(report: Report, folder: Path, backbone) -> None:
 def _csv(rows: pd.DataFrame, warning: str) -> str:
     """A row per image. A text that a spreadsheet would take for a formula gets an apostrophe before it."""
     boxes = ["; ".join(" ".join(map(str, box)) for box in boxes) for boxes in rows["boxes"]]
-    formula = rows["image"].str.match(r"\s*[=+\-@]")
-    rows = rows.assign(image=rows["image"].mask(formula, "'" + rows["image"]), boxes=boxes)
+    names = rows["image"].str.replace(r"^(?=\s*[=+\-@])", "'", regex=True)
+    rows = rows.assign(image=names, boxes=boxes)
     return (rows.assign(warning=warning) if warning else rows).to_csv(index=False)
 
 
@@ -145,27 +136,22 @@ def _html(report: Report, backbone) -> str:
         low = min(low, rule.scores.min())
         below = rule.threshold - low
         high = rule.threshold + np.clip(high - rule.threshold, 0.05 * below, 4 * below)
-    ticks = MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(low, high)
     return environment.get_template("report.html.j2").render(
         report=report,
         backbone=backbone,
         rows=report.scores.to_dict(orient="records"),
-        ticks=ticks,
+        ticks=MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(low, high),
         colours=[matplotlib.colors.to_hex(colour) for colour in colours],
     )
 
 
-def summary(report: Report, output_dir: Path, shown: int = 10) -> list[str]:
-    """What a terminal shows: counts, the images that score highest, what was left out, where the report is."""
-    lines = [f"left out: {line}" for line in report.skipped]
-    lines += [f"note: {line}" for line in report.notes]
+def summary(report: Report, output_dir: Path) -> list[str]:
+    """What a terminal shows: what was left out, the rule, the images that score highest, counts."""
+    lines = [f"note: {line}" for line in report.notes]
     lines += [f"not readable: {name}: {why}" for name, why in report.unread.items()]
-    if report.rule:
-        lines += [f"{name}: {text}" for name, text in report.rule.words().items()]
-    if report.observed:
-        lines.append("  ".join(f"{k} {v:.3f}" for k, v in report.observed.items()))
-    for row in report.scores.head(shown).itertuples():
-        lines.append(f"{row.score:8.2f}  {row.verdict:6}{row.image}  {row.no_region}".rstrip())
-    counts = ", ".join(f"{n} {verdict}" for verdict, n in report.counts.items())
-    said = f"{len(report.scores)} images{f': {counts}' if report.rule else ''}"
-    return [*lines, f"{said}; see {output_dir / 'report.html'}"]
+    said = report.observed | (report.rule.words() if report.rule else {})
+    lines += [f"{name}: {text}" for name, text in said.items()]
+    for row in report.scores.head(10).itertuples():
+        lines.append(f"{row.score:8.2f}  {row.verdict:6}{row.image}")
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in report.counts.items() if report.rule)
+    return [*lines, f"{len(report.scores)} images  {counts}", f"see {output_dir / 'report.html'}"]

@@ -7,47 +7,36 @@ R = T S side of a map.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Self
+from functools import partial
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy import ndimage
 from scipy.stats import beta
 
 from clipad.detectors import CLIP_TEMPERATURE, SDP, Detector, SDPPlus
-from clipad.evaluation import in_parts
 from clipad.surgery import similarity_map
 
-NEIGHBOURS = ("no", "alone", "added")
 FEWEST_FLAWLESS = 8  # a median and a MAD of fewer images say nothing
 BANK = 100  # flawless images whose patches are remembered; further ones are compared with these, as new images are
 SMALLEST = 4  # pixels of a map: a region of fewer is not outlined
 
 
-def require_enough(n: int, false_alarms: float) -> None:
-    """ValueError if n flawless images cannot promise this false-alarm rate: none below 1 / (n + 1) is possible."""
-    if not 0 < false_alarms <= 0.25:
-        raise ValueError(f"a false-alarm rate is above 0 and at most 0.25, found {false_alarms}")
-    needed = max(FEWEST_FLAWLESS, math.ceil(1 / false_alarms - 1 - 1e-9))
-    if n < needed:
+def alarms_allowed(n: int, false_alarms: float) -> int:
+    """k = floor(rate (n + 1)): the threshold is the k-th highest of n flawless scores (conformal prediction, Vovk
+    2005). ValueError if n images cannot promise this false-alarm rate: none below 1 / (n + 1) is possible."""
+    k = math.floor(false_alarms * (n + 1) + 1e-9)
+    if k < 1 or n < FEWEST_FLAWLESS:
+        needed = max(FEWEST_FLAWLESS, math.ceil(1 / false_alarms - 1 - 1e-9))
         raise ValueError(
             f"{n} flawless images cannot promise a false-alarm rate of {false_alarms:g}: it takes at least {needed}"
         )
-
-
-def alarms_allowed(n: int, false_alarms: float) -> int:
-    """k = floor(rate (n + 1)): the threshold is the k-th highest of n flawless scores."""
-    return math.floor(false_alarms * (n + 1) + 1e-9)
-
-
-def conformal_threshold(scores: Sequence[float], false_alarms: float) -> float:
-    """The k-th highest of n flawless scores (conformal prediction, Vovk et al. 2005). ValueError if k would be 0."""
-    require_enough(len(scores), false_alarms)
-    return float(np.sort(scores)[-alarms_allowed(len(scores), false_alarms)])
+    return k
 
 
 def rate_interval(n: int, false_alarms: float) -> tuple[float, float]:
@@ -60,24 +49,16 @@ def rate_interval(n: int, false_alarms: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def robust_scale(values: Sequence[float], what: str = "value") -> tuple[float, float]:
+def robust_scale(values: Sequence[float]) -> tuple[float, float]:
     """Median and 1.4826 MAD, which estimates a standard deviation. ValueError where the MAD is 0: there is no floor."""
     values = np.asarray(values, dtype=np.float64)
     centre = float(np.median(values))
     spread = float(1.4826 * np.median(np.abs(values - centre)))
     if not spread > 0:
         raise ValueError(
-            f"half of the flawless images have the same {what} ({centre:.6g}), so it has no scale: are they copies of "
-            "one picture?"
+            f"half of the flawless images have the same logit or map maximum ({centre:.6g}): are they copies?"
         )
     return centre, spread
-
-
-def combined_score(logits, maxima, flawless_logits, flawless_maxima):
-    """(z(l) + z(m)) / sqrt(2) on the robust scale of the flawless images; arrays or numbers."""
-    centre_l, spread_l = robust_scale(flawless_logits, "logit")
-    centre_m, spread_m = robust_scale(flawless_maxima, "map maximum")
-    return ((logits - centre_l) / spread_l + (maxima - centre_m) / spread_m) / math.sqrt(2)
 
 
 @dataclass
@@ -85,8 +66,8 @@ class Rule:
     """How scores become verdicts. ``logits`` and ``maxima`` are those of the n flawless images.
 
     Each of these is scored as if it were new: on the scale of the other n - 1 (``scores``). *bad*: the score is above
-    ``threshold``, the k-th highest flawless one, k = floor(rate (n + 1)); *check*: it is not, but the map's maximum is
-    above ``map_threshold``, found in the same way; *good*: neither. :meth:`words` says what is promised.
+    ``threshold``, the k-th highest flawless one; *check*: it is not, but the map's maximum is above ``map_threshold``,
+    found in the same way; *good*: neither. :meth:`words` says what is promised.
     """
 
     logits: np.ndarray
@@ -94,16 +75,18 @@ class Rule:
     false_alarms: float = 0.05
 
     def __post_init__(self):
-        logits, maxima = self.logits, self.maxima
-        each = zip(logits, maxima, ~np.eye(len(logits), dtype=bool), strict=True)
-        own = [combined_score(x, m, logits[rest], maxima[rest]) for x, m, rest in each]
-        self.scores = np.array(own)
-        self.threshold = conformal_threshold(self.scores, self.false_alarms)
-        self.map_threshold = conformal_threshold(maxima, self.false_alarms)
+        n = len(self.logits)
+        k = alarms_allowed(n, self.false_alarms)
+        each = zip(self.logits, self.maxima, ~np.eye(n, dtype=bool), strict=True)
+        self.scores = np.array([self.score(x, m, rest) for x, m, rest in each])
+        self.threshold = float(np.sort(self.scores)[-k])
+        self.map_threshold = float(np.sort(self.maxima)[-k])
 
-    def score(self, logit, maximum):
-        """Of one image, or of arrays of them."""
-        return combined_score(logit, maximum, self.logits, self.maxima)
+    def score(self, logit, maximum, known=slice(None)):
+        """(z(l) + z(m)) / sqrt(2) of one image, or of arrays, on the robust scale of the ``known`` flawless images."""
+        centre_l, spread_l = robust_scale(self.logits[known])
+        centre_m, spread_m = robust_scale(self.maxima[known])
+        return ((logit - centre_l) / spread_l + (maximum - centre_m) / spread_m) / math.sqrt(2)
 
     def p_value(self, score: float) -> float:
         """(1 + flawless images that score as high) / (n + 1): small means unusual."""
@@ -121,14 +104,12 @@ class Rule:
         return {
             "bad": f"the score is above {self.threshold:.2f}, rank {k} from the top among the {n} flawless images, "
             f"each scored as if it were new, from the other {n - 1}",
-            "check": "the score is not, but a region of the map is above "
-            f"{self.map_threshold:.4g}, found by the same rule",
+            "check": f"the score is not, but the map is somewhere above {self.map_threshold:.4g}, by the same rule",
             "good": "neither",
-            "promised": f"on average over all choices of {n} flawless images, about {k}/{n + 1} = {k / (n + 1):.1%} of "
-            f"new flawless images are called bad, and at most about {2 * k / (n + 1):.1%} bad or check; with these {n} "
-            f"images the true rate of bad lies roughly between {low:.1%} and {high:.1%} (95 % interval). Only about, "
-            f"because {n - 1} images set the scale of each flawless score and {n} that of a new one (a jackknife), and "
-            "only for images that are taken as the flawless ones were",
+            "promised": f"on average over choices of {n} flawless images, about {k}/{n + 1} = {k / (n + 1):.1%} of new "
+            f"flawless images are bad, and at most about {2 * k / (n + 1):.1%} bad or check; with these {n} the true "
+            f"rate of bad lies roughly between {low:.1%} and {high:.1%} (95 % interval). Only about, as it is a "
+            "jackknife, and only for images that are taken as the flawless ones were",
         }
 
 
@@ -164,12 +145,9 @@ def nearest_patch(
 
 def tile(image, tiles: int) -> list:
     """A PIL image cut into tiles x tiles pieces, row by row; the model reads each at its full size."""
-    columns, rows = ([round(side * i / tiles) for i in range(tiles + 1)] for side in image.size)
-    return [
-        image.crop((left, top, right, below))
-        for top, below in pairwise(rows)
-        for left, right in pairwise(columns)
-    ]
+    rows = np.array_split(np.asarray(image), tiles)
+    pieces = [piece for row in rows for piece in np.array_split(row, tiles, axis=1)]
+    return list(map(Image.fromarray, pieces))
 
 
 def stitch(maps: torch.Tensor, tiles: int) -> torch.Tensor:
@@ -179,26 +157,20 @@ def stitch(maps: torch.Tensor, tiles: int) -> torch.Tensor:
     return grid.reshape(-1, tiles * side, tiles * side)
 
 
-@dataclass
-class Look:
+class Look(NamedTuple):
     """What the backbone says of B images."""
 
     logits: np.ndarray  # B
     words: np.ndarray  # B x R x R, the detector's map
-    tokens: list[
-        torch.Tensor
-    ]  # per stage B x K x D, the ordinary path's patches; empty without neighbours
+    tokens: np.ndarray  # B x J x K x D, the ordinary path's patches; B x 0 without neighbours
 
-    def __getitem__(self, index) -> Self:
-        return Look(self.logits[index], self.words[index], [stage[index] for stage in self.tokens])
+    def of(self, images) -> Self:
+        """Of some of the images: a slice, a mask or positions."""
+        return Look(*(values[images] for values in self))
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
-        return cls(
-            np.concatenate([p.logits for p in parts]),
-            np.concatenate([p.words for p in parts]),
-            [torch.cat(stage) for stage in zip(*(p.tokens for p in parts), strict=True)],
-        )
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 class Inspector:
@@ -214,8 +186,6 @@ class Inspector:
     rule: Rule | None = None
 
     def __init__(self, detector: Detector, name: str, neighbours: str = "no", tiles: int = 1):
-        if neighbours not in NEIGHBOURS:
-            raise ValueError(f"neighbours: one of {', '.join(NEIGHBOURS)}; found {neighbours!r}")
         if neighbours != "no" and not isinstance(detector, SDP):
             raise ValueError(f"nearest neighbours go with sdp and sdp_plus, not with {detector}")
         self.detector, self.name = detector, name
@@ -227,55 +197,34 @@ class Inspector:
         return torch.stack([self.detector.backbone.preprocess(piece) for piece in pieces])
 
     def look(self, images: torch.Tensor) -> Look:
-        """Run the backbone over prepared images, B x (1 or 1 + T^2) x 3 x S x S.
-
-        ValueError for maps or logits that are not finite.
-        """
-        return Look.cat(in_parts(self._look, images))
-
-    def _look(self, images):
-        detector, (count, each) = self.detector, images.shape[:2]
-        images, text, backbone = (
-            images.flatten(0, 1),
-            detector.text_vectors(self.name),
-            detector.backbone,
-        )
-        if self.neighbours == "no":
-            seen = detector.features(images)
-        else:  # as SDP+ reads an image: also the ordinary path
-            with torch.no_grad(), backbone.autocast():
-                seen = SDPPlus.encode(detector, images.to(backbone.device)).apply(
-                    torch.Tensor.float
-                )
+        """Run the backbone over prepared images, B x (1 or 1 + T^2) x 3 x S x S. ValueError for maps or logits that are
+        not finite."""
+        detector, backbone, (count, each) = self.detector, self.detector.backbone, images.shape[:2]
+        encode = detector.encode
+        if self.neighbours != "no":  # as SDP+ reads an image: also the ordinary path
+            encode = partial(SDPPlus.encode, detector)
+        with torch.no_grad(), backbone.autocast():
+            seen = encode(images.flatten(0, 1).to(backbone.device)).apply(torch.Tensor.float)
+        text = detector.text_vectors(self.name)
         logits = class_logit(seen.image_embedding[::each], text)
         if self.tiles > 1:  # the map comes from the tiles alone
             seen = seen[torch.arange(count * each) % each > 0]
         words = stitch(detector.score_with(seen, text).maps, self.tiles).numpy()
         if not (np.isfinite(words).all() and np.isfinite(logits).all()):
             raise ValueError(f"{detector.name} gave a map or a logit that is not finite")
-        near = [] if self.neighbours == "no" else seen.ordinary
-        return Look(logits, words, [x[:, 1:].reshape(count, -1, x.shape[-1]) for x in near])
+        if self.neighbours == "no":
+            return Look(logits, words, np.empty((count, 0), np.float32))
+        stages = [x[:, 1:].reshape(count, -1, x.shape[-1]) for x in seen.ordinary]
+        return Look(logits, words, torch.stack(stages, dim=1).cpu().numpy())
 
-    def fit(self, looks: Iterable[Look], false_alarms: float = 0.05) -> Self:
-        """Learn from flawless images (batches of ``look``): the patches to remember, the scales, the rule."""
-        looks, known = iter(looks), []
-        for look in looks:
-            known.append(look)
-            if sum(len(one.logits) for one in known) >= BANK:
-                break
-        if not known:
-            require_enough(0, false_alarms)
-        first = Look.cat(known)
-        self.bank = first.tokens
-        seen = [(first.logits, *self._maps(first, same=True))]
-        # Beyond the bank as new images; their tokens are not kept.
-        seen += [(look.logits, *self._maps(look)) for look in looks]
-        logits, *maps = map(np.concatenate, zip(*seen, strict=True))
-        require_enough(len(logits), false_alarms)
+    def fit(self, flawless: Look, false_alarms: float = 0.05) -> Self:
+        """Learn from flawless images: the patches to remember, the scales, the rule."""
+        self.bank = torch.from_numpy(flawless.tokens[:BANK]).to(self.detector.backbone.device)
+        maps = self._maps(flawless, same=True)
         if len(maps) > 1:
-            self._scales = [robust_scale(m[:, ::2, ::2], "map value") for m in maps]
+            self._scales = [robust_scale(m[:, ::2, ::2]) for m in maps]
         self.flawless_maps = self._added(maps)
-        self.rule = Rule(logits, self.flawless_maps.max(axis=(1, 2)), false_alarms)
+        self.rule = Rule(flawless.logits, self.flawless_maps.max(axis=(1, 2)), false_alarms)
         return self
 
     def maps(self, look: Look) -> np.ndarray:
@@ -286,11 +235,13 @@ class Inspector:
         """The map by words, the map of distances to the bank, or both; ``same``: see :func:`nearest_patch`."""
         if self.neighbours == "no":
             return [look.words]
-        pairs = zip(look.tokens, self.bank, strict=True)
-        values = sum(nearest_patch(x, y, same=same) for x, y in pairs) / len(self.bank)
-        size, smoothing = self.detector.backbone.image_size, self.detector.smoothing
+        backbone, smoothing = self.detector.backbone, self.detector.smoothing
+        tokens = torch.from_numpy(look.tokens).to(backbone.device)
+        pairs = zip(tokens.unbind(1), self.bank.unbind(1), strict=True)
+        values = sum(nearest_patch(x, y, same=same) for x, y in pairs) / tokens.shape[1]
         values = values.reshape(len(values) * self.tiles**2, -1)
-        near = stitch(similarity_map(values, size, smoothing), self.tiles).cpu().numpy()
+        maps = similarity_map(values, backbone.image_size, smoothing)
+        near = stitch(maps, self.tiles).cpu().numpy()
         return [near] if self.neighbours == "alone" else [look.words, near]
 
     def _added(self, maps: list[np.ndarray]) -> np.ndarray:

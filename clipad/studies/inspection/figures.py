@@ -13,10 +13,8 @@ KNOWN, FLAWLESS, DEFECTIVE = (COLOURS["grey"], "s"), (NORMAL, "o"), (ANOMALOUS, 
 
 
 def _points(rows: Mapping[str, Sequence[tuple]], height: float, xlabel: str):
-    """A chart with named rows; a row has (values, (colour, marker)) of one or more groups.
-
-    The points are spread around their row, so that equal values do not hide each other; the same in every run.
-    """
+    """A chart with named rows; a row has (values, (colour, marker)) of one or more groups. The points are spread around
+    their row, so that equal values do not hide each other."""
     figure, ax = plt.subplots(figsize=(7.5, height))
     for place, groups in enumerate(rows.values()):
         for values, (colour, marker) in groups:
@@ -29,9 +27,7 @@ def _points(rows: Mapping[str, Sequence[tuple]], height: float, xlabel: str):
 
 def decisions(frame: pd.DataFrame, rule) -> Figure:
     """Scores of the flawless images that set the rule, of other flawless and of defective ones, and the threshold.
-
-    ``frame``: of :meth:`clipad.studies.inspection.trials.Product.decide`; ``rule``: the inspector's.
-    """
+    ``frame``: of :meth:`clipad.studies.inspection.trials.Product.decide`; ``rule``: the inspector's."""
     good, bad = (frame["score"][frame["label"] == label] for label in (0, 1))
     rows = {
         f"flawless, set the rule ({len(rule.scores)})": [(rule.scores, KNOWN)],
@@ -64,7 +60,7 @@ def names(table: pd.DataFrame, labels: np.ndarray) -> Figure:
 def rates(table: pd.DataFrame, promised: float) -> Figure:
     """False-alarm rate per category, mean over draws: scored as if new, and in sample; the red line is the promise.
 
-    ``table``: of :func:`clipad.studies.inspection.trials.trials`.
+    ``table``: of the page's ``tried``.
     """
     means = table.groupby("category")[["false_alarms", "in_sample"]].mean()
     means = means.set_axis(["scored as if new", "in sample"], axis=1)
