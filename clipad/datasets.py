@@ -3,6 +3,8 @@
 Only test images are listed: the method is zero-shot.
 """
 
+import contextlib
+import json
 import os
 import re
 from collections import defaultdict
@@ -105,9 +107,9 @@ def load_dataset(
     """List the test images of a data set. Nothing is decoded here.
 
     ``name``: "mvtec", "visa", "isic", "clinicdb", "headct", "brainmri", "folder", or, shipped with clipad and without a
-    root, "demo" and "demo_aux". ``root``: its folder, in the layout of data/README.md. ``categories``: None or empty
-    for all that are present. ``normal_folder``: of data set "folder", the name of the sub-folders that hold normal
-    images, or "none".
+    root, "demo" and "demo_aux". ``root``: its folder, or the one just above, in the layout of data/README.md.
+    ``categories``: None or empty for all that are present. ``normal_folder``: of data set "folder", the name of the
+    sub-folders that hold normal images, or "none".
 
     Data set "folder" takes images of any origin. Labels are never guessed: normal are the images in ``normal_folder``,
     or else in the one sub-folder called good, normal or ok; where there is none, or two, the answer is asked for.
@@ -141,22 +143,40 @@ def list_dataset(name: str, root: str | Path | None = None, normal_folder: str =
     if not root.is_dir():
         kind = "is no folder (unpack an archive first)" if root.exists() else "does not exist"
         raise FileNotFoundError(f"the root of data set {name!r} {kind}: {root}")
-    layout, find = LAYOUTS[name]
-    try:
-        samples = tuple(find(root, normal_folder) if name == "folder" else find(root))
-    except (KeyError, TypeError, AttributeError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"a list in {root} is not as expected, {layout} ({why})") from error
+    samples = _find(name, root, normal_folder)
+    if not samples and name != "folder":  # which has looked into sub-folders itself
+        inside = {place: _find(name, place) for place in _folders(root)}
+        inside = {place: found for place, found in inside.items() if found}
+        if len(inside) > 1:
+            raise ValueError(f"{root} holds {name!r} more than once: {', '.join(map(str, inside))}")
+        if inside:
+            [(root, samples)] = inside.items()
     if not samples:
-        found = ", ".join(path.name for path in _visible(root)[:8]) or "an empty folder"
-        raise ValueError(
-            f"{root} holds no test images of {name!r}. Expected {layout}; found {found}. Images of your own are "
-            "dataset='folder'"
-        )
+        raise ValueError(f"{root} holds no test images of {name!r}. {_expected(name, root)}")
     categories = tuple(dict.fromkeys(s.category for s in samples))
     if "mean" in categories:
         raise ValueError("a category cannot be called 'mean', as a table's last row is")
     return Dataset(name, root, categories, samples)
+
+
+def _find(name: str, root: Path, normal_folder: str = "") -> tuple[Sample, ...]:
+    """The samples of a data set below a root; none where another layout is."""
+    layout, find = LAYOUTS[name]
+    try:
+        return tuple(find(root, normal_folder) if name == "folder" else find(root))
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        expected, why = META if name == "folder" else layout, f"{type(error).__name__}: {error}"
+        raise ValueError(f"a list in {root} is not as expected, {expected} ({why})") from error
+
+
+def _expected(name: str, root: Path) -> str:
+    """What was expected at a root, what is there, and for which data set that would do."""
+    found = ", ".join(path.name for path in _visible(root)[:8]) or "an empty folder"
+    hint = "images of your own are dataset='folder'"
+    with contextlib.suppress(ValueError, StopIteration):
+        others = (o for o in LAYOUTS if o not in (name, "folder") and _find(o, root))
+        hint = f"this is a layout for dataset={next(others)!r}"
+    return f"Expected {LAYOUTS[name][0]}; found {found}; {hint}"
 
 
 def expected_counts(name: str) -> dict[str, tuple[int, int]]:
@@ -267,8 +287,22 @@ def _brainmri(root: Path) -> Iterator[Sample]:
     yield from _samples(_images(root / "yes"), "brain ct", 1, "tumour")
 
 
+def _meta_json(path: Path) -> list[Sample]:
+    """The list that AdaCLIP, AnomalyCLIP and others write, see ``META``."""
+    samples, root = [], path.parent
+    for category, rows in json.loads(path.read_text(encoding="utf-8"))["test"].items():
+        for row in rows:
+            label = {0: 0, 1: 1}[int(row["anomaly"])]
+            mask = root / row["mask_path"] if label and row.get("mask_path") else None
+            kind = str(row.get("specie_name") or "anomaly") if label else "good"
+            samples.append(Sample(root / row["img_path"], mask, nfc(category), label, kind))
+    return sorted(samples, key=lambda s: (s.category, s.image_path))
+
+
 def _folder(root: Path, normal_folder: str = "") -> list[Sample]:
     """Data set "folder", see `load_dataset`: one category, or else one in each sub-folder."""
+    if (root / "meta.json").is_file():
+        return _meta_json(root / "meta.json")
     found = scan(root)
     images = for_testing([*found[PHOTOGRAPH], *found.get(BROKEN_LINK, [])], root)
     by_folder = defaultdict(list)
@@ -330,6 +364,7 @@ def normal_name(names: Iterable[str], given: str) -> str | None:
     return known[0] if len(known) == 1 or wanted in known else None
 
 
+META = 'meta.json: {"test": {category: [{"img_path", "mask_path", "anomaly": 0 or 1}, ...]}}'
 # Data set -> its layout in words, and a function that gives the samples below a root.
 _BY_DEFECT = "<category>/test/<defect>/NNN.png and <category>/ground_truth/<defect>/NNN_mask.png"
 LAYOUTS: dict[str, tuple[str, Callable[[Path], Iterable[Sample]]]] = {

@@ -1,10 +1,11 @@
 """A detector on a data set -> a tidy table (METHOD.md section 7), resumable.
 
-With an ``output_dir`` every category leaves its results on disk; a run that was stopped continues with the category
-that it was in and ends with the same bytes. Memory holds the maps of one category at a time.
+With an ``output_dir`` every category leaves its results on disk, and a large one a part after every 64 images; a run
+that was stopped anywhere continues there and ends with the same bytes. Memory holds the maps of one category at a time.
 """
 
 import hashlib
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,8 @@ from clipad.metrics import METRICS, image_metrics, pixel_metrics, resampled_metr
 
 COLUMNS = [f"{level}_{metric}" for level in ("image", "class") for metric in METRICS[:3]]
 COLUMNS += [f"pixel_{metric}" for metric in METRICS]
+PART = 64
+"""images in one part on disk: what a killed run loses at most"""
 WORKERS = 4
 """threads that read"""
 
@@ -61,24 +64,30 @@ def evaluate(
     ``output_dir``: where results are kept, None for memory only; ``batch_size``: halved by itself where a GPU runs out
     of memory.
 
-    Raises ValueError for a mask of another size than its image, maps that are not finite, and an ``output_dir`` that
-    holds results of other settings; OSError if it cannot be written; what :func:`clipad.read_image` raises for a broken
-    image, with everything finished so far kept.
+    Raises ValueError for an empty data set, a mask of another size than its image, maps that are not finite, and an
+    ``output_dir`` that holds results of other settings; OSError if it cannot be written; what
+    :func:`clipad.read_image` raises for a broken image, with everything finished so far kept.
     """
+    if not len(dataset) or batch_size < 1:
+        raise ValueError(f"found {len(dataset)} images and batch_size={batch_size}: 1 or more each")
     with ThreadPoolExecutor(WORKERS) as pool:  # from the headers, so that no run stops at its end
         masked = [s for s in dataset if s.mask_path is not None]
         list(pool.map(lambda s: require_mask_size(s.mask_path, s.image_path), masked))
     settings = detector.settings | {"dataset": dataset.name, "samples": fingerprint(dataset)}
     folder = output_dir and Path(output_dir)
     if folder:
-        claim(folder, settings, ["categories"])
+        claim(folder, settings, ["categories", "parts"])
 
     rows, frames, title = {}, [], f"{detector.name} on {dataset.name}"
     with tqdm(total=len(dataset), desc=title, unit="image", disable=not progress) as bar:
         for category in dataset.categories:
             part = dataset.select(category)
-            place = folder and folder / "categories" / f"{file_name(category)}.npz"
-            found = cached(place, lambda: measure(detector, part, batch_size, bar=bar))
+            place, parts = None, folder and folder / "parts"
+            if folder:
+                place = folder / "categories" / f"{file_name(category)}.npz"
+            found = cached(place, lambda: measure(detector, part, batch_size, None, bar, parts))
+            if folder:
+                shutil.rmtree(parts, ignore_errors=True)
             rows[category] = {name: float(found.pop(name, np.nan)) for name in COLUMNS}
             paths = [s.image_path.relative_to(dataset.root).as_posix() for s in part]
             own = {"category": category, "path": paths}
@@ -174,27 +183,42 @@ def in_parts(compute: Callable[[torch.Tensor], Any], images: torch.Tensor) -> li
 
 
 def predict(
-    detector, samples: Iterable[Sample], batch_size: int = 16, bar=None
+    detector, samples: Iterable[Sample], batch_size: int = 16, bar=None, parts: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Maps N x S x S and class probabilities N of samples, float32. ValueError where they are not finite."""
-    samples, start = list(samples), 0
+    """Maps N x S x S and class probabilities N of samples, float32. ValueError where they are not finite.
+
+    ``parts``: where each part of more than ``PART`` images is kept, so that a stopped call continues.
+    """
+    samples = list(samples)
     maps = np.empty((len(samples), *[detector.backbone.image_size] * 2), np.float32)
     probabilities = np.empty(len(samples), np.float32)
-    for category, images in batches(detector.backbone, samples, batch_size):
-        for part in in_parts(lambda some: detector.predict(some, category), images):
-            if not all(torch.isfinite(x).all() for x in (part.maps, part.probabilities)):
-                raise ValueError(f"{detector.name}: not all numbers are finite for {category!r}")
-            at = slice(start, start + len(part.maps))
-            maps[at], probabilities[at], start = part.maps, part.probabilities, at.stop
-        if bar:
-            bar.update(len(images))
+    for start in range(0, len(samples), PART):
+        group, at = samples[start : start + PART], slice(start, start + PART)
+        name = f"{file_name(group[0].category)}-{start:06d}.npz"
+        path = parts / name if parts and len(samples) > PART else None
+        found = cached(path, lambda: _predict(detector, group, batch_size, bar))
+        maps[at], probabilities[at] = found["maps"], found["probabilities"]
     return maps, probabilities
 
 
-def measure(detector, part: Dataset, batch_size: int = 16, counts=None, bar=None) -> Arrays:
+def _predict(detector, samples: list[Sample], batch_size: int, bar) -> Arrays:
+    found = []
+    for category, images in batches(detector.backbone, samples, batch_size):
+        found += in_parts(lambda some: detector.predict(some, category), images)
+        if bar:
+            bar.update(len(images))
+    arrays = {name: torch.cat([getattr(p, name) for p in found]) for name in vars(found[0])}
+    if not all(torch.isfinite(values).all() for values in arrays.values()):
+        raise ValueError(f"{detector.name}: not all numbers are finite for {category!r}")
+    return {name: values.numpy() for name, values in arrays.items()}
+
+
+def measure(
+    detector, part: Dataset, batch_size=16, counts=None, bar=None, parts: Path | None = None
+) -> Arrays:
     """One category by one detector: the metrics of :func:`category_metrics` by name, and ``probability``, ``map_max``
-    and ``image_score`` of its N images, all float64."""
-    maps, probabilities = predict(detector, part, batch_size, bar)
+    and ``image_score`` of its N images, all float64. ``parts``: see :func:`predict`."""
+    maps, probabilities = predict(detector, part, batch_size, bar, parts)
     masks = read_masks(list(part), maps.shape[-1]) if part.has_masks else None
     labels, with_map = np.array([s.label for s in part]), detector.map_in_image_score
     found = category_metrics(maps, masks, probabilities, labels, with_map, counts)

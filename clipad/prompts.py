@@ -89,8 +89,8 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
         templates: ["a photo of a {}."]
         object_names: {brain_mri: "brain scan"}
 
-    A list that is left out is the paper's. Raises ValueError for an entry without exactly one ``{}`` and for an unknown
-    key.
+    A list that is left out is the paper's. Raises ValueError for an entry without exactly one ``{}`` or that stands
+    twice, and for an unknown key.
     """
     if path is None:
         return CLIP_AD
@@ -107,10 +107,13 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
     for key, entries in lists.items():
         texts = entries if isinstance(entries, list) else []
         good = [t for t in texts if isinstance(t, str) and re.findall("{}|[{}]", t) == ["{}"]]
-        if not good or good != texts:
+        if not good or good != texts or len(set(good)) < len(good):
             raise ValueError(
-                f"{path}: '{key}' has to be a list of texts with exactly one {{}} each; found {entries!r}"
+                f"{path}: '{key}' has to be a list of texts with exactly one {{}} each, none of them twice; "
+                f"found {entries!r}"
             )
+    if both := set(lists["normal"]) & set(lists["anomalous"]):
+        raise ValueError(f"{path}: {min(both)!r} is listed as normal and as anomalous")
     names = {category: str(name) for category, name in names.items()}
     return Prompts(**{key: tuple(lists[key]) for key in lists}, object_names=names)
 

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import struct
@@ -772,4 +773,47 @@ def test_what_would_be_lost_or_chosen_without_a_word_is_refused(tmp_path):
 def test_a_folder_of_other_images_is_not_taken_for_a_category(tmp_path, place):
     png(tmp_path / place / "0.png")
     with pytest.raises(ValueError, match="no test images"):
+        load_dataset("folder", tmp_path)
+
+
+@pytest.mark.parametrize("name", PAPER_SETS)
+def test_root_may_be_the_folder_above(stand_ins, name):
+    root = stand_ins[name]
+    shallow = root.parent / f"above_{name}"
+    shallow.mkdir(exist_ok=True)
+    link = shallow / "data_set"
+    if not link.exists():
+        link.symlink_to(root, target_is_directory=True)
+    assert len(load_dataset(name, shallow)) == len(load_dataset(name, root))
+
+
+@pytest.mark.parametrize("asked", PAPER_SETS)
+def test_wrong_layout_says_which_data_set_it_is(stand_ins, asked):
+    for other in PAPER_SETS:
+        if other != asked:
+            with pytest.raises(ValueError, match=f"layout for dataset='{other}'"):
+                load_dataset(asked, stand_ins[other])
+
+
+def test_lists_of_the_field_are_read(tmp_path):
+    png(tmp_path / "a" / "1.png")
+    png(tmp_path / "a" / "2.png")
+    mask = mask_png(tmp_path / "m" / "2.png")
+    row = {
+        "cls_name": "nut",
+        "specie_name": "bent",
+        "anomaly": 1,
+        "img_path": "a/2.png",
+        "mask_path": "m/2.png",
+    }
+    flawless = row | {"anomaly": 0, "specie_name": "good", "img_path": "a/1.png", "mask_path": ""}
+    listed = tmp_path / "meta.json"
+    listed.write_text(json.dumps({"train": {}, "test": {"nut": [row, flawless]}}))
+    dataset = load_dataset("folder", tmp_path)
+    assert [(s.category, s.label, s.defect, s.mask_path) for s in dataset] == [
+        ("nut", 0, "good", None),
+        ("nut", 1, "bent", mask),
+    ]
+    listed.write_text(json.dumps({"test": {"nut": [{"file": "a/1.png"}]}}))
+    with pytest.raises(ValueError, match=r"meta\.json.*anomaly"):
         load_dataset("folder", tmp_path)

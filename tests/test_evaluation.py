@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from PIL import Image
 from small_data import files_of, make_folder
 
 from clipad.datasets import load_dataset
-from clipad.detectors import SDP
+from clipad.detectors import SDP, Direct
 from clipad.evaluation import (
     COLUMNS,
+    PART,
     batches,
     evaluate,
     fingerprint,
@@ -107,10 +109,11 @@ def test_a_failed_run_continues_without_computing_again(detector, data, tmp_path
 KILLED = """
     import sys, time
     sys.path.insert(0, {tests!r})
-    import clipad
+    import clipad, clipad.evaluation
     from conftest import tiny_clip
     import open_clip
     from clipad.backbone import Backbone
+    clipad.evaluation.PART = 4
     backbone = Backbone(tiny_clip(), open_clip.SimpleTokenizer(context_length=32), name="tiny", pretrained="random",
                         mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
     detector = clipad.SDP(backbone, rvs="mean")
@@ -139,7 +142,7 @@ def test_a_killed_process_leaves_what_it_finished_and_ends_with_the_same_bytes(d
     batches = len(whole.communicate()[0].splitlines())
     assert whole.returncode == 0
     cut = start("cut", 0.05)
-    for _ in range(5):  # the first category has four batches
+    for _ in range(3):
         cut.stdout.readline()
     os.kill(cut.pid, signal.SIGKILL)
     cut.communicate()
@@ -293,3 +296,27 @@ def test_a_mask_of_another_size_stops_the_run_before_it_starts(detector, data, m
     monkeypatch.setattr(type(detector), "predict", lambda *a: pytest.fail("work started"))
     with pytest.raises(ValueError, match=r"001_mask\.png has 7 x 9"):
         evaluate(detector, data, progress=False)
+
+
+def test_a_damaged_part_is_computed_again(detector, data, tmp_path, monkeypatch):
+    evaluate(detector, data, tmp_path / "whole", progress=False)
+    monkeypatch.setattr("clipad.evaluation.PART", 4)
+    (tmp_path / "out" / "parts").mkdir(parents=True)
+    (tmp_path / "out" / "parts" / "bolt-000000.npz").write_bytes(b"half a file")
+    shutil.copy(tmp_path / "whole" / "settings.json", tmp_path / "out")
+    evaluate(detector, data, tmp_path / "out", progress=False)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_an_empty_data_set_and_wrong_sizes_are_refused(detector, data):
+    with pytest.raises(ValueError, match="batch_size"):
+        evaluate(detector, data, batch_size=0)
+    with pytest.raises(ValueError, match="0 images"):
+        evaluate(detector, type(data)(data.name, data.root, (), ()))
+
+
+def test_more_images_than_a_part(tiny_backbone, tmp_path):
+    data = make_folder(tmp_path / "d", categories=["bolt"], normal=PART, anomalous=3, side=8)
+    detector = Direct(tiny_backbone, rvs="mean")
+    kept = evaluate(detector, data, tmp_path / "out", progress=False)
+    assert kept.table.equals(evaluate(detector, data, progress=False).table)

@@ -112,6 +112,8 @@ def test_own_prompts(tmp_path):
         ('normal: ["{} {}"]', "{} {}"),
         ("normal: [{}]", "normal"),
         ("normal: []", "normal"),
+        ('normal: ["{} a", "{} a"]', "{} a"),
+        ('normal: ["{} a"]\nanomalous: ["{} a"]', "{} a"),
         ('abnormal: ["{}"]', "abnormal"),
         ("[1, 2", "YAML"),
     ],
