@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -43,6 +43,8 @@ class Backbone:
         self.image_size = model.visual.image_size[0]
         self.mean, self.std = tuple(mean), tuple(std)
         self.known_words = known_words
+        self.told: set[str] = set()
+        """words it never saw, of which a reader has been told"""
 
     @property
     def device(self) -> torch.device:
@@ -104,14 +106,13 @@ class Backbone:
             raise ValueError(
                 f"encode_text takes a list of sentences, none empty; found {sentences!r}"
             )
-        if self.known_words:  # of the small demo model only
-            unknown = {word for text in texts for word in words(text)} - self.known_words
-            if unknown:
-                warnings.warn(
-                    f"the model {self.name!r} never saw the words {', '.join(sorted(unknown))} in training: what it "
-                    "makes of them is noise",
-                    stacklevel=2,
-                )
+        if unknown := self.unknown_words(texts) - self.told:
+            self.told |= unknown
+            warnings.warn(
+                f"the model {self.name!r} never saw the words {', '.join(sorted(unknown))} in training: what it makes "
+                "of them is noise",
+                stacklevel=2,
+            )
         key = address([self.weights_hash, self.device.type, "float32", texts])
         folder = Path(os.environ.get("CLIPAD_CACHE") or Path.home() / ".cache" / "clipad") / "text"
         with contextlib.suppress(OSError):
@@ -119,6 +120,11 @@ class Backbone:
         path = folder / f"{key}.npz" if os.access(folder, os.W_OK) else None
         found = cached(path, lambda: {"embeddings": self._encode(texts)})
         return torch.from_numpy(found["embeddings"])
+
+    def unknown_words(self, sentences: Iterable[str]) -> set[str]:
+        """Words that the model never saw in training; known for the small demo model only, else empty."""
+        seen = {word for sentence in sentences for word in words(sentence)}
+        return seen - self.known_words if self.known_words else set()
 
     def _encode(self, sentences: list[str]) -> np.ndarray:
         tokens = self.tokenizer(sentences)

@@ -1,5 +1,6 @@
 import json
 import shutil
+import warnings
 
 import numpy as np
 import open_clip
@@ -74,10 +75,13 @@ def test_a_cache_that_cannot_be_written_costs_time_only(demo, tmp_path, monkeypa
     assert demo.encode_text(["a photo of a pill."]).shape == (1, 128)
 
 
-def test_unknown_words_are_named():
+def test_unknown_words_are_named_once():
     backbone = load_backbone("demo", device="cpu")
     with pytest.warns(UserWarning, match="never saw the words spaceship"):
         backbone.encode_text(["a photo of a spaceship."])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone.encode_text(["a dark photo of the spaceship with crack."])
 
 
 @pytest.mark.parametrize("sentences", [[], [""], ["a", " "], [3]])

@@ -370,7 +370,8 @@ def claim(
     if narrow != verdict:
         text += f" For other images of these categories alone: {images:{sign}}, {narrow}."
     follows = then if isinstance(then, str) else then.get(verdict, "")
-    kept = {"id": id, "sentence": sentence, "source": source, "metric": metric, "measured": told}
+    kept = {"id": id, "sentence": sentence, "source": source, "metric": metric}
+    kept["measured"] = "" if np.isnan(wide.estimate) else told
     kept |= {"verdict": verdict, "scope": scope, "level": level or 0.0, "p": wide.p}
     _state(run, kept | both_ends(images, wide), text, follows)
 

@@ -117,10 +117,17 @@ class Experiment:
         model, data = self.backbone, self.dataset
         kinds = {"image labels": data.has_image_labels, "pixel masks": data.has_masks}
         known = ", ".join(kind for kind, there in kinds.items() if there) or "no labels"
-        return (
+        told = (
             f"model **{model.name}** ({model.pretrained}, {model.image_size} px, {model.device}) on **{data.name}**: "
             f"{len(data)} images, categories {', '.join(data.categories)} ({known})"
         )
+        states = [state for c in data.categories for state in self.prompts.sentences(c)]
+        unknown = set().union(*map(model.unknown_words, states))
+        model.told |= unknown  # here once, so that no cell has to warn of it
+        if unknown:
+            words = ", ".join(sorted(unknown))
+            told += f". The model never saw the words *{words}* in training: what it makes of them is noise"
+        return told
 
     __repr__ = _repr_markdown_ = __str__  # no path of the machine in a stored notebook
 

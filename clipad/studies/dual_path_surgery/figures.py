@@ -75,7 +75,8 @@ def beside(
         limits[name] = (-top, top) if signed else (0, np.ceil(top))
         colours[name] = "RdBu_r" if signed else MAP
         if data.masks is not None:
-            aurocs = [f"{100 * auroc:.0f}" for auroc in within_image(values, data.masks)]
+            found = within_image(values, data.masks)  # NaN of a flawless image
+            aurocs = ["–" if np.isnan(auroc) else f"{100 * auroc:.0f}" for auroc in found]
             below[name] = [f"AUROC {auroc}" for auroc in aurocs]
             told.append(f"{name} {', '.join(aurocs)}")
     titles = [f"{sample.category},\n{sample.defect}" for sample in data.dataset]

@@ -98,7 +98,7 @@ def phrases(text: str) -> tuple[str, ...]:
     """
     found = [part.strip() for part in text.split(",") if part.strip()]
     found = [part if "{}" in part else part + " {}" for part in found]
-    if any(re.findall("{}|[{}]", part) != ["{}"] for part in found):
+    if not found or any(re.findall("{}|[{}]", part) != ["{}"] for part in found):
         raise ValueError(f"state words have one {{}} each and no other braces; found {text!r}")
     return tuple(found)
 
@@ -241,15 +241,15 @@ class Explorer:
         """Names of flawless images, evenly spread, without the shown one; and what is to be said of them."""
         known = self.samples.get(s.image)
         category = known.category if known else s.object_name
-        good = [name for name, sample in self.samples.items() if sample.label == 0]
-        own = [name for name in good if self.samples[name].category == category]
-        notes = []
+        notes, own = [], [n for n, x in self.samples.items() if x.category == category]
+        names = [name for name in own or self.samples if self.samples[name].label == 0]
         if s.flawless:
-            own = list_images(s.flawless)
-        elif not own:
-            what = "flawless images of other objects" if good else "images not known to be flawless"
+            names = list_images(s.flawless)
+        elif not own or not names:
+            of = "" if own else " of other objects"
+            what = f"flawless images{of}" if names else f"images{of} not known to be flawless"
             notes.append(f"threshold and colours come from {what}: name a folder of your own")
-        names = own or good or list(self.samples)
+        names = names or own or list(self.samples)
         names = [name for name in names if name != s.image] or names
         places = np.linspace(0, len(names) - 1, min(REFERENCES, len(names))).round().astype(int)
         return [names[i] for i in places], notes
@@ -281,8 +281,7 @@ class Explorer:
         asked = self._words("sdp", s.normal_words, s.anomalous_words).sentences(s.object_name)
         rows = [(state, text) for state, texts in zip(STATES, asked, strict=True) for text in texts]
         table = pd.DataFrame(rows, columns=["state", "sentence"])
-        with warnings.catch_warnings(action="ignore"):  # what an answer's notes say
-            vectors = F.normalize(self.backbone.encode_text(table["sentence"].tolist()), dim=-1)
+        vectors = F.normalize(self.backbone.encode_text(table["sentence"].tolist()), dim=-1)
         table["cosine"] = (vectors @ F.normalize(token.cpu(), dim=0)).tolist()
         return table.sort_values("cosine", ascending=False, kind="stable", ignore_index=True)
 
@@ -319,7 +318,13 @@ class Explorer:
     def _text(self, detector: str, object_name: str, normal: str, anomalous: str, rvs: str):
         """C x 2 unit columns, and what is to be said about them."""
         prompts = self._words(detector, normal, anomalous)
+        unknown = self.backbone.unknown_words(x for y in prompts.sentences(object_name) for x in y)
+        self.backbone.told |= unknown  # in the notes
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             vectors = self._detector(detector, prompts, rvs).text_vectors(object_name)
-        return vectors, tuple(dict.fromkeys(str(warning.message) for warning in caught))
+        notes = [str(warning.message) for warning in caught]
+        if unknown:
+            named = ", ".join(sorted(unknown))
+            notes.append(f"the model never saw {named} in training: what it makes of that is noise")
+        return vectors, tuple(notes)
