@@ -34,6 +34,12 @@ def test_how_many_images_a_rate_needs(rate, n):
         alarms_allowed(n - 1, rate)
 
 
+@pytest.mark.parametrize("rate", [0, -0.1, 0.3, 5])
+def test_rates_out_of_range_are_refused(rate):
+    with pytest.raises(ValueError, match="above 0 and at most"):
+        alarms_allowed(100, rate)
+
+
 @pytest.mark.parametrize(("n", "rate"), [(19, 0.05), (20, 0.1), (45, 0.1)])
 def test_the_promise_holds_for_exchangeable_images(n, rate):
     """Over many draws, the whole rule: two numbers, robust scale, leave-one-out scores, threshold."""
@@ -69,7 +75,7 @@ def test_one_odd_flawless_image_does_not_set_the_scale():
 
 
 def test_values_without_a_scale_are_refused():
-    with pytest.raises(ValueError, match="the same logit or map maximum"):
+    with pytest.raises(ValueError, match="logits, maxima or map values are 1"):
         Rule(np.arange(20.0), np.ones(20), 0.1)
     with pytest.raises(ValueError, match="are they copies"):
         robust_scale([1.0] * 9 + [2.0])

@@ -4,6 +4,7 @@ The numbers are :mod:`clipad.studies.inspection`'s. First the model looks at eve
 stopped run continues; then maps become pictures and rows of the table. Memory does not grow with the photographs.
 """
 
+import zipfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -122,8 +123,7 @@ class _Work:
         return path.relative_to(self.root).as_posix()
 
     def file(self, kind: str, path: Path) -> Path:
-        content = f"-{content_hash(path)[:12]}" if kind == "maps" else ""
-        return self.folder / kind / (files.file_name(self.name(path)) + content + ENDINGS[kind])
+        return self.folder / kind / (files.file_name(self.name(path)) + ENDINGS[kind])
 
     def look(self, path: Path, copy: bool = False) -> tuple[Look, dict] | None:
         """What the model sees in an image, and facts; None, and the reason in ``unread``, if it cannot be read."""
@@ -140,14 +140,22 @@ class _Work:
 
     def keep(self, path: Path) -> bool:
         """Keep the map of an image, its logit and facts; whether they were kept before."""
-        place = self.file("maps", path)
-        before = place.is_file() and self.file("images", path).is_file()
+        before = self._is_finished(path)
         if not before and (found := self.look(path, copy=True)):
             look, facts = found
             with self.model:
                 heat = self.inspector.maps(look)[0]
-            files.write_arrays(place, facts | {"logit": look.logits[0], "map": heat})
+            facts |= {"sha256": content_hash(path), "logit": look.logits[0], "map": heat}
+            files.write_arrays(self.file("maps", path), facts)
         return before
+
+    def _is_finished(self, path: Path) -> bool:
+        try:
+            with np.load(self.file("maps", path)) as kept:
+                same = str(kept["sha256"]) == content_hash(path)
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            return False  # none, or a damaged one
+        return same and self.file("images", path).is_file()
 
     def table(self, labels: dict[Path, int]) -> tuple[tuple[float, float], pd.DataFrame]:
         """The colours' scale, and a row per image that was read, highest score first. Draws on the way, and removes
@@ -212,7 +220,7 @@ class _Work:
 
 def _notes(scores: pd.DataFrame, inspector: Inspector) -> list[str]:
     """What was done to the images that a reader has to know."""
-    remarks = scores["remark"][scores["remark"] != ""].value_counts()
+    remarks = scores["remark"].str.split("; ").explode().value_counts().drop("", errors="ignore")
     grid = inspector.detector.backbone.visual.grid_size[0] * inspector.tiles
     width, height = scores[["width", "height"]].value_counts().index[0]
     return [f"{number} images {what}" for what, number in remarks.items()] + [

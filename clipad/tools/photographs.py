@@ -14,17 +14,18 @@ ORIENTATION = 0x0112  # EXIF tag
 
 
 def read_photograph(path: Path) -> tuple[Image.Image, str]:
-    """As :func:`clipad.read_image`, but turned as the EXIF orientation says, as viewers do: there are no masks. Also a
-    remark on what a reader has to know, or "". ValueError for a mask or an empty image."""
-    image, remark = decode(path), ""
+    """As :func:`clipad.read_image`, but turned as the EXIF orientation says, as viewers do: there are no masks. Also
+    remarks on what a reader has to know, with "; " between. ValueError for a mask or an empty image."""
+    image, remarks = decode(path), []
     if image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) != 1:
-        remark, image = "were turned as their EXIF orientation says", ImageOps.exif_transpose(image)
+        remarks.append("were turned as their EXIF orientation says")
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") and 255 < np.asarray(image).max() < 4096:
-        remark = "are 16-bit files with 12-bit values, nearly black as read: multiply by 16"
+        remarks.append("are 16-bit files with 12-bit values, nearly black as read: multiply by 16")
     image = eight_bit(image)
     if image.getcolors(2):  # None if there are more
         raise ValueError("at most two grey levels, so a mask or empty")
-    return image, remark
+    return image, "; ".join(remarks)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def collect(path, normal=None, normal_folder: str = "") -> Images:
 
 def _photographs(path) -> tuple[Path, list[Path], list[str]]:
     """The folder from which names count, the photographs in it (or the one image), and lines on the rest."""
-    path = Path(path).expanduser().resolve()
+    path = Path(path).expanduser()
+    path = path.resolve() if ".." in path.parts else path.absolute()  # links keep their names
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: expected an image or a folder of images")
     if path.is_file():
@@ -98,7 +100,9 @@ def _flawless(folder, normal_folder: str) -> tuple[list[Path], list[str]]:
         )
     once = list({content_hash(path): path for path in chosen}.values())
     if len(once) < len(photographs):
-        notes.append(f"flawless: {len(once)} of {len(photographs)} images, in {name}, copies once")
+        notes.append(
+            f"flawless: {len(once)} of {len(photographs)} images: those in {name}, each content once"
+        )
     return once, notes
 
 

@@ -152,6 +152,8 @@ def summary(report: Report, output_dir: Path) -> list[str]:
     said = report.observed | (report.rule.words() if report.rule else {})
     lines += [f"{name}: {text}" for name, text in said.items()]
     for row in report.scores.head(10).itertuples():
-        lines.append(f"{row.score:8.2f}  {row.verdict:6}{row.image}")
+        region = "  no region" if row.verdict == "bad" and not row.regions else ""
+        lines.append(f"{row.score:8.2f}  {row.verdict:6}{row.image}{region}")
     counts = ", ".join(f"{n} {verdict}" for verdict, n in report.counts.items() if report.rule)
-    return [*lines, f"{len(report.scores)} images  {counts}", f"see {output_dir / 'report.html'}"]
+    said = f"{len(report.scores)} images  {counts}".rstrip()
+    return [*lines, said, f"see {output_dir / 'report.html'}"]

@@ -30,6 +30,8 @@ SMALLEST = 4  # pixels of a map: a region of fewer is not outlined
 def alarms_allowed(n: int, false_alarms: float) -> int:
     """k = floor(rate (n + 1)): the threshold is the k-th highest of n flawless scores (conformal prediction, Vovk
     2005). ValueError if n images cannot promise this false-alarm rate: none below 1 / (n + 1) is possible."""
+    if not 0 < false_alarms <= 0.25:
+        raise ValueError(f"a false-alarm rate is above 0 and at most 0.25, found {false_alarms}")
     k = math.floor(false_alarms * (n + 1) + 1e-9)
     if k < 1 or n < FEWEST_FLAWLESS:
         needed = max(FEWEST_FLAWLESS, math.ceil(1 / false_alarms - 1 - 1e-9))
@@ -56,7 +58,7 @@ def robust_scale(values: Sequence[float]) -> tuple[float, float]:
     spread = float(1.4826 * np.median(np.abs(values - centre)))
     if not spread > 0:
         raise ValueError(
-            f"half of the flawless images have the same logit or map maximum ({centre:.6g}): are they copies?"
+            f"half of the flawless images' logits, maxima or map values are {centre:.6g}: are they copies of one?"
         )
     return centre, spread
 
@@ -187,7 +189,9 @@ class Inspector:
 
     def __init__(self, detector: Detector, name: str, neighbours: str = "no", tiles: int = 1):
         if neighbours != "no" and not isinstance(detector, SDP):
-            raise ValueError(f"nearest neighbours go with sdp and sdp_plus, not with {detector}")
+            raise ValueError(
+                f"nearest neighbours go with sdp and sdp_plus, not with {detector.name}"
+            )
         self.detector, self.name = detector, name
         self.neighbours, self.tiles = neighbours, tiles
 
