@@ -164,7 +164,7 @@ def _find(name: str, root: Path, normal_folder: str = "") -> tuple[Sample, ...]:
     layout, find = LAYOUTS[name]
     try:
         return tuple(find(root, normal_folder) if name == "folder" else find(root))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except LISTS as error:
         expected, why = META if name == "folder" else layout, f"{type(error).__name__}: {error}"
         raise ValueError(f"a list in {root} is not as expected, {expected} ({why})") from error
 
@@ -172,11 +172,11 @@ def _find(name: str, root: Path, normal_folder: str = "") -> tuple[Sample, ...]:
 def _expected(name: str, root: Path) -> str:
     """What was expected at a root, what is there, and for which data set that would do."""
     found = ", ".join(path.name for path in _visible(root)[:8]) or "an empty folder"
-    hint = "images of your own are dataset='folder'"
+    hint = "" if name == "folder" else "; images of your own are dataset='folder'"
     with contextlib.suppress(ValueError, StopIteration):
         others = (o for o in LAYOUTS if o not in (name, "folder") and _find(o, root))
-        hint = f"this is a layout for dataset={next(others)!r}"
-    return f"Expected {LAYOUTS[name][0]}; found {found}; {hint}"
+        hint = f"; this is a layout for dataset={next(others)!r}"
+    return f"Expected {LAYOUTS[name][0]}; found {found}{hint}"
 
 
 def expected_counts(name: str) -> dict[str, tuple[int, int]]:
@@ -292,7 +292,7 @@ def _meta_json(path: Path) -> list[Sample]:
     samples, root = [], path.parent
     for category, rows in json.loads(path.read_text(encoding="utf-8"))["test"].items():
         for row in rows:
-            label = {0: 0, 1: 1}[int(row["anomaly"])]
+            label = {0: 0, 1: 1, "0": 0, "1": 1}[row["anomaly"]]
             mask = root / row["mask_path"] if label and row.get("mask_path") else None
             kind = str(row.get("specie_name") or "anomaly") if label else "good"
             samples.append(Sample(root / row["img_path"], mask, nfc(category), label, kind))
@@ -318,7 +318,8 @@ def _folder(root: Path, normal_folder: str = "") -> list[Sample]:
         raise ValueError(f"{root} has no folder {normal_folder!r}; found {names}")
     if len(images) > 2 * len(samples):
         raise ValueError(
-            f"only {len(samples)} of the {len(images)} images of {root} fit a layout: give the folder that holds them"
+            f"only {len(samples)} of the {len(images)} images of {root} fit a layout: give the folder that holds "
+            f"them. {_expected('folder', root)}"
         )
     return samples
 
@@ -364,6 +365,9 @@ def normal_name(names: Iterable[str], given: str) -> str | None:
     return known[0] if len(known) == 1 or wanted in known else None
 
 
+# What reading a list that is none, or another one, ends in.
+LISTS = (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError)
+LISTS += (pd.errors.ParserError, pd.errors.EmptyDataError)
 META = 'meta.json: {"test": {category: [{"img_path", "mask_path", "anomaly": 0 or 1}, ...]}}'
 # Data set -> its layout in words, and a function that gives the samples below a root.
 _BY_DEFECT = "<category>/test/<defect>/NNN.png and <category>/ground_truth/<defect>/NNN_mask.png"

@@ -120,6 +120,9 @@ class Detector:
     def probabilities(self, features: Features, text: torch.Tensor) -> torch.Tensor:
         return class_probability(features.image_embedding, text)
 
+    def __repr__(self):
+        return f"{self.name}({self.backbone.name}, rvs={self.rvs}, smoothing={self.smoothing:g} px)"
+
     @property
     def reads(self) -> tuple:
         """What its features are; a detector whose ``reads`` begin those of another can score the other's features."""

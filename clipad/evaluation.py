@@ -28,6 +28,8 @@ COLUMNS = [f"{level}_{metric}" for level in ("image", "class") for metric in MET
 COLUMNS += [f"pixel_{metric}" for metric in METRICS]
 PART = 64
 """images in one part on disk: what a killed run loses at most"""
+FORMAT = 2
+"""of the files in an output folder: those of an earlier version are not taken for these"""
 WORKERS = 4
 """threads that read"""
 
@@ -76,7 +78,7 @@ def evaluate(
     settings = detector.settings | {"dataset": dataset.name, "samples": fingerprint(dataset)}
     folder = output_dir and Path(output_dir)
     if folder:
-        claim(folder, settings, ["categories", "parts"])
+        claim(folder, settings | {"format": FORMAT}, ["categories", "parts"])
 
     rows, frames, title = {}, [], f"{detector.name} on {dataset.name}"
     with tqdm(total=len(dataset), desc=title, unit="image", disable=not progress) as bar:
@@ -120,10 +122,10 @@ def category_metrics(
 ) -> dict[str, float | np.ndarray]:
     """All metrics of one category that its labels allow: ``image_*``, ``class_*`` and, with masks, ``pixel_*``.
 
-    ``maps``, ``masks``: N x S x S; ``probabilities``, ``labels``: N, -1 where it is not known. ``map_in_image_score``:
-    images are ranked by :func:`published_image_score`, else by the class probability. With ``counts`` (1 + R x N, from
-    :func:`clipad.metrics.draw_counts`) each metric is an array: the estimate, then R resamples, for which the image
-    score is not scaled anew.
+    ``maps``, ``masks``: N x S x S (without masks N x 1 x 1 maxima do); ``probabilities``, ``labels``: N, -1 where it is
+    not known. ``map_in_image_score``: images are ranked by :func:`published_image_score`, else by the class
+    probability. With ``counts`` (1 + R x N, from :func:`clipad.metrics.draw_counts`) each metric is an array: the
+    estimate, then R resamples, for which the image score is not scaled anew.
     """
 
     def measured(level, scores, truth, plain):
@@ -183,31 +185,39 @@ def in_parts(compute: Callable[[torch.Tensor], Any], images: torch.Tensor) -> li
 
 
 def predict(
-    detector, samples: Iterable[Sample], batch_size: int = 16, bar=None, parts: Path | None = None
+    detector,
+    samples: Iterable[Sample],
+    batch_size: int = 16,
+    bar=None,
+    parts: Path | None = None,
+    keep_maps: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Maps N x S x S and class probabilities N of samples, float32. ValueError where they are not finite.
+    """Maps N x S x S (or only their maxima, N x 1 x 1) and class probabilities N of samples, float32.
 
-    ``parts``: where each part of more than ``PART`` images is kept, so that a stopped call continues.
+    ``parts``: where each part of more than ``PART`` images is kept, so that a stopped call continues. Raises ValueError
+    for numbers that are not finite.
     """
-    samples = list(samples)
-    maps = np.empty((len(samples), *[detector.backbone.image_size] * 2), np.float32)
+    samples, side = list(samples), detector.backbone.image_size if keep_maps else 1
+    maps = np.empty((len(samples), side, side), np.float32)
     probabilities = np.empty(len(samples), np.float32)
     for start in range(0, len(samples), PART):
         group, at = samples[start : start + PART], slice(start, start + PART)
         name = f"{file_name(group[0].category)}-{start:06d}.npz"
         path = parts / name if parts and len(samples) > PART else None
-        found = cached(path, lambda: _predict(detector, group, batch_size, bar))
+        found = cached(path, lambda: _predict(detector, group, batch_size, bar, keep_maps))
         maps[at], probabilities[at] = found["maps"], found["probabilities"]
     return maps, probabilities
 
 
-def _predict(detector, samples: list[Sample], batch_size: int, bar) -> Arrays:
+def _predict(detector, samples: list[Sample], batch_size: int, bar, keep_maps: bool) -> Arrays:
     found = []
     for category, images in batches(detector.backbone, samples, batch_size):
         found += in_parts(lambda some: detector.predict(some, category), images)
         if bar:
             bar.update(len(images))
     arrays = {name: torch.cat([getattr(p, name) for p in found]) for name in vars(found[0])}
+    if not keep_maps:
+        arrays["maps"] = arrays["maps"].amax(dim=(1, 2), keepdim=True)
     if not all(torch.isfinite(values).all() for values in arrays.values()):
         raise ValueError(f"{detector.name}: not all numbers are finite for {category!r}")
     return {name: values.numpy() for name, values in arrays.items()}
@@ -218,7 +228,7 @@ def measure(
 ) -> Arrays:
     """One category by one detector: the metrics of :func:`category_metrics` by name, and ``probability``, ``map_max``
     and ``image_score`` of its N images, all float64. ``parts``: see :func:`predict`."""
-    maps, probabilities = predict(detector, part, batch_size, bar, parts)
+    maps, probabilities = predict(detector, part, batch_size, bar, parts, part.has_masks)
     masks = read_masks(list(part), maps.shape[-1]) if part.has_masks else None
     labels, with_map = np.array([s.label for s in part]), detector.map_in_image_score
     found = category_metrics(maps, masks, probabilities, labels, with_map, counts)

@@ -228,10 +228,7 @@ def _region_weights(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _checked(scores: ArrayLike, truth: ArrayLike, shape: str) -> tuple[np.ndarray, np.ndarray]:
     """Both as arrays, the caller's own memory where possible: float32 or float64, and bool."""
-    scores, truth = (
-        np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
-        for values in (scores, truth)
-    )
+    scores, truth = (_array(values) for values in (scores, truth))
     if len(shape.split(" x ")) != scores.ndim or scores.shape != truth.shape or not scores.size:
         raise ValueError(
             f"scores and truth must both be {shape}, of one shape and not empty, found {scores.shape} and {truth.shape}"
@@ -248,3 +245,10 @@ def _checked(scores: ArrayLike, truth: ArrayLike, shape: str) -> tuple[np.ndarra
             "binarise them first, for instance with `> 0`"
         )
     return scores, binary
+
+
+def _array(values: ArrayLike) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype == torch.bfloat16 else values  # NumPy has none
+    return np.asarray(values)

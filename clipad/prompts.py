@@ -114,7 +114,8 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
             )
     if both := set(lists["normal"]) & set(lists["anomalous"]):
         raise ValueError(f"{path}: {min(both)!r} is listed as normal and as anomalous")
-    names = {category: str(name) for category, name in names.items()}
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise ValueError(f"{path}: 'object_names' has to map categories to words, found {names!r}")
     return Prompts(**{key: tuple(lists[key]) for key in lists}, object_names=names)
 
 

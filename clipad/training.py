@@ -185,6 +185,8 @@ def _resume(folder: Path, layers: LinearLayers, optimizer, epochs: int) -> list[
         return []
     last = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
     log = last["log"][:epochs]
+    if not _checkpoint(folder, len(log)).is_file():
+        return []
     layers.load_state_dict(load_layers(_checkpoint(folder, len(log))).state_dict())
     optimizer.load_state_dict(last["adam"])
     return log

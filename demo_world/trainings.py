@@ -120,10 +120,9 @@ def trained_layers(backbone: Backbone) -> LinearLayers:
         load_dataset(published.trained_on),
         epochs=published.epochs,
         learning_rate=published.learning_rate,
-        batch_size=published.batch_size,
         shuffle=published.shuffle,
         rvs=published.rvs,
-        rvs_options=published.training_rvs_options,
+        rvs_options=protocol(published.trained_on).rvs_options,
         progress=False,
     ).layers
 

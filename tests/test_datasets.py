@@ -817,3 +817,11 @@ def test_lists_of_the_field_are_read(tmp_path):
     listed.write_text(json.dumps({"test": {"nut": [{"file": "a/1.png"}]}}))
     with pytest.raises(ValueError, match=r"meta\.json.*anomaly"):
         load_dataset("folder", tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".webp", ".png"])
+def test_a_mask_of_another_format_is_no_photograph(tmp_path, suffix):
+    for name in ("good", "bad"):
+        png(tmp_path / name / "a.png").rename(tmp_path / name / "a.jpg")
+    mask_png(tmp_path / "bad" / "m.png").rename(tmp_path / "bad" / f"a{suffix}")
+    assert [s.image_path.name for s in load_dataset("folder", tmp_path)] == ["a.jpg", "a.jpg"]

@@ -424,3 +424,9 @@ def test_memory_besides_the_callers_arrays():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak / masks.size < 8
+
+
+def test_tensors_in_half_precision():
+    scores, masks = smooth_case()
+    tensor = torch.from_numpy(scores).bfloat16()
+    assert pixel_metrics(tensor, masks) == pixel_metrics(tensor.float().numpy(), masks)

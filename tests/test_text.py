@@ -112,6 +112,8 @@ def test_own_prompts(tmp_path):
         ('normal: ["{} {}"]', "{} {}"),
         ("normal: [{}]", "normal"),
         ("normal: []", "normal"),
+        ("object_names: {screw: [metal screw]}", "object_names"),
+        ("object_names: metal screw", "object_names"),
         ('normal: ["{} a", "{} a"]', "{} a"),
         ('normal: ["{} a"]\nanomalous: ["{} a"]', "{} a"),
         ('abnormal: ["{}"]', "abnormal"),

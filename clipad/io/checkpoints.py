@@ -3,6 +3,7 @@
 Nothing in a file is ever executed. What cannot be used is refused with what was found in it.
 """
 
+import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -113,18 +114,19 @@ def read_content(path: Path) -> Mapping:
     with open(path, "rb") as file:
         head = file.read(40)
     try:
-        if head[8:9] == b"{":
-            content = load_file(path)
-        else:
+        if head[8:9] != b"{" and head.startswith((b"PK", b"\x80")):  # a zip file, or the older form
             with open(path, "rb") as file:
                 content = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            content = load_file(path)
         if not isinstance(content, Mapping):
             raise TypeError(f"a {type(content).__name__}, not weights by name")
     except Exception as error:  # zip, torch and safetensors each have their own
+        why = "" if isinstance(error, pickle.UnpicklingError) else f" ({_short(error)})"
         raise ValueError(
-            f"it is damaged, no file of weights, or holds objects of Python, which are never executed "
-            f"({_short(error)}); it begins with {head!r}. If you trust its source, save the weights alone: found = "
-            "torch.load(path, weights_only=False), or torch.jit.load(path) for OpenAI's archives, then "
-            "torch.save(found.state_dict(), 'weights.pt'), or of found['state_dict']"
+            f"it is damaged, no file of weights, or holds objects of Python, which are never executed{why}; it begins "
+            f"with {head!r}. If you trust its source, save the weights alone: found = torch.load(path, "
+            "weights_only=False), or torch.jit.load(path) for OpenAI's archives, then torch.save(found.state_dict(), "
+            "'weights.pt'), or of found['state_dict']"
         ) from error
     return content

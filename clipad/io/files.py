@@ -90,7 +90,7 @@ def claim(folder: Path, settings: dict, results: Iterable[str], option: str = "o
     require_writable(folder)
     path = folder / "settings.json"
     text = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    if not any(list(folder.glob(pattern)) for pattern in results):
+    if not path.is_file() and not any(list(folder.glob(pattern)) for pattern in results):
         write_atomically(path, text)
     found, wanted = {}, json.loads(text)
     with contextlib.suppress(FileNotFoundError, ValueError):
@@ -133,6 +133,7 @@ def file_name(name: str) -> str:
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".png")
+"""of two images of one name that with the first of these is the photograph"""
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found")
 MASK_FOLDER = re.compile("masks?|gt|groundtruth|labels?|annotations?|segmentations?")
 MASK_ENDING = re.compile("_(masks?|gt|label|seg|segmentation|annotation)$", re.IGNORECASE)
@@ -154,9 +155,7 @@ def scan(root: Path) -> dict[str, list[Path]]:
         if folder / RESULT_MARK in paths:
             reason = reason or "results of clipad"
         images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-        images.sort(
-            key=lambda path: path.suffix.lower() != ".png"
-        )  # x.png of x.jpg is no photograph
+        images.sort(key=lambda path: IMAGE_SUFFIXES.index(path.suffix.lower()), reverse=True)
         by_stem = {path.stem: path for path in images}
         for path in paths:
             why = reason or _no_photograph(path, by_stem)
