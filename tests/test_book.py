@@ -20,9 +20,9 @@ ALIVE = """<div id="here"></div><script>{
   button.onclick = () => { button.textContent = "2 clicks"; };
   document.getElementById("here").append(button);
 }</script>"""
-CLAIMS = """id,sentence,source,metric,verdict,estimate,low,high,low_wide,high_wide,level,scope,p,notebook
-a,four beat one,paper 3.2,pixel_pro,higher,0.015,0.01,0.02,0.007,0.043,0.0,other images,0.01,00_first
-b,the loop is the module's,ours,,holds,,,,,,0.0,exact,,01_second
+CLAIMS = """id,sentence,source,metric,verdict,estimate,low,high,low_wide,high_wide,level,scope,p,measured,notebook
+a,four beat one,paper 3.2,pixel_pro,higher,0.015,0.01,0.02,0.007,0.043,0.0,images,0.01,"PRO +1.5 [+0.7, +4.3]",00_first
+b,the loop is the module's,ours,,holds,,,,,,0.0,exact,,,01_second
 """
 
 
