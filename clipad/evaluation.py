@@ -210,17 +210,19 @@ def predict(
 
 
 def _predict(detector, samples: list[Sample], batch_size: int, bar, keep_maps: bool) -> Arrays:
-    found = []
+    side, done = detector.backbone.image_size if keep_maps else 1, 0
+    maps = np.empty((len(samples), side, side), np.float32)
+    probabilities = np.empty(len(samples), np.float32)
     for category, images in batches(detector.backbone, samples, batch_size):
-        found += in_parts(lambda some: detector.predict(some, category), images)
+        for part in in_parts(lambda some: detector.predict(some, category), images):
+            if not all(torch.isfinite(x).all() for x in (part.maps, part.probabilities)):
+                raise ValueError(f"{detector.name}: not all numbers are finite for {category!r}")
+            at = slice(done, done + len(part.maps))
+            maps[at] = part.maps if keep_maps else part.maps.amax(dim=(1, 2), keepdim=True)
+            probabilities[at], done = part.probabilities, at.stop
         if bar:
             bar.update(len(images))
-    arrays = {name: torch.cat([getattr(p, name) for p in found]) for name in vars(found[0])}
-    if not keep_maps:
-        arrays["maps"] = arrays["maps"].amax(dim=(1, 2), keepdim=True)
-    if not all(torch.isfinite(values).all() for values in arrays.values()):
-        raise ValueError(f"{detector.name}: not all numbers are finite for {category!r}")
-    return {name: values.numpy() for name, values in arrays.items()}
+    return {"maps": maps, "probabilities": probabilities}
 
 
 def measure(
